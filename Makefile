@@ -1,0 +1,25 @@
+# make demo and make test each do all their own set-up.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install demo test lint bench
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --constraint constraints.txt --editable '.[train,dev]'
+	touch $@
+
+demo: install
+	$(BIN)/sft-kernels demo --out out/demo
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python -m bench.linear_cross_entropy

@@ -1,0 +1,48 @@
+"""What the core says of each row of logits, in a form that adds up over slices of the vocabulary."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class RowStats(NamedTuple):
+    """Per-row statistics of logits ``x`` over a slice of the vocabulary; fp32 (fp64 for fp64 logits), each ``[N]``.
+
+    Rows of two slices of the same vocabulary combine by :meth:`merge`; so do the shards of a vocabulary-parallel head.
+    """
+
+    lse: torch.Tensor  # log Σ_v exp x_v
+    target_logit: torch.Tensor  # x_y, or -inf where the target lies outside the slice
+    max_logit: torch.Tensor  # max_v x_v
+    mean_logit: torch.Tensor | None = None  # Σ_v p_v x_v, on request
+
+    @property
+    def nll(self):
+        return self.lse - self.target_logit
+
+    @property
+    def correct(self):
+        """Whether the target attains the maximum (a tie counts)."""
+        return self.target_logit >= self.max_logit
+
+    @property
+    def entropy(self):
+        return self.lse - self.mean_logit
+
+    def merge(self, other):
+        """The statistics of both slices together."""
+        lse = torch.logaddexp(self.lse, other.lse)
+        mean = None
+        if self.mean_logit is not None:
+            mean = (self.lse - lse).exp() * self.mean_logit + (other.lse - lse).exp() * other.mean_logit
+        return RowStats(
+            lse,
+            torch.maximum(self.target_logit, other.target_logit),
+            torch.maximum(self.max_logit, other.max_logit),
+            mean,
+        )
+
+    @staticmethod
+    def cat(parts):
+        """The rows of several blocks, one after the other; ``parts`` is not empty."""
+        return RowStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)))
