@@ -1,0 +1,143 @@
+"""The whole job in a few minutes on two CPU cores, without a network: chats, tokenizer, base model, fine-tuning, before and after.
+
+Six tasks over lists of words, each checkable by its answer. The base model reads the same skills as prose, never as a chat; fine-tuning
+teaches it to answer and to stop. No list of words that a held-out prompt asks about is seen in either training.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+from .evaluate import answer, exact_match, masked_loss
+from .masking import Encoder
+from .model import END_OF_TURN, train_tokenizer
+from .packing import collate
+from .train import Recipe, _micro_batches, _pack, load_examples, train
+
+_WORDS = """apple bread cloud daisy eagle flute grape horse ivory jelly kite lemon maple night ocean piano queen river stone tiger
+uncle violin water yacht zebra amber beach candy dream earth field glass honey island jacket ladder mirror needle onion
+pepper""".split()
+_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+
+
+def _tasks(words, removed):
+    """Question, answer and prose of every task over one list of words; ``removed`` is the index of the missing one."""
+    listed, backwards = " ".join(words), " ".join(reversed(words))
+    rest = " ".join(words[:removed] + words[removed + 1 :])
+    missing, count = words[removed], _NUMBERS[len(words)]
+    return {
+        "repeat": (f"Repeat: {listed}", listed, f"{listed} once more is {listed}."),
+        "reverse": (f"Reverse: {listed}", backwards, f"{listed} in reverse is {backwards}."),
+        "first": (f"First word of: {listed}", words[0], f"{listed} has as its first word {words[0]}."),
+        "last": (f"Last word of: {listed}", words[-1], f"{listed} has as its last word {words[-1]}."),
+        "count": (f"How many words: {listed}", count, f"{listed} is a list of {count} words."),
+        "missing": (f"Missing word: {listed} / {rest}", missing, f"{listed} and {rest} differ by {missing}."),
+    }
+
+
+def _lists(rng, count, taken):
+    """``count`` lists of two to five different words, none of them in ``taken``, which grows by them."""
+    lists = []
+    while len(lists) < count:
+        words = tuple(rng.sample(_WORDS, rng.randint(2, 5)))
+        if words not in taken:
+            taken.add(words)
+            lists.append(list(words))
+    return lists
+
+
+def write_data(folder, seed=0, base=6000, chats=6000, held_out=240):
+    """``base.jsonl`` (texts), ``chats.jsonl`` and ``held_out.jsonl`` (conversations) in ``folder``, over disjoint lists of words."""
+    rng = random.Random(seed)
+    taken = set()
+    parts = {"held_out": _lists(rng, held_out, taken), "chats": _lists(rng, chats, taken), "base": _lists(rng, base, taken)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, lists in parts.items():
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for i, words in enumerate(lists):
+                tasks = list(_tasks(words, rng.randrange(len(words))).values())
+                if name == "base":
+                    row = {"text": " ".join(prose for _, _, prose in rng.sample(tasks, len(tasks)))}
+                else:
+                    question, reply, _ = tasks[i % len(tasks)]
+                    row = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+                file.write(json.dumps(row) + "\n")
+    return {name: folder / f"{name}.jsonl" for name in parts}
+
+
+def config(vocab_size, pad_token_id):
+    """A Llama of under a million parameters."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=pad_token_id,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+
+
+def judge(model, tokenizer, path, row_tokens=1024):
+    """Masked loss, exact match and share of stopped answers of ``model`` on the conversations in ``path``."""
+    encoder = Encoder(tokenizer)
+    examples, _ = load_examples([path], encoder, row_tokens)
+    batches = [collate(rows, row_tokens, tokenizer.pad_token_id) for rows in _micro_batches(_pack(examples, row_tokens), 4)]
+    conversations = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
+    answers = answer(model, tokenizer, [c[:-1] for c in conversations], encoder.end_of_turn, max_new_tokens=16)
+    return {
+        "masked loss": masked_loss(model, batches, model.device).loss,
+        "exact match": exact_match(answers, [c[-1]["content"] for c in conversations]),
+        "answers that stop": sum(answers.stopped) / len(answers.stopped),
+    }
+
+
+def run(out="out/demo", base_steps=450, steps=350, seed=0):
+    """The demo; returns what was measured before and after fine-tuning. ``out`` is made anew."""
+    out = Path(out)
+    if out.exists():
+        if not (out / "data" / "base.jsonl").is_file():
+            raise FileExistsError(f"out: {out} exists and is no earlier demo")
+        shutil.rmtree(out)
+    data = write_data(out / "data", seed)
+    texts = [line for name in ("base", "chats") for line in data[name].read_text().splitlines()]
+    tokenizer = train_tokenizer((r for line in texts for r in _strings(json.loads(line))), vocab_size=480)
+    tokenizer.save_pretrained(out / "tokenizer")
+    config(len(tokenizer), tokenizer.pad_token_id).save_pretrained(out / "config")
+
+    shared = {"row_tokens": 1024, "rows": 2, "log_every": 50, "seed": seed, "tokenizer": str(out / "tokenizer")}
+    print(f"1. a base model: {base_steps} steps on unformatted text")
+    base = Recipe(
+        data=[str(data["base"])], model=str(out / "config"), mask="all", lr=3e-3, steps=base_steps, out=str(out / "base"), **shared
+    )
+    model, _, _ = train(base)
+    before = judge(model, tokenizer, data["held_out"])
+    print(f"2. fine-tuning: {steps} steps on chats, the loss on the answers and {END_OF_TURN}")
+    tune = Recipe(
+        data=[str(data["chats"])],
+        eval_data=[str(data["held_out"])],
+        model=str(out / "base" / "model"),
+        lr=2e-3,
+        steps=steps,
+        eval_every=100,
+        out=str(out / "tuned"),
+        **shared,
+    )
+    model, _, _ = train(tune)
+    after = judge(model, tokenizer, data["held_out"])
+    print(f"\n{'held-out prompts':<20}{'before':>10}{'after':>10}")
+    for name in before:
+        print(f"{name:<20}{before[name]:>10.3f}{after[name]:>10.3f}")
+    print(f"\nlogs, curves and models are in {out}")
+    return before, after
+
+
+def _strings(row):
+    return [row["text"]] if "text" in row else [m["content"] for m in row["messages"]]

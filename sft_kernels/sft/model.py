@@ -1,0 +1,125 @@
+"""Any Hugging Face causal LM from a folder or a config, with its tokenizer."""
+
+import os
+from pathlib import Path
+
+import torch
+
+# What a tokenizer that is trained here renders conversations with. It marks what the assistant says.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{{ message['content'] or '' }}"
+    "{% for call in message['tool_calls'] or [] %}{{ call | tojson }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PAD, END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE over ``texts`` with a chat template; padding, end of text and end of turn are four different tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = [PAD, END_OF_TEXT, START_OF_TURN, END_OF_TURN]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END_OF_TEXT,
+        additional_special_tokens=[START_OF_TURN, END_OF_TURN],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+    )
+
+
+def load_tokenizer(path, chat_template=None):
+    """The tokenizer in folder ``path``; ``chat_template`` is a file that replaces its template."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if chat_template is not None:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def is_config(path):
+    """Whether ``path`` describes a model without weights: a JSON file, or a folder with nothing but a config."""
+    path = Path(path)
+    if path.is_file():
+        return True
+    return path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin"))
+
+
+def load_model(path, device):
+    """The causal LM in ``path`` in fp32 (autocast lowers the products), attending through packed attention.
+
+    A folder with weights is loaded; a config gives a model with random weights, drawn from torch's seed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..integrations import attention
+
+    attention.register()
+    options = {"dtype": torch.float32, "attn_implementation": attention.NAME}
+    if is_config(path):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    model.config.use_cache = False
+    return model.to(device)
+
+
+def check_vocabulary(model, tokenizer):
+    """Raise where the tokenizer has tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, the model embeds {rows}")
+
+
+def head_weight(model):
+    """``[V, D]``, the weight that turns hidden states into logits."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model: {type(model).__name__} has no output embeddings, so it is no causal LM")
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"model: the head of {type(model).__name__} has a bias, which the loss does not carry")
+    return head.weight
+
+
+def hidden_states(model, batch):
+    """``[1, T, D]`` of a packed :class:`~.packing.Batch`, every example seeing itself alone."""
+    return model.base_model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        cu_seq_lens_q=batch.cu_seqlens,
+        cu_seq_lens_k=batch.cu_seqlens,
+        max_length_q=batch.max_seqlen,
+        max_length_k=batch.max_seqlen,
+        use_cache=False,
+    ).last_hidden_state
+
+
+def save(model, tokenizer, path):
+    """A folder that ``from_pretrained`` loads, there in whole or not at all: written beside, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        raise FileExistsError(f"{path} exists already")
+    partial = path.with_name(path.name + ".partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.rename(path)

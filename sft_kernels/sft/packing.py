@@ -1,0 +1,137 @@
+"""Many examples in one row: best-fit-decreasing packing, and the batch that keeps them apart."""
+
+from typing import NamedTuple
+
+import torch
+
+from .. import KeptTokens
+from .masking import IGNORE
+
+
+def pack(lengths, capacity):
+    """Best-fit-decreasing bin packing: each length, longest first, into the fullest row that still has room.
+
+    O(N log capacity): rows wait by their room, and a tree over the rooms finds the smallest one that suffices.
+
+    Args:
+        lengths: of the examples, each from 1 to ``capacity``.
+        capacity: tokens in a row.
+
+    Returns:
+        The rows, each a list of indices into ``lengths``. Equal lengths keep their order.
+    """
+    by_length = [[] for _ in range(capacity + 1)]
+    for i, length in enumerate(lengths):
+        if not 1 <= length <= capacity:
+            raise ValueError(f"lengths: expected 1 to {capacity}, got {length} at {i}")
+        by_length[length].append(i)
+
+    rows = []
+    waiting = [[] for _ in range(capacity + 1)]  # rows by their room
+    rooms = _Occupied(capacity + 1)
+    for length in range(capacity, 0, -1):
+        for i in by_length[length]:
+            room = rooms.first_from(length)
+            if room is None:
+                row, room = len(rows), capacity
+                rows.append([])
+            else:
+                row = waiting[room].pop()
+                if not waiting[room]:
+                    rooms.set(room, False)
+            rows[row].append(i)
+            if room > length:
+                waiting[room - length].append(row)
+                rooms.set(room - length, True)
+    return rows
+
+
+class _Occupied:
+    """A set of integers below ``size`` that finds its smallest member from a given one on, in O(log size)."""
+
+    def __init__(self, size):
+        self.leaves = 1 << (size - 1).bit_length()
+        self.tree = [False] * (2 * self.leaves)  # node i has children 2i and 2i + 1
+
+    def set(self, i, occupied):
+        i += self.leaves
+        self.tree[i] = occupied
+        while i > 1:
+            i //= 2
+            self.tree[i] = self.tree[2 * i] or self.tree[2 * i + 1]
+
+    def first_from(self, i):
+        i += self.leaves
+        if not self.tree[i]:
+            while i > 1 and (i % 2 or not self.tree[i + 1]):  # up, until a right sibling holds something
+                i //= 2
+            if i <= 1:
+                return None
+            i += 1
+            while i < self.leaves:
+                i = 2 * i if self.tree[2 * i] else 2 * i + 1
+        return i - self.leaves
+
+
+class Batch(NamedTuple):
+    """Packed rows laid end to end as one row of T tokens, block-diagonal by ``cu_seqlens``."""
+
+    input_ids: torch.Tensor  # int64 [1, T]
+    position_ids: torch.Tensor  # int64 [1, T], from 0 in every segment
+    cu_seqlens: torch.Tensor  # int32 [B + 1], one segment an example, one more for each row's padding
+    max_seqlen: int
+    kept: KeptTokens  # shift=True
+    token_weight: torch.Tensor | None  # fp32 [1, T]
+    examples: int
+    rows: int
+
+    @property
+    def tokens(self):
+        return self.input_ids.numel()
+
+    def to(self, device):
+        moved = {name: t.to(device, non_blocking=True) for name, t in zip(self._fields, self, strict=True) if hasattr(t, "to")}
+        return self._replace(**moved)
+
+
+def collate(rows, capacity, pad_id, weigh_examples=False):
+    """The :class:`Batch` of some rows, each a list of examples that fits ``capacity``.
+
+    The rest of a row is a segment of its own, so that padding neither sees nor is seen. No example predicts the next
+    one's first token, since every first label is ignored.
+
+    ``weigh_examples`` gives each kept token the weight 1 / (its example's kept tokens): with the number of examples as ``num_items``
+    every example weighs the same.
+    """
+    ids, labels, positions, weights, bounds = [], [], [], [], [0]
+    for row in rows:
+        used = 0
+        for example in row:
+            used += _segment(ids, labels, positions, bounds, example.input_ids, example.labels)
+            if weigh_examples:
+                weights += [1 / example.kept] * len(example.input_ids)
+        pad = capacity - used
+        if pad < 0:
+            raise ValueError(f"rows: {used} tokens in a row of {capacity}")
+        if pad:
+            _segment(ids, labels, positions, bounds, [pad_id] * pad, [IGNORE] * pad)
+            weights += [0.0] * pad if weigh_examples else []
+    labels = torch.tensor([labels])
+    return Batch(
+        torch.tensor([ids]),
+        torch.tensor([positions]),
+        torch.tensor(bounds, dtype=torch.int32),
+        max(end - start for start, end in zip(bounds, bounds[1:], strict=False)),
+        KeptTokens.from_labels(labels, IGNORE, shift=True),
+        torch.tensor([weights]) if weigh_examples else None,
+        sum(map(len, rows)),
+        len(rows),
+    )
+
+
+def _segment(ids, labels, positions, bounds, segment_ids, segment_labels):
+    ids += segment_ids
+    labels += segment_labels
+    positions += range(len(segment_ids))
+    bounds.append(len(ids))
+    return len(segment_ids)

@@ -1,0 +1,279 @@
+"""The thin reference trainer: masked, packed, one denominator a step."""
+
+import random
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from .. import AdamW, decay_groups, linear_cross_entropy
+from . import model as models
+from .data import read_jsonl
+from .evaluate import masked_loss
+from .lr import cosine_factor
+from .masking import Encoder
+from .packing import collate, pack
+from .report import RunLog
+from .stock import check_against_stock
+
+
+@dataclass
+class Recipe:
+    """One run. Every field can stand in the YAML file and be overridden on the command line."""
+
+    data: list[str] = field(default_factory=list)
+    """JSONL files of conversations to train on."""
+    model: str = ""
+    """A Hugging Face causal LM: a folder, or a config (JSON) for random weights."""
+    tokenizer: str | None = None
+    """Its folder; None: the model's, or for a config a byte-level BPE trained on the data."""
+    chat_template: str | None = None
+    """A file that replaces the tokenizer's chat template."""
+    out: str = "out/run"
+    """Folder for train.jsonl, curves.png and model/. It must not hold a run already."""
+    mask: Literal["all", "completion", "completion+eot"] = "completion+eot"
+    """Which tokens carry loss."""
+    weigh: Literal["tokens", "examples"] = "tokens"
+    """Whether each kept token weighs the same, or each example."""
+    skip_bad: bool = False
+    """Count and report lines that cannot be trained on, instead of stopping at the first."""
+    row_tokens: int = 2048
+    """Tokens in a packed row."""
+    rows: int = 1
+    """Rows in a micro-batch."""
+    accumulate: int = 1
+    """Micro-batches in an optimiser step."""
+    epochs: float = 1.0
+    """Passes over the data, where steps is None."""
+    steps: int | None = None
+    """Optimiser steps."""
+    lr: float = 2e-5
+    """Peak learning rate."""
+    warmup: float = 0.03
+    """Warm-up, as a share of the steps."""
+    weight_decay: float = 0.1
+    """On matrices; never on biases, norms and embeddings."""
+    max_grad_norm: float = 1.0
+    """Clip the global norm to this."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 autocast; auto: where the device computes in it."""
+    holdout: float = 0.0
+    """Share of the conversations kept out of training to measure the masked loss on."""
+    eval_data: list[str] = field(default_factory=list)
+    """JSONL files to measure the masked loss on."""
+    eval_every: int = 0
+    """Steps between measurements; 0: before and after only."""
+    log_every: int = 1
+    """Steps between lines on the screen."""
+    seed: int = 0
+    """Of weights, split and order."""
+
+
+def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading"):
+    """All examples of some JSONL files, and the :class:`~.data.DataError` of each line left out (``skip_bad``)."""
+    bad = [] if skip_bad else None
+    records = [record for path in paths for record in read_jsonl(path, bad)]
+    examples = []
+    for record in tqdm(records, desc=desc, unit="line", leave=False, disable=len(records) < 1000):
+        try:
+            example = encoder(record)
+            if len(example.input_ids) > row_tokens:
+                raise record.error(f"{len(example.input_ids)} tokens, longer than the row of {row_tokens}")
+            examples.append(example)
+        except ValueError as error:
+            if bad is None or not hasattr(error, "line"):
+                raise
+            bad.append(error)
+    if not examples:
+        raise ValueError(f"data: no usable conversation in {', '.join(map(str, paths))}")
+    return examples, bad or []
+
+
+def prepare_tokenizer(recipe):
+    """The recipe's tokenizer; for a bare config one that is trained on the data, of the config's vocabulary."""
+    if recipe.tokenizer or not models.is_config(recipe.model):
+        return models.load_tokenizer(recipe.tokenizer or recipe.model, recipe.chat_template)
+    from transformers import AutoConfig
+
+    records = [r for path in recipe.data for r in read_jsonl(path, [] if recipe.skip_bad else None)]
+    texts = (r.text or "\n".join(str(m.get("content") or m.get("tool_calls")) for m in r.messages) for r in records)
+    tokenizer = models.train_tokenizer(texts, AutoConfig.from_pretrained(recipe.model).get_text_config().vocab_size)
+    if recipe.chat_template:
+        tokenizer.chat_template = Path(recipe.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def train(recipe, *, model=None, tokenizer=None):
+    """Run ``recipe``; returns ``(model, tokenizer, log)``, the log being :class:`~.report.RunLog`.
+
+    Everything that can be wrong with the data or the model is found before the first file is written. A model and tokenizer
+    that are handed in are used in place of the recipe's; the model is then tuned as it is.
+    """
+    _check(recipe, model)
+    torch.manual_seed(recipe.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = tokenizer or prepare_tokenizer(recipe)
+    encoder = Encoder(tokenizer, recipe.mask)
+    examples, bad = load_examples(recipe.data, encoder, recipe.row_tokens, recipe.skip_bad)
+    held_out, more_bad = _held_out(recipe, encoder, examples)
+    for error in (bad := bad + more_bad)[:20]:
+        print(f"skipped {error}")
+    if bad:
+        print(f"skipped {len(bad)} lines, {len(examples) + len(held_out)} are left")
+
+    if model is None:
+        model = models.load_model(recipe.model, device)
+    models.check_vocabulary(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def batch(rows, weigh_examples=False):
+        return collate(rows, recipe.row_tokens, pad_id or 0, weigh_examples)
+
+    steps = _Steps(examples, recipe)
+    evaluation = [batch(rows) for rows in _micro_batches(_pack(held_out, recipe.row_tokens), recipe.rows)]
+    check_against_stock(model, batch(steps.first()).to(device))
+
+    optimizer = AdamW(
+        decay_groups(model, recipe.weight_decay), lr=recipe.lr, max_grad_norm=recipe.max_grad_norm, skip_nonfinite=True
+    )
+    warmup = round(recipe.warmup * steps.total)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: cosine_factor(t, steps.total, warmup))
+    log = RunLog(recipe.out, steps.total, recipe.log_every)
+    model.train()
+    try:
+        _evaluate(model, evaluation, device, recipe, log, 0)
+        for step, micro_batches in enumerate(steps, start=1):
+            batches = [batch(rows, recipe.weigh == "examples") for rows in micro_batches]
+            # One denominator for the whole step, or micro-batches with few kept tokens would weigh more.
+            num_items = sum(b.kept.count if recipe.weigh == "tokens" else b.examples for b in batches)
+            loss = torch.zeros((), device=device)
+            for b in batches:
+                moved = b.to(device)
+                with _autocast(device, recipe.precision):
+                    part = linear_cross_entropy(
+                        models.hidden_states(model, moved),
+                        models.head_weight(model),
+                        shift=True,
+                        kept=moved.kept,
+                        token_weight=moved.token_weight,
+                        num_items=num_items,
+                    )
+                part.backward()
+                loss += part.detach()
+            lr = schedule.get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            schedule.step()
+            log.step(
+                step=step,
+                loss=loss,
+                lr=lr,
+                grad_norm=optimizer.last_grad_norm,
+                examples=sum(b.examples for b in batches),
+                rows=sum(b.rows for b in batches),
+                tokens=sum(b.tokens for b in batches),
+                kept=sum(b.kept.count for b in batches),
+                skipped_steps=optimizer.skipped_steps.clone(),
+            )
+            if recipe.eval_every and step % recipe.eval_every == 0 and step < steps.total:
+                _evaluate(model, evaluation, device, recipe, log, step)
+        _evaluate(model, evaluation, device, recipe, log, steps.total)
+    finally:
+        log.close()
+    log.plot()
+    models.save(model, tokenizer, Path(recipe.out) / "model")
+    return model, tokenizer, log
+
+
+class _Steps:
+    """The optimiser steps of a run: each a list of micro-batches, each a list of rows, each a list of examples.
+
+    Every epoch packs the examples anew from another order; how many rows that makes depends on the lengths alone.
+    """
+
+    def __init__(self, examples, recipe):
+        self.examples, self.recipe = examples, recipe
+        rows = len(pack([len(e.input_ids) for e in examples], recipe.row_tokens))
+        per_epoch = -(-rows // (recipe.rows * recipe.accumulate))
+        self.total = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * per_epoch))
+
+    def first(self):
+        """The first micro-batch."""
+        return next(iter(self))[0]
+
+    def __iter__(self):
+        done = epoch = 0
+        while done < self.total:
+            shuffle = random.Random(f"{self.recipe.seed}/{epoch}").shuffle
+            examples = list(self.examples)
+            shuffle(examples)
+            rows = _pack(examples, self.recipe.row_tokens)
+            shuffle(rows)
+            for step in _micro_batches(_micro_batches(rows, self.recipe.rows), self.recipe.accumulate):
+                if done == self.total:
+                    return
+                yield step
+                done += 1
+            epoch += 1
+
+
+def _pack(examples, row_tokens):
+    return [[examples[i] for i in row] for row in pack([len(e.input_ids) for e in examples], row_tokens)]
+
+
+def _micro_batches(items, size):
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _held_out(recipe, encoder, examples):
+    """Examples to measure on: files of their own, and a share that is taken out of ``examples``, in place."""
+    held_out, bad = [], []
+    if recipe.eval_data:
+        held_out, bad = load_examples(recipe.eval_data, encoder, recipe.row_tokens, recipe.skip_bad, "reading held-out")
+    if recipe.holdout:
+        random.Random(f"{recipe.seed}/holdout").shuffle(examples)
+        count = max(1, round(recipe.holdout * len(examples)))
+        if count >= len(examples):
+            raise ValueError(f"holdout: {recipe.holdout} of {len(examples)} conversations leaves none to train on")
+        held_out += examples[:count]
+        del examples[:count]
+    return held_out, bad
+
+
+def _evaluate(model, batches, device, recipe, log, step):
+    if batches:
+        with _autocast(device, recipe.precision):
+            log.evaluation(step, masked_loss(model, batches, device))
+
+
+def _autocast(device, precision):
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        precision = "bf16" if native else "fp32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _check(recipe, model):
+    if not recipe.data:
+        raise ValueError("data: expected at least one JSONL file")
+    if model is None and not recipe.model:
+        raise ValueError("model: expected a folder or a config")
+    for name in ("row_tokens", "rows", "accumulate", "log_every"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name}: expected at least 1, got {getattr(recipe, name)}")
+    if recipe.steps is not None and recipe.steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {recipe.steps}")
+    if recipe.steps is None and not recipe.epochs > 0:
+        raise ValueError(f"epochs: expected more than 0, got {recipe.epochs}")
+    for name in ("warmup", "holdout"):
+        if not 0 <= getattr(recipe, name) < 1:
+            raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(recipe, name)}")
+    for name in ("train.jsonl", "model"):
+        if (Path(recipe.out) / name).exists():
+            raise FileExistsError(f"out: {recipe.out} holds a run already ({name})")
