@@ -5,6 +5,7 @@ A label stands at its own token's place; the one shift, by which the hidden stat
 
 import re
 from bisect import bisect_left
+from itertools import pairwise
 from typing import NamedTuple
 
 from jinja2 import TemplateError
@@ -95,32 +96,44 @@ class Encoder:
     def _turns(self, messages, tools, error):
         """Token ids, and the [start, end) of every assistant turn's labels under the mode."""
         text = self._render(messages, tools)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = encoded["input_ids"]
-        starts_of_tokens = [start for start, _ in encoded["offset_mapping"]]
         if self._marks_turns:
-            marked = self._assistant_masks(messages, tools, ids, error)
-            spans = list(_runs(marked))
+            ids, _ = self._tokenize(text)
+            spans = list(_runs(self._assistant_masks(messages, tools, ids, error)))
         else:
-            spans = []
-            for i, message in enumerate(messages):
-                if message["role"] != "assistant":
-                    continue
-                prompt = self._render(messages[:i], tools, add_generation_prompt=True)
-                if not text.startswith(prompt):
-                    raise error(
-                        f"message {i}: the chat template renders the turns before it differently once it follows; "
-                        "a template with {% generation %} would mark it"
-                    )
-                end = len(text)
-                if self._end_of_turn is None:
-                    upto = self._render(messages[: i + 1], tools)
-                    if not text.startswith(upto):
-                        raise error(f"message {i}: the chat template hides where the turn ends")
-                    end = len(upto)
-                start, end = (bisect_left(starts_of_tokens, offset) for offset in (len(prompt), end))
-                spans.append((start, end))
+            ranges = [
+                self._find_turn(text, messages, i, tools, error) for i, m in enumerate(messages) if m["role"] == "assistant"
+            ]
+            ids, offsets = self._tokenize(text, [start for start, _ in ranges])
+            spans = [(bisect_left(offsets, start), bisect_left(offsets, end)) for start, end in ranges]
         return ids, [self._close(ids, start, end, error) for start, end in spans]
+
+    def _find_turn(self, text, messages, i, tools, error):
+        """The characters [start, end) of assistant turn ``i`` and of whatever the template puts behind it."""
+        prompt = self._render(messages[:i], tools, add_generation_prompt=True)
+        if not text.startswith(prompt):
+            raise error(
+                f"message {i}: the chat template renders the turns before it differently once it follows; "
+                "a template with {% generation %} would mark it"
+            )
+        if self._end_of_turn is not None:
+            return len(prompt), len(text)
+        upto = self._render(messages[: i + 1], tools)
+        if not text.startswith(upto):
+            raise error(f"message {i}: the chat template hides where the turn ends")
+        return len(prompt), len(upto)
+
+    def _tokenize(self, text, cuts=()):
+        """Ids and first characters of the tokens. No token reaches across a cut, as none does when the model answers."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
+        if set(cuts) <= {*offsets, len(text)}:
+            return ids, offsets
+        ids, offsets = [], []
+        for start, end in pairwise([0, *cuts, len(text)]):
+            piece_ids, piece_offsets = self._tokenize(text[start:end])
+            ids += piece_ids
+            offsets += [start + offset for offset in piece_offsets]
+        return ids, offsets
 
     def _close(self, ids, start, end, error):
         """Cut or extend a turn so that it ends before its end-of-turn token, or behind it, as the mode says."""

@@ -92,18 +92,24 @@ def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading"):
     return examples, bad or []
 
 
+def train_tokenizer_on(paths, vocab_size, skip_bad=False, chat_template=None):
+    """A byte-level BPE of at most ``vocab_size`` tokens, trained on what the conversations in ``paths`` say."""
+    records = [r for path in paths for r in read_jsonl(path, [] if skip_bad else None)]
+    texts = (r.text or "\n".join(str(m.get("content") or m.get("tool_calls")) for m in r.messages) for r in records)
+    tokenizer = models.train_tokenizer(texts, vocab_size)
+    if chat_template:
+        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
 def prepare_tokenizer(recipe):
     """The recipe's tokenizer; for a bare config one that is trained on the data, of the config's vocabulary."""
     if recipe.tokenizer or not models.is_config(recipe.model):
         return models.load_tokenizer(recipe.tokenizer or recipe.model, recipe.chat_template)
     from transformers import AutoConfig
 
-    records = [r for path in recipe.data for r in read_jsonl(path, [] if recipe.skip_bad else None)]
-    texts = (r.text or "\n".join(str(m.get("content") or m.get("tool_calls")) for m in r.messages) for r in records)
-    tokenizer = models.train_tokenizer(texts, AutoConfig.from_pretrained(recipe.model).get_text_config().vocab_size)
-    if recipe.chat_template:
-        tokenizer.chat_template = Path(recipe.chat_template).read_text(encoding="utf-8")
-    return tokenizer
+    vocab_size = AutoConfig.from_pretrained(recipe.model).get_text_config().vocab_size
+    return train_tokenizer_on(recipe.data, vocab_size, recipe.skip_bad, recipe.chat_template)
 
 
 def train(recipe, *, model=None, tokenizer=None):

@@ -1,0 +1,137 @@
+"""``sft-kernels``: train, inspect, demo."""
+
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+_USAGE = """usage: sft-kernels COMMAND [options]
+
+  train    --config recipe.yaml --data FILE.jsonl …   fine-tune a model (options override the file)
+  inspect  FILE.jsonl …                               tokens beside shifted labels, kept and padding shares
+  demo     [--out DIR]                                the whole job on a CPU, before and after
+
+sft-kernels COMMAND --help lists a command's options."""
+
+
+def main(argv=None):
+    """Run a command; returns the exit status: 0, 1 where the input was refused, 2 for a wrong call."""
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"train": _train, "inspect": _inspect, "demo": _demo}
+    if not argv or argv[0] not in commands:
+        asked = bool(argv) and argv[0] in ("-h", "--help")
+        print(_USAGE, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    try:
+        return commands[argv[0]](argv[1:])
+    except ImportError as error:
+        if error.name and error.name.startswith("sft_kernels"):
+            raise
+        print(f"sft-kernels: {error}; pip install 'sft-kernels[train]' brings what the trainer needs", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"sft-kernels: {error}", file=sys.stderr)
+    return 1
+
+
+def recipe_arguments(path, known):
+    """A YAML recipe as command-line arguments, so that file and command line are read by one parser.
+
+    ``known`` are the recipe's field names; another key raises ``ValueError``.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of options")
+    arguments = []
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(f"{path}: unknown option {key!r}; there are {', '.join(sorted(known))}")
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            arguments += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return arguments
+
+
+def _train(argv):
+    import tyro
+
+    from .sft.train import Recipe, train
+
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 == len(argv):
+            raise ValueError("--config: expected a file")
+        rest = argv[:at] + argv[at + 2 :]
+        argv = recipe_arguments(argv[at + 1], {f.name for f in fields(Recipe)}) + rest
+    recipe = tyro.cli(Recipe, prog="sft-kernels train", args=argv, description="--config FILE reads options from YAML first.")
+    train(recipe)
+    print(f"model, log and curves are in {recipe.out}")
+    return 0
+
+
+def _inspect(argv):
+    import tyro
+
+    from .sft.inspection import label_table, summary
+    from .sft.masking import Encoder
+    from .sft.model import load_tokenizer
+    from .sft.train import load_examples, train_tokenizer_on
+
+    @dataclass
+    class Inspect:
+        """Show what a run would train on."""
+
+        data: Annotated[list[str], tyro.conf.Positional]
+        """JSONL files."""
+        tokenizer: str | None = None
+        """Folder of a tokenizer; None: a byte-level BPE trained on the data."""
+        chat_template: str | None = None
+        """A file that replaces the tokenizer's chat template."""
+        mask: Literal["all", "completion", "completion+eot"] = "completion+eot"
+        """Which tokens carry loss."""
+        row_tokens: int = 2048
+        """Tokens in a packed row."""
+        show: int = 1
+        """How many examples to print token by token."""
+        skip_bad: bool = False
+        """Count and report bad lines instead of stopping at the first."""
+
+    options = tyro.cli(Inspect, prog="sft-kernels inspect", args=argv)
+    if not options.data:
+        raise ValueError("data: expected at least one JSONL file")
+    if options.tokenizer:
+        tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
+    else:
+        tokenizer = train_tokenizer_on(options.data, 4096, options.skip_bad, options.chat_template)
+        print("no --tokenizer: a byte-level BPE of up to 4096 tokens, trained on the data\n")
+    examples, bad = load_examples(options.data, Encoder(tokenizer, options.mask), options.row_tokens, options.skip_bad)
+    for example in examples[: options.show]:
+        print(label_table(example, tokenizer) + "\n")
+    print(summary(examples, options.row_tokens))
+    for error in bad:
+        print(f"skipped {error}")
+    if bad:
+        print(f"skipped {len(bad)} lines")
+    return 0
+
+
+def _demo(argv):
+    import tyro
+
+    from .sft import demo
+
+    _, after = tyro.cli(demo.run, prog="sft-kernels demo", args=argv)
+    if after["exact match"] < 0.8 or after["answers that stop"] < 0.99:
+        print("the fine-tuned model falls short of exact match 0.8 and stops 0.99", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+import json
+
+import pytest
+
+from sft_kernels.sft.data import DataError, read_jsonl
+from sft_kernels.sft.masking import IGNORE, MODES, Encoder
+
+from .conftest import REAL_DATA, TURNS, record
+
+LLAMA_3 = (
+    "{{ '<|endoftext|>' }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+# Like templates of reasoning models: only the last turn carries its (empty) thoughts.
+THINKS_LAST = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PLAIN = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+REWRITES = (
+    "{{ messages | length }}{% for m in messages %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '>' }}{% endif %}"
+)
+
+
+def learned(tokenizer, example):
+    """What the labels say, run by run."""
+    runs, last = [], IGNORE
+    for label in example.labels:
+        if label != IGNORE:
+            runs = [*runs, [label]] if last == IGNORE else [*runs[:-1], [*runs[-1], label]]
+        last = label
+    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("completion", ["Let me look.", "Two words."]),
+        ("completion+eot", ["Let me look.<|im_end|>", "Two words.<|im_end|>"]),
+    ],
+)
+@pytest.mark.parametrize("which", ["tokenizer", "unmarked"])
+def test_every_assistant_turn_is_learned_and_nothing_else(which, mode, expected, request):
+    tokenizer = request.getfixturevalue(which)
+    assert learned(tokenizer, Encoder(tokenizer, mode)(record(TURNS))) == expected
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rendering_prefixes_finds_what_generation_marks(tokenizer, unmarked, mode):
+    assert Encoder(tokenizer, mode)(record(TURNS)) == Encoder(unmarked, mode)(record(TURNS))
+
+
+def test_all_learns_everything_but_the_first_token(tokenizer):
+    example = Encoder(tokenizer, "all")(record(TURNS))
+    assert example.labels == [IGNORE, *example.input_ids[1:]]
+
+
+def test_tokens_are_those_of_the_template(tokenizer):
+    example = Encoder(tokenizer)(record(TURNS))
+    assert example.input_ids == tokenizer.apply_chat_template(TURNS, return_dict=True)["input_ids"]
+
+
+def test_labels_are_not_shifted(tokenizer):
+    example = Encoder(tokenizer)(record(TURNS))
+    assert all(label in (IGNORE, token) for token, label in zip(example.input_ids, example.labels, strict=True))
+
+
+@pytest.mark.parametrize("template", [LLAMA_3, THINKS_LAST], ids=["llama-3", "thinks-last"])
+def test_foreign_templates(tokenizer_with, template):
+    tokenizer = tokenizer_with(template)
+    turns = learned(tokenizer, Encoder(tokenizer)(record(TURNS)))
+    assert [turn.removeprefix("<think></think>") for turn in turns] == ["Let me look.<|im_end|>", "Two words.<|im_end|>"]
+
+
+def test_padding_token_equal_to_end_of_turn_is_still_learned(tokenizer_with, unmarked):
+    tokenizer = tokenizer_with(unmarked.chat_template)
+    tokenizer.pad_token = tokenizer.eos_token = "<|im_end|>"
+    assert learned(tokenizer, Encoder(tokenizer)(record(TURNS)))[-1].endswith("<|im_end|>")
+
+
+def test_a_template_without_end_of_turn_cannot_teach_stopping(tokenizer_with):
+    with pytest.raises(ValueError, match="no special token"):
+        Encoder(tokenizer_with(PLAIN), "completion+eot")(record(TURNS))
+
+
+def test_a_template_without_end_of_turn_still_marks_completions(tokenizer_with):
+    tokenizer = tokenizer_with(PLAIN)
+    turns = learned(tokenizer, Encoder(tokenizer, "completion")(record(TURNS)))
+    assert [turn.strip() for turn in turns] == ["Let me look.", "Two words."]
+
+
+def test_no_token_reaches_from_the_prompt_into_the_answer(tokenizer_with):
+    """The prompt ends in a space, which a byte-level BPE would fold into the answer's first word."""
+    tokenizer = tokenizer_with(PLAIN)
+    ids = Encoder(tokenizer, "completion")(record(TURNS[1:3])).input_ids
+    prompt = tokenizer.apply_chat_template(TURNS[1:2], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert ids[: len(prompt)] == prompt
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_by_line(tokenizer_with):
+    with pytest.raises(DataError, match=r"chats\.jsonl:7: message 2: the chat template renders"):
+        Encoder(tokenizer_with(REWRITES))(record(TURNS))
+
+
+def test_a_template_that_raises_is_refused_by_line(tokenizer_with):
+    with pytest.raises(DataError, match=r"chats\.jsonl:7: the chat template refuses it: no tools here"):
+        Encoder(
+            tokenizer_with(
+                "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+                "{{ m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '>' }}{% endif %}"
+            )
+        )(record(TURNS))
+
+
+def test_no_template(tokenizer_with):
+    with pytest.raises(ValueError, match="no chat template"):
+        Encoder(tokenizer_with(None))(record(TURNS))
+
+
+def test_unknown_mode(tokenizer):
+    with pytest.raises(ValueError, match="mask"):
+        Encoder(tokenizer, "assistant")
+
+
+def test_text_is_for_mode_all(tokenizer):
+    example = Encoder(tokenizer, "all")(record(text="red and blue"))
+    assert tokenizer.decode(example.input_ids) == "red and blue<|endoftext|>"
+    with pytest.raises(DataError, match="no assistant turn"):
+        Encoder(tokenizer, "completion")(record(text="red and blue"))
+
+
+def test_tool_calls_are_learned(tokenizer):
+    call = {"type": "function", "function": {"name": "count", "arguments": {"of": "red blue"}}}
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    (turn,) = learned(tokenizer, Encoder(tokenizer)(record(turns)))
+    assert json.loads(turn.removesuffix("<|im_end|>")) == call
+
+
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no real conversations beside the project")
+@pytest.mark.parametrize("name", ["gsm8k_test.jsonl", "toolcall_multiturn.jsonl"])
+@pytest.mark.parametrize("which", ["tokenizer", "unmarked"])
+def test_real_conversations_learn_exactly_what_the_assistant_says(name, which, request):
+    tokenizer = request.getfixturevalue(which)
+    encoder = Encoder(tokenizer)
+    for line in read_jsonl(REAL_DATA / name)[:100]:
+        said = [m["content"] + "<|im_end|>" for m in line.messages if m["role"] == "assistant"]
+        assert learned(tokenizer, encoder(line)) == said
