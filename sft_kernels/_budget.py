@@ -47,8 +47,8 @@ def check(name, x, ref, eager, *, compute_dtype=None, output_dtype=None):
     if not alike.all():
         at = int((~alike).flatten().nonzero()[0])
         raise AssertionError(
-            f"{name}: NaN or infinite where the reference is not, or the reverse, in {int((~alike).sum())} of {x.numel()}"
-            f" entries; at flat index {at} got {x.flatten()[at]}, reference {ref.flatten()[at]}"
+            f"{name}: NaN or infinite where the reference is not, or the reverse: {int((~alike).sum())} of"
+            f" {x.numel()} entries; at flat index {at} got {x.flatten()[at]}, reference {ref.flatten()[at]}"
         )
     allowed = allowed_error(ref, eager, compute_dtype=compute_dtype, output_dtype=output_dtype)
     error = (x - ref).where(finite, 0).abs()

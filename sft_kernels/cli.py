@@ -69,7 +69,9 @@ def _train(argv):
             raise ValueError("--config: expected a file")
         rest = argv[:at] + argv[at + 2 :]
         argv = recipe_arguments(argv[at + 1], {f.name for f in fields(Recipe)}) + rest
-    recipe = tyro.cli(Recipe, prog="sft-kernels train", args=argv, description="--config FILE reads options from YAML first.")
+    recipe = tyro.cli(
+        Recipe, prog="sft-kernels train", args=argv, description="--config FILE reads options from YAML first."
+    )
     train(recipe)
     print(f"model, log and curves are in {recipe.out}")
     return 0

@@ -18,45 +18,51 @@ from .train import Recipe, _micro_batches, _pack, load_examples, train
 _WORDS = """apple bread cloud daisy eagle flute grape horse ivory jelly kite lemon maple night ocean piano queen river stone tiger
 uncle violin water yacht zebra amber beach candy dream earth field glass honey island jacket ladder mirror needle onion
 pepper""".split()
-_NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+_NUMBERS = ("zero", "one", "two", "three", "four")
 
 
-def _tasks(words, removed):
-    """Question, answer and prose of every task over one list of words; ``removed`` is the index of the missing one."""
-    listed, backwards = " ".join(words), " ".join(reversed(words))
-    rest = " ".join(words[:removed] + words[removed + 1 :])
-    missing, count = words[removed], _NUMBERS[len(words)]
+def _tasks(words, i):
+    """Question, answer and prose of every task over one list of words; word ``i`` is asked about, and is not the last."""
+    listed, backwards, count = " ".join(words), " ".join(reversed(words)), _NUMBERS[len(words)]
     return {
         "repeat": (f"Repeat: {listed}", listed, f"{listed} once more is {listed}."),
         "reverse": (f"Reverse: {listed}", backwards, f"{listed} in reverse is {backwards}."),
         "first": (f"First word of: {listed}", words[0], f"{listed} has as its first word {words[0]}."),
         "last": (f"Last word of: {listed}", words[-1], f"{listed} has as its last word {words[-1]}."),
         "count": (f"How many words: {listed}", count, f"{listed} is a list of {count} words."),
-        "missing": (f"Missing word: {listed} / {rest}", missing, f"{listed} and {rest} differ by {missing}."),
+        "next": (
+            f"Word after {words[i]} in: {listed}",
+            words[i + 1],
+            f"{listed} has after {words[i]} the word {words[i + 1]}.",
+        ),
     }
 
 
 def _lists(rng, count, taken):
-    """``count`` lists of two to five different words, none of them in ``taken``, which grows by them."""
+    """``count`` lists of two to four different words, none of them in ``taken``, which grows by them."""
     lists = []
     while len(lists) < count:
-        words = tuple(rng.sample(_WORDS, rng.randint(2, 5)))
+        words = tuple(rng.sample(_WORDS, rng.randint(2, 4)))
         if words not in taken:
             taken.add(words)
             lists.append(list(words))
     return lists
 
 
-def write_data(folder, seed=0, base=6000, chats=6000, held_out=240):
-    """``base.jsonl`` (texts), ``chats.jsonl`` and ``held_out.jsonl`` (conversations) in ``folder``, over disjoint lists of words."""
+def write_data(folder, seed, lists, held_out):
+    """``base.jsonl`` (texts), ``chats.jsonl`` and ``held_out.jsonl`` (conversations) in ``folder``, over disjoint lists of words.
+
+    ``lists`` in each of the first two, ``held_out`` in the last.
+    """
     rng = random.Random(seed)
     taken = set()
-    parts = {"held_out": _lists(rng, held_out, taken), "chats": _lists(rng, chats, taken), "base": _lists(rng, base, taken)}
+    sizes = {"held_out": held_out, "chats": lists, "base": lists}
+    parts = {name: _lists(rng, size, taken) for name, size in sizes.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, lists in parts.items():
+    for name, asked in parts.items():
         with (folder / f"{name}.jsonl").open("w") as file:
-            for i, words in enumerate(lists):
-                tasks = list(_tasks(words, rng.randrange(len(words))).values())
+            for i, words in enumerate(asked):
+                tasks = list(_tasks(words, rng.randrange(len(words) - 1)).values())
                 if name == "base":
                     row = {"text": " ".join(prose for _, _, prose in rng.sample(tasks, len(tasks)))}
                 else:
@@ -89,7 +95,9 @@ def judge(model, tokenizer, path, row_tokens=1024):
     """Masked loss, exact match and share of stopped answers of ``model`` on the conversations in ``path``."""
     encoder = Encoder(tokenizer)
     examples, _ = load_examples([path], encoder, row_tokens)
-    batches = [collate(rows, row_tokens, tokenizer.pad_token_id) for rows in _micro_batches(_pack(examples, row_tokens), 4)]
+    batches = [
+        collate(rows, row_tokens, tokenizer.pad_token_id) for rows in _micro_batches(_pack(examples, row_tokens), 4)
+    ]
     conversations = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
     answers = answer(model, tokenizer, [c[:-1] for c in conversations], encoder.end_of_turn, max_new_tokens=16)
     return {
@@ -99,14 +107,23 @@ def judge(model, tokenizer, path, row_tokens=1024):
     }
 
 
-def run(out="out/demo", base_steps=450, steps=350, seed=0):
-    """The demo; returns what was measured before and after fine-tuning. ``out`` is made anew."""
+def run(out="out/demo", base_steps=450, steps=350, lists=6000, held_out=240, seed=0):
+    """The demo; returns what was measured before and after fine-tuning. ``out`` is made anew.
+
+    Args:
+        out: folder for data, logs, curves and models.
+        base_steps: optimiser steps of the base model.
+        steps: optimiser steps of fine-tuning.
+        lists: of words, in each of the two training sets.
+        held_out: prompts to judge by.
+        seed: of everything.
+    """
     out = Path(out)
     if out.exists():
         if not (out / "data" / "base.jsonl").is_file():
             raise FileExistsError(f"out: {out} exists and is no earlier demo")
         shutil.rmtree(out)
-    data = write_data(out / "data", seed)
+    data = write_data(out / "data", seed, lists, held_out)
     texts = [line for name in ("base", "chats") for line in data[name].read_text().splitlines()]
     tokenizer = train_tokenizer((r for line in texts for r in _strings(json.loads(line))), vocab_size=480)
     tokenizer.save_pretrained(out / "tokenizer")
@@ -115,7 +132,13 @@ def run(out="out/demo", base_steps=450, steps=350, seed=0):
     shared = {"row_tokens": 1024, "rows": 2, "log_every": 50, "seed": seed, "tokenizer": str(out / "tokenizer")}
     print(f"1. a base model: {base_steps} steps on unformatted text")
     base = Recipe(
-        data=[str(data["base"])], model=str(out / "config"), mask="all", lr=3e-3, steps=base_steps, out=str(out / "base"), **shared
+        data=[str(data["base"])],
+        model=str(out / "config"),
+        mask="all",
+        lr=3e-3,
+        steps=base_steps,
+        out=str(out / "base"),
+        **shared,
     )
     model, _, _ = train(base)
     before = judge(model, tokenizer, data["held_out"])

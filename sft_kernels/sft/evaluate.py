@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from .. import linear_cross_entropy
-from .model import head_weight, hidden_states
+from .model import head_weight, hidden_states, stock_attention
 
 
 class Loss(NamedTuple):
@@ -47,17 +47,16 @@ class Answers(NamedTuple):
 @torch.no_grad()
 def answer(model, tokenizer, conversations, end_of_turn, max_new_tokens=32, batch_size=64):
     """Answer conversations (lists of messages) greedily until ``end_of_turn``."""
-    was_training, implementation = model.training, model.config._attn_implementation
-    model.eval()
-    model.set_attn_implementation("sdpa")  # decoding with a cache is not packed
     texts, stopped = [], []
-    try:
+    with stock_attention(model):
         for i in tqdm(range(0, len(conversations), batch_size), desc="answering", unit="batch", leave=False):
             prompts = [
                 tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
                 for c in conversations[i : i + batch_size]
             ]
-            inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+            inputs = tokenizer(
+                prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+            )
             out = model.generate(
                 input_ids=inputs["input_ids"].to(model.device),
                 attention_mask=inputs["attention_mask"].to(model.device),
@@ -72,9 +71,6 @@ def answer(model, tokenizer, conversations, end_of_turn, max_new_tokens=32, batc
                 stopped.append(stop)
                 ids = ids[: ids.index(end_of_turn)] if stop else ids
                 texts.append(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-    finally:
-        model.set_attn_implementation(implementation)
-        model.train(was_training)
     return Answers(texts, stopped)
 
 

@@ -13,7 +13,10 @@ def label_table(example, tokenizer):
         return repr(tokenizer.decode([token], skip_special_tokens=False))[1:-1]
 
     shifted = [*example.labels[1:], IGNORE]
-    lines = [f"{example.source}: {len(example.input_ids)} tokens, {example.kept} kept", f"{'':>6} {'token':<24} predicts"]
+    lines = [
+        f"{example.source}: {len(example.input_ids)} tokens, {example.kept} kept",
+        f"{'':>6} {'token':<24} predicts",
+    ]
     for position, (token, label) in enumerate(zip(example.input_ids, shifted, strict=True)):
         lines.append(f"{position:>6} {show(token):<24} {'·' if label == IGNORE else show(label)}")
     return "\n".join(lines)

@@ -101,7 +101,9 @@ class Encoder:
             spans = list(_runs(self._assistant_masks(messages, tools, ids, error)))
         else:
             ranges = [
-                self._find_turn(text, messages, i, tools, error) for i, m in enumerate(messages) if m["role"] == "assistant"
+                self._find_turn(text, messages, i, tools, error)
+                for i, m in enumerate(messages)
+                if m["role"] == "assistant"
             ]
             ids, offsets = self._tokenize(text, [start for start, _ in ranges])
             spans = [(bisect_left(offsets, start), bisect_left(offsets, end)) for start, end in ranges]
@@ -161,8 +163,12 @@ class Encoder:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         text = self._render(turns, None)
         prompt = self._render(turns[:1], None, add_generation_prompt=True)
-        answer = tokenizer(text[len(prompt) :] if text.startswith(prompt) else text, add_special_tokens=False)["input_ids"]
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+        answer = tokenizer(text[len(prompt) :] if text.startswith(prompt) else text, add_special_tokens=False)[
+            "input_ids"
+        ]
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
+            tokenizer.all_special_ids
+        )
         ends = [token for token in answer if token in special]
         self._end_of_turn = ends[-1] if ends else None
         if self._end_of_turn is None and self.mode == "completion+eot":

@@ -1,6 +1,7 @@
 """Any Hugging Face causal LM from a folder or a config, with its tokenizer."""
 
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,7 +35,9 @@ def train_tokenizer(texts, vocab_size):
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         texts,
-        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        ),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
@@ -111,6 +114,19 @@ def hidden_states(model, batch):
         max_length_k=batch.max_seqlen,
         use_cache=False,
     ).last_hidden_state
+
+
+@contextmanager
+def stock_attention(model):
+    """The model in evaluation with attention of transformers' own, as decoding with a cache needs; both are put back after."""
+    was_training, implementation = model.training, model.config._attn_implementation
+    model.eval()
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(implementation)
+        model.train(was_training)
 
 
 def save(model, tokenizer, path):

@@ -90,7 +90,11 @@ class Batch(NamedTuple):
         return self.input_ids.numel()
 
     def to(self, device):
-        moved = {name: t.to(device, non_blocking=True) for name, t in zip(self._fields, self, strict=True) if hasattr(t, "to")}
+        moved = {
+            name: t.to(device, non_blocking=True)
+            for name, t in zip(self._fields, self, strict=True)
+            if hasattr(t, "to")
+        }
         return self._replace(**moved)
 
 

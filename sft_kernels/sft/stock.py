@@ -4,10 +4,17 @@ import torch
 import torch.nn.functional as F
 
 from .. import linear_cross_entropy
-from .model import head_weight, hidden_states
+from .model import head_weight, hidden_states, stock_attention
 
 _TOLERANCE = 1e-3  # relative; fp32 rounding stays far below, a leak or a changed logit far above
-_SUSPECTS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "logits_scale", "lm_head_multiplier", "router_aux_loss_coef")
+_SUSPECTS = (
+    "final_logit_softcapping",
+    "logits_scaling",
+    "logit_scale",
+    "logits_scale",
+    "lm_head_multiplier",
+    "router_aux_loss_coef",
+)
 
 
 class NotStock(ValueError):
@@ -22,22 +29,17 @@ def check_against_stock(model, batch):
     as it was, without gradients. Raises :class:`NotStock` with what differs, and whatever the packed forward raises in training.
     """
     was_training = model.training
-    implementation = model.config._attn_implementation
-    try:
-        with torch.no_grad():
-            hidden_states(model.train(), batch)  # attention with dropout is refused here, before the run has begun
-        model.eval()
-        hidden = hidden_states(model, batch)
-        ours = linear_cross_entropy(hidden, head_weight(model), shift=True, kept=batch.kept)
-        ours.backward()
-        gradients = _take_gradients(model)
-        model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        hidden_states(model.train(), batch)  # attention with dropout is refused here, before the run has begun
+    model.eval()
+    ours = linear_cross_entropy(hidden_states(model, batch), head_weight(model), shift=True, kept=batch.kept)
+    ours.backward()
+    gradients = _take_gradients(model)
+    with stock_attention(model):
         _check_head(model, batch)
         stock = _stock_backward(model, batch)
-        reference = _take_gradients(model)
-    finally:
-        model.set_attn_implementation(implementation)
-        model.train(was_training)
+    reference = _take_gradients(model)
+    model.train(was_training)
     if not torch.isclose(ours.detach(), stock, rtol=_TOLERANCE, atol=0):
         raise NotStock(f"model: the packed loss is {float(ours):.6g}, the model's own is {float(stock):.6g}")
     # Some gradients are zero but for rounding (a key's bias, say); they are held to a thousandth of the whole.

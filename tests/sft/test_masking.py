@@ -72,7 +72,10 @@ def test_labels_are_not_shifted(tokenizer):
 def test_foreign_templates(tokenizer_with, template):
     tokenizer = tokenizer_with(template)
     turns = learned(tokenizer, Encoder(tokenizer)(record(TURNS)))
-    assert [turn.removeprefix("<think></think>") for turn in turns] == ["Let me look.<|im_end|>", "Two words.<|im_end|>"]
+    assert [turn.removeprefix("<think></think>") for turn in turns] == [
+        "Let me look.<|im_end|>",
+        "Two words.<|im_end|>",
+    ]
 
 
 def test_padding_token_equal_to_end_of_turn_is_still_learned(tokenizer_with, unmarked):

@@ -102,7 +102,14 @@ class AdamW(torch.optim.AdamW):
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     def __getstate__(self):
-        own = ("_impl", "max_grad_norm", "skip_nonfinite", "last_grad_norm", "skipped_steps", "_step_supports_amp_scaling")
+        own = (
+            "_impl",
+            "max_grad_norm",
+            "skip_nonfinite",
+            "last_grad_norm",
+            "skipped_steps",
+            "_step_supports_amp_scaling",
+        )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
 

@@ -84,9 +84,7 @@ def _token_gradients(core, x, weight, targets, scale, options):
 
 def _vocab_gradients(core, x, weight, targets, scale, lse, options):
     back, scale = _hold_back(scale, options.dtype)
-    dx, dw = vocab.gradients(
-        core, x, weight, targets, scale, lse, options.plan.chunk, options.need_dx, options.need_dw
-    )
+    dx, dw = vocab.gradients(core, x, weight, targets, scale, lse, options.plan.chunk, options.need_dx, options.need_dw)
     return _restore(back, dx, dw)
 
 
@@ -189,9 +187,7 @@ def linear_cross_entropy(
         accumulator=V * D * acc_dtype.itemsize if need_dw and linear_weight.dtype != acc_dtype else 0,
     )  # fmt: skip
     weight = None if token_weight is None else token_weight.reshape(-1)[kept.rows + kept.shift]
-    scale = row_scale(
-        kept.count, matmul.accumulator_dtype(dtype), input.device, reduction, num_items, weight, inside
-    )
+    scale = row_scale(kept.count, matmul.accumulator_dtype(dtype), input.device, reduction, num_items, weight, inside)
     options = _Options(core, plan, dtype, need_dx, need_dw, reduction != "none", return_stats)
     out = _LinearCrossEntropy.apply(hidden, linear_weight, kept.rows, kept.targets, scale, inside, options)
     loss, stats = unpack(out, kept.rows, shape, reduction, return_stats)

@@ -8,10 +8,7 @@ from . import matmul
 
 def loss(core, x, weight, targets, chunk, stats):
     """Row statistics of ``x Wᵀ``: ``x`` [K, D], ``weight`` [V, D], ``targets`` [K]."""
-    parts = [
-        core(matmul.logits(x[s], weight), targets[s], stats=stats)
-        for s in _chunks(x.shape[0], chunk)
-    ]
+    parts = [core(matmul.logits(x[s], weight), targets[s], stats=stats) for s in _chunks(x.shape[0], chunk)]
     return RowStats.cat(parts)
 
 

@@ -1,0 +1,300 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft_kernels.sft import model as models
+from sft_kernels.sft.data import DataError
+from sft_kernels.sft.lr import cosine_factor
+from sft_kernels.sft.masking import Encoder
+from sft_kernels.sft.packing import collate
+from sft_kernels.sft.stock import NotStock, check_against_stock
+from sft_kernels.sft.train import Recipe, load_examples, train
+
+from .conftest import REAL_DATA, chat
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+TINY_CONFIG = str(Path(__file__).parents[1] / "recipes" / "tiny_llama.json")
+
+
+@pytest.fixture
+def small_model(tokenizer):
+    """A random model of any architecture, attending as the trainer's do."""
+    import transformers
+
+    from sft_kernels.integrations import attention
+
+    def make(kind="llama", **options):
+        attention.register()
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**SMALL, **options})
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
+        model.config.use_cache = False
+        return model
+
+    return make
+
+
+@pytest.fixture
+def chats(write_jsonl):
+    """Conversations of very different length, so that micro-batches keep very different numbers of tokens."""
+    return write_jsonl(*(chat("How many? " + "red " * (i % 7), "word " * (1 + i % 11)) for i in range(40)))
+
+
+@pytest.fixture
+def recipe(chats, tmp_path):
+    return Recipe(data=[str(chats)], out=str(tmp_path / "run"), row_tokens=128, lr=1e-2, steps=4, precision="fp32")
+
+
+def steps_of(out):
+    with open(f"{out}/train.jsonl") as file:
+        return [row for line in file if "loss" in (row := json.loads(line))]
+
+
+def test_a_run_leaves_a_log_curves_and_a_model_that_loads(recipe, small_model, tokenizer):
+    import transformers
+
+    recipe = replace(recipe, holdout=0.1, eval_every=2)
+    trained, _, log = train(recipe, model=small_model(), tokenizer=tokenizer)
+    rows = steps_of(recipe.out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert set(rows[0]) == {
+        "step", "loss", "lr", "grad_norm", "examples", "rows", "tokens", "kept", "skipped_steps",
+    }  # fmt: skip
+    assert [row["step"] for row in log.history if "eval" in row] == [0, 2, 4]
+    with open(f"{recipe.out}/curves.png", "rb") as image:
+        assert image.read(8) == b"\x89PNG\r\n\x1a\n"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(f"{recipe.out}/model")
+    assert loaded.config._attn_implementation == "sdpa"
+    for a, b in zip(loaded.parameters(), trained.parameters(), strict=True):
+        assert a.equal(b)
+    assert transformers.AutoTokenizer.from_pretrained(f"{recipe.out}/model").chat_template == tokenizer.chat_template
+
+
+def test_the_schedule_advances_once_per_optimiser_step(recipe, small_model, tokenizer):
+    recipe = replace(recipe, accumulate=3, steps=6, warmup=0.34)
+    train(recipe, model=small_model(), tokenizer=tokenizer)
+    assert [row["lr"] for row in steps_of(recipe.out)] == [
+        pytest.approx(1e-2 * cosine_factor(t, 6, 2)) for t in range(6)
+    ]
+
+
+def test_accumulation_has_one_denominator(recipe, small_model, tokenizer):
+    """Ragged micro-batches of one row give the step that one batch of all rows gives."""
+    whole, parts = small_model(), small_model()
+    train(replace(recipe, rows=4, out=recipe.out + "1"), model=whole, tokenizer=tokenizer)
+    train(replace(recipe, rows=1, accumulate=4, out=recipe.out + "2"), model=parts, tokenizer=tokenizer)
+    for a, b in zip(steps_of(recipe.out + "1"), steps_of(recipe.out + "2"), strict=True):
+        assert a["kept"] == b["kept"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_the_logged_loss_is_the_mean_over_the_kept_tokens(recipe, small_model, tokenizer):
+    """Against the stock model, an example at a time, before the first update."""
+    model = small_model()
+    examples, _ = load_examples(recipe.data, Encoder(tokenizer), 128)
+    total = kept = 0
+    for e in examples:
+        ids, labels = torch.tensor([e.input_ids]), torch.tensor([e.labels])
+        model.set_attn_implementation("sdpa")
+        with torch.no_grad():
+            logits = model(ids).logits
+        total += torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum", ignore_index=-100)
+        kept += e.kept
+    model.set_attn_implementation("sft_kernels")
+    train(replace(recipe, rows=100, steps=1), model=model, tokenizer=tokenizer)
+    (row,) = steps_of(recipe.out)
+    assert (row["kept"], row["examples"]) == (kept, 40)
+    assert row["loss"] == pytest.approx(float(total) / kept, rel=1e-5)
+
+
+def test_examples_can_weigh_the_same(recipe, small_model, tokenizer):
+    model = small_model()
+    examples, _ = load_examples(recipe.data, Encoder(tokenizer), 128)
+    means = []
+    for e in examples:
+        batch = collate([[e]], len(e.input_ids), 0)
+        with torch.no_grad():
+            logits = model.lm_head(models.hidden_states(model, batch))[0]
+        means.append(torch.nn.functional.cross_entropy(logits[batch.kept.rows], batch.kept.targets))
+    train(replace(recipe, rows=100, steps=1, weigh="examples"), model=model, tokenizer=tokenizer)
+    assert steps_of(recipe.out)[0]["loss"] == pytest.approx(float(torch.stack(means).mean()), rel=1e-5)
+
+
+def test_the_update_is_clipped(recipe, small_model, tokenizer):
+    """AdamW hides a gradient's scale but for eps; a clip far under eps shrinks the update, one far over does not."""
+    moved = []
+    for name, bound in (("a", 1e-12), ("b", 1e3)):
+        model = small_model()
+        before = model.lm_head.weight.detach().clone()
+        train(
+            replace(recipe, steps=1, weight_decay=0, max_grad_norm=bound, out=recipe.out + name),
+            model=model,
+            tokenizer=tokenizer,
+        )
+        moved.append(float((model.lm_head.weight.detach() - before).norm()))
+        assert steps_of(recipe.out + name)[0]["grad_norm"] > 0.01
+    assert moved[0] < 1e-2 * moved[1]
+
+
+def test_the_same_seed_gives_the_same_run(recipe, small_model, tokenizer):
+    for name in "ab":
+        train(replace(recipe, out=recipe.out + name), model=small_model(), tokenizer=tokenizer)
+    assert steps_of(recipe.out + "a") == steps_of(recipe.out + "b")
+
+
+def test_every_epoch_sees_every_example_once(recipe, small_model, tokenizer):
+    train(replace(recipe, steps=None, epochs=2), model=small_model(), tokenizer=tokenizer)
+    assert sum(row["examples"] for row in steps_of(recipe.out)) == 80
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
+def test_models_whose_logits_are_plain_pass_the_check(kind, small_model, tokenizer, chats):
+    options = (
+        {"sliding_window": 8}
+        if kind == "mistral"
+        else {"attn_pdrop": 0.0, "n_positions": 512}
+        if kind == "gpt2"
+        else {}
+    )
+    model = small_model(kind, **options)
+    examples, _ = load_examples([chats], Encoder(tokenizer), 128)
+    check_against_stock(model, collate([examples[:6], examples[6:9]], 400, 0))
+    assert model.config._attn_implementation == "sft_kernels"
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        (
+            "gemma2",
+            {"final_logit_softcapping": 30.0, "attn_logit_softcapping": None, "head_dim": 8},
+            "final_logit_softcapping=30.0",
+        ),
+        ("cohere", {"logit_scale": 0.0625}, "logit_scale=0.0625"),
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
+    ],
+)
+def test_a_model_that_changes_its_logits_stops_the_run_with_the_reason(
+    kind, options, reason, recipe, small_model, tokenizer, tmp_path
+):
+    with pytest.raises(NotStock, match=f"does something else to its logits.*{reason}"):
+        train(recipe, model=small_model(kind, **options), tokenizer=tokenizer)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_whose_examples_see_each_other_stops_the_run(recipe, small_model, tokenizer, monkeypatch):
+    from sft_kernels.integrations import attention
+
+    def leaky(query, key, value, cu_seqlens, max_seqlen, **options):
+        return real(query, key, value, cu_seqlens[[0, -1]], None, **options)
+
+    real = attention.packed_attention
+    monkeypatch.setattr(attention, "packed_attention", leaky)
+    with pytest.raises(NotStock, match="packed loss|gradient of"):
+        train(recipe, model=small_model(), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [("llama", {"attention_dropout": 0.1}, "dropout"), ("phi", {"partial_rotary_factor": 0.5}, "bias")],
+)
+def test_what_the_trainer_does_not_compute_is_refused(kind, options, reason, recipe, small_model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=reason):
+        train(recipe, model=small_model(kind, **options), tokenizer=tokenizer)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assis', ":2: not JSON"),
+        (chat("long", "word " * 200), ":2: .* tokens, longer than the row of 128"),
+        ({"messages": [{"role": "user", "content": "a"}]}, ":2: no assistant turn"),
+        ({"text": "prose"}, ":2: .*no assistant turn"),
+    ],
+)
+def test_bad_data_stops_the_run_before_anything_is_written(
+    line, reason, recipe, write_jsonl, small_model, tokenizer, tmp_path
+):
+    path = write_jsonl(chat("a", "b"), line, name="bad.jsonl")
+    recipe = replace(recipe, data=[str(path)])
+    with pytest.raises(DataError, match=reason):
+        train(recipe, model=small_model(), tokenizer=tokenizer)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_lines_can_be_skipped_and_are_reported(recipe, write_jsonl, small_model, tokenizer, capsys):
+    path = write_jsonl(chat("a", "b"), "{", chat("long", "word " * 200), chat("c", "d"), name="bad.jsonl")
+    train(replace(recipe, data=[str(path)], steps=1, skip_bad=True), model=small_model(), tokenizer=tokenizer)
+    said = capsys.readouterr().out
+    assert "bad.jsonl:2: not JSON" in said
+    assert "bad.jsonl:3: " in said
+    assert "skipped 2 lines, 2 are left" in said
+
+
+def test_a_run_is_never_overwritten(recipe, small_model, tokenizer):
+    train(replace(recipe, steps=1), model=small_model(), tokenizer=tokenizer)
+    before = steps_of(recipe.out)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(recipe, model=small_model(), tokenizer=tokenizer)
+    assert steps_of(recipe.out) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"data": []},
+        {"model": ""},
+        {"rows": 0},
+        {"steps": 0},
+        {"steps": None, "epochs": 0},
+        {"warmup": 1.5},
+        {"holdout": 1.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_an_option_out_of_range_is_named(change, recipe):
+    with pytest.raises(ValueError, match=list(change)[-1]):
+        train(replace(recipe, **{"model": "x", **change}))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(recipe, tokenizer, tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", "vocab_size": 290, **SMALL}))
+    with pytest.raises(ValueError, match="the model embeds 290"):
+        train(replace(recipe, model=str(config)), tokenizer=tokenizer)
+
+
+@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="no real conversations beside the project")
+@pytest.mark.parametrize("name", ["gsm8k_train.jsonl", "toolcall_multiturn.jsonl"])
+def test_real_conversations_train_from_a_config(name, tmp_path):
+    lines = (REAL_DATA / name).read_text().splitlines(keepends=True)[:200]
+    data = tmp_path / name
+    data.write_text("".join(lines))
+    recipe = Recipe(
+        data=[str(data)],
+        model=TINY_CONFIG,
+        out=str(tmp_path / "run"),
+        row_tokens=4096,
+        steps=12,
+        lr=3e-3,
+        warmup=0.2,
+        holdout=0.05,
+    )
+    _, _, log = train(recipe)
+    before, after = (row["eval"]["loss"] for row in log.history if "eval" in row)
+    assert before == pytest.approx(math.log(2048), rel=0.1)
+    assert after < before - 1
