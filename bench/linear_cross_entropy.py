@@ -1,7 +1,8 @@
 """Ratios and peak memory of ``linear_cross_entropy`` against plain PyTorch and torch's own chunked loss.
 
-``python -m bench.linear_cross_entropy [--json FILE]``. Times are medians of repeats that take turns within one process; memory is the
-growth of the process's peak resident set over a forward and backward, each variant in a process of its own.
+``python -m bench.linear_cross_entropy [--json FILE]``. Times are medians of repeats that take turns within one process;
+memory is the growth of the process's peak resident set over a forward and backward, each variant in a process of its
+own.
 """
 
 import argparse

@@ -41,12 +41,9 @@ def test_inspect_names_a_bad_line(chats, capsys):
 
 def test_train_reads_yaml_and_the_command_line_overrides_it(chats, tmp_path, capsys):
     config = tmp_path / "config.json"
-    config.write_text(
-        json.dumps(
-            {"model_type": "llama", "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
-             "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-        )
-    )  # fmt: skip
+    shape = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    config.write_text(json.dumps({"model_type": "llama", **shape, **heads}))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {config}\ndata: [nowhere.jsonl]\nrow_tokens: 64\nsteps: 9\nlr: 2e-3\nwarmup: 0\nskip_bad: false\n"

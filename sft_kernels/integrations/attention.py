@@ -11,7 +11,8 @@ _UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias")
 def register():
     """Make the name known to transformers, for attention and for masks; calling it again changes nothing.
 
-    Without the mask's registration transformers would hand every layer a mask of None and examples would see each other.
+    Without the mask's registration transformers would hand every layer a mask of None and examples would see each
+    other.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
@@ -37,8 +38,8 @@ def attention_forward(
 ):
     """The attention of one layer over one packed row: (1, H, T, D) in, (1, T, H, D) out.
 
-    The model must be called with ``cu_seq_lens_q``, the boundaries of the row's examples. ``sliding_window`` counts the token itself, as
-    in transformers. A padding mask, dropout, a softcap or attention sinks raise ``ValueError``.
+    The model must be called with ``cu_seq_lens_q``, the boundaries of the row's examples. ``sliding_window`` counts the
+    token itself, as in transformers. A padding mask, dropout, a softcap or attention sinks raise ``ValueError``.
     """
     if cu_seq_lens_q is None:
         raise ValueError("cu_seq_lens_q: attn_implementation='sft_kernels' needs the boundaries of the packed examples")

@@ -31,8 +31,9 @@ class Record(NamedTuple):
 def read_jsonl(path, bad=None):
     """The records of a UTF-8 file with one JSON object a line; blank lines are passed over.
 
-    A line is ``{"messages": [{"role": …, "content": …}, …]}``, optionally with ``"tools"``, or ``{"text": …}``. The first bad line raises
-    :class:`DataError`; given a list as ``bad``, each is appended there and left out. A file without any record raises in either case.
+    A line is ``{"messages": [{"role": …, "content": …}, …]}``, optionally with ``"tools"``, or ``{"text": …}``. The
+    first bad line raises :class:`DataError`; given a list as ``bad``, each is appended there and left out. A file
+    without any record raises in either case.
     """
     path = Path(path)
     if not path.is_file():

@@ -1,7 +1,9 @@
-"""The whole job in a few minutes on two CPU cores, without a network: chats, tokenizer, base model, fine-tuning, before and after.
+"""The whole job in a few minutes on two CPU cores, without a network: chats, tokenizer, base model, fine-tuning, before
+and after.
 
-Six tasks over lists of words, each checkable by its answer. The base model reads the same skills as prose, never as a chat; fine-tuning
-teaches it to answer and to stop. No list of words that a held-out prompt asks about is seen in either training.
+Six tasks over lists of words, each checkable by its answer. The base model reads the same skills as prose, never as a
+chat; fine-tuning teaches it to answer and to stop. No list of words that a held-out prompt asks about is seen in either
+training.
 """
 
 import json
@@ -15,14 +17,16 @@ from .model import END_OF_TURN, train_tokenizer
 from .packing import collate
 from .train import Recipe, _micro_batches, _pack, load_examples, train
 
-_WORDS = """apple bread cloud daisy eagle flute grape horse ivory jelly kite lemon maple night ocean piano queen river stone tiger
+_WORDS = """
+apple bread cloud daisy eagle flute grape horse ivory jelly kite lemon maple night ocean piano queen river stone tiger
 uncle violin water yacht zebra amber beach candy dream earth field glass honey island jacket ladder mirror needle onion
 pepper""".split()
 _NUMBERS = ("zero", "one", "two", "three", "four")
 
 
 def _tasks(words, i):
-    """Question, answer and prose of every task over one list of words; word ``i`` is asked about, and is not the last."""
+    """Question, answer and prose of every task over one list of words; word ``i`` is asked about, and is not the
+    last."""
     listed, backwards, count = " ".join(words), " ".join(reversed(words)), _NUMBERS[len(words)]
     return {
         "repeat": (f"Repeat: {listed}", listed, f"{listed} once more is {listed}."),
@@ -50,7 +54,8 @@ def _lists(rng, count, taken):
 
 
 def write_data(folder, seed, lists, held_out):
-    """``base.jsonl`` (texts), ``chats.jsonl`` and ``held_out.jsonl`` (conversations) in ``folder``, over disjoint lists of words.
+    """``base.jsonl`` (texts), ``chats.jsonl`` and ``held_out.jsonl`` (conversations) in ``folder``, over disjoint lists
+    of words.
 
     ``lists`` in each of the first two, ``held_out`` in the last.
     """
@@ -107,7 +112,7 @@ def judge(model, tokenizer, path, row_tokens=1024):
     }
 
 
-def run(out="out/demo", base_steps=450, steps=350, lists=6000, held_out=240, seed=0):
+def run(out="out/demo", base_steps=500, steps=400, lists=6000, held_out=240, seed=0):
     """The demo; returns what was measured before and after fine-tuning. ``out`` is made anew.
 
     Args:

@@ -1,6 +1,7 @@
 """Which tokens carry loss: labels as labels, not yet shifted, found in what the chat template renders.
 
-A label stands at its own token's place; the one shift, by which the hidden state at t predicts the label at t + 1, happens in the loss.
+A label stands at its own token's place; the one shift, by which the hidden state at t predicts the label at t + 1,
+happens in the loss.
 """
 
 import re
@@ -16,7 +17,8 @@ _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class Example(NamedTuple):
-    """One conversation or text as tokens. ``labels[0]`` is always ignored: nothing in the example predicts its first token."""
+    """One conversation or text as tokens. ``labels[0]`` is always ignored: nothing in the example predicts its first
+    token."""
 
     input_ids: list[int]
     labels: list[int]
@@ -32,16 +34,16 @@ class Encoder:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer (one with character offsets); for conversations, with a chat template.
-        mode: ``"all"`` labels every token; ``"completion"`` the assistant's words; ``"completion+eot"`` these and the token that
-            ends the turn, without which a model never learns to stop. Multi-turn: every assistant turn.
+        mode: ``"all"`` labels every token; ``"completion"`` the assistant's words; ``"completion+eot"`` these and the
+            token that ends the turn, without which a model never learns to stop. Multi-turn: every assistant turn.
 
-    An assistant turn starts where the template's ``{% generation %}`` block does, or, where it has none, at the end of the
-    conversation before it rendered with a generation prompt. It ends at the end-of-turn token: the last special token that the
-    template puts behind an assistant's words.
+    An assistant turn starts where the template's ``{% generation %}`` block does, or, where it has none, at the end of
+    the conversation before it rendered with a generation prompt. It ends at the end-of-turn token: the last special
+    token that the template puts behind an assistant's words.
 
     Raises:
-        ValueError: an unknown mode; no chat template or no offsets when the first conversation comes; with ``"completion+eot"``, a
-            template that ends a turn with no special token.
+        ValueError: an unknown mode; no chat template or no offsets when the first conversation comes; with
+            ``"completion+eot"``, a template that ends a turn with no special token.
     """
 
     def __init__(self, tokenizer, mode="completion+eot"):
@@ -60,7 +62,8 @@ class Encoder:
         return self._end_of_turn
 
     def __call__(self, record):
-        """The :class:`Example` of a :class:`~.data.Record`; :class:`~.data.DataError` where there is nothing to learn from."""
+        """The :class:`Example` of a :class:`~.data.Record`; :class:`~.data.DataError` where there is nothing to learn
+        from."""
         if record.text is not None:
             ids, labels = self._text(record)
         else:
@@ -125,7 +128,8 @@ class Encoder:
         return len(prompt), len(upto)
 
     def _tokenize(self, text, cuts=()):
-        """Ids and first characters of the tokens. No token reaches across a cut, as none does when the model answers."""
+        """Ids and first characters of the tokens. No token reaches across a cut, as none does when the model
+        answers."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
         if set(cuts) <= {*offsets, len(text)}:
@@ -173,7 +177,7 @@ class Encoder:
         self._end_of_turn = ends[-1] if ends else None
         if self._end_of_turn is None and self.mode == "completion+eot":
             raise ValueError(
-                "the chat template ends an assistant's turn with no special token, so the model could not learn to stop; "
+                "the chat template ends an assistant's turn with no special token, so a model could not learn to stop; "
                 "mend the template or choose mask='completion'"
             )
         self._ready = True

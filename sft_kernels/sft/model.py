@@ -23,7 +23,8 @@ PAD, END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|pad|>", "<|endoftext|>", "<|im
 
 
 def train_tokenizer(texts, vocab_size):
-    """A byte-level BPE over ``texts`` with a chat template; padding, end of text and end of turn are four different tokens."""
+    """A byte-level BPE over ``texts`` with a chat template; padding, end of text and end of turn are four different
+    tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -118,7 +119,8 @@ def hidden_states(model, batch):
 
 @contextmanager
 def stock_attention(model):
-    """The model in evaluation with attention of transformers' own, as decoding with a cache needs; both are put back after."""
+    """The model in evaluation with attention of transformers' own, as decoding with a cache needs; both are put back
+    after."""
     was_training, implementation = model.training, model.config._attn_implementation
     model.eval()
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")

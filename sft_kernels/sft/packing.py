@@ -1,5 +1,6 @@
 """Many examples in one row: best-fit-decreasing packing, and the batch that keeps them apart."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -104,8 +105,8 @@ def collate(rows, capacity, pad_id, weigh_examples=False):
     The rest of a row is a segment of its own, so that padding neither sees nor is seen. No example predicts the next
     one's first token, since every first label is ignored.
 
-    ``weigh_examples`` gives each kept token the weight 1 / (its example's kept tokens): with the number of examples as ``num_items``
-    every example weighs the same.
+    ``weigh_examples`` gives each kept token the weight 1 / (its example's kept tokens): with the number of examples as
+    ``num_items`` every example weighs the same.
     """
     ids, labels, positions, weights, bounds = [], [], [], [], [0]
     for row in rows:
@@ -125,7 +126,7 @@ def collate(rows, capacity, pad_id, weigh_examples=False):
         torch.tensor([ids]),
         torch.tensor([positions]),
         torch.tensor(bounds, dtype=torch.int32),
-        max(end - start for start, end in zip(bounds, bounds[1:], strict=False)),
+        max(end - start for start, end in pairwise(bounds)),
         KeptTokens.from_labels(labels, IGNORE, shift=True),
         torch.tensor([weights]) if weigh_examples else None,
         sum(map(len, rows)),

@@ -44,9 +44,8 @@ class RunLog:
     def evaluation(self, step, loss):
         self.flush()
         self._write({"step": step, "eval": loss._asdict()})
-        tqdm.write(
-            f"{'':>6} held out after {step} steps: loss {loss.loss:.4f}, accuracy {loss.accuracy:.3f}, {loss.kept} tokens"
-        )
+        numbers = f"loss {loss.loss:.4f}, accuracy {loss.accuracy:.3f}, {loss.kept} tokens"
+        tqdm.write(f"{'':>6} held out after {step} steps: {numbers}")
 
     def flush(self):
         for values in self.pending:

@@ -1,5 +1,7 @@
 """Is a model's loss what this trainer computes? Asked once, on the first batch, of the model's own forward."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 
@@ -24,9 +26,10 @@ class NotStock(ValueError):
 def check_against_stock(model, batch):
     """Compare the packed batch's loss and gradients with the model's own logits, an example at a time, stock attention.
 
-    First the head alone, on hidden states made 1000 times larger: a softcap that a fresh model never reaches shows there.
-    Then the mean loss over the kept tokens, and every parameter's gradient. Compares in fp32 without dropout; the model is left
-    as it was, without gradients. Raises :class:`NotStock` with what differs, and whatever the packed forward raises in training.
+    First the head alone, on hidden states made 1000 times larger: a softcap that a fresh model never reaches shows
+    there. Then the mean loss over the kept tokens, and every parameter's gradient. Compares in fp32 without dropout;
+    the model is left as it was, without gradients. Raises :class:`NotStock` with what differs, and whatever the packed
+    forward raises in training.
     """
     was_training = model.training
     with torch.no_grad():
@@ -83,7 +86,7 @@ def _stock_backward(model, batch):
     labels[batch.kept.rows] = batch.kept.targets  # already at the place that predicts them
     total = torch.zeros((), device=labels.device)
     bounds = batch.cu_seqlens.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         if (labels[start:end] == -100).all():
             continue
         logits = model(input_ids=batch.input_ids[:, start:end], use_cache=False).logits[0]

@@ -115,8 +115,8 @@ def prepare_tokenizer(recipe):
 def train(recipe, *, model=None, tokenizer=None):
     """Run ``recipe``; returns ``(model, tokenizer, log)``, the log being :class:`~.report.RunLog`.
 
-    Everything that can be wrong with the data or the model is found before the first file is written. A model and tokenizer
-    that are handed in are used in place of the recipe's; the model is then tuned as it is.
+    Everything that can be wrong with the data or the model is found before the first file is written. A model and
+    tokenizer that are handed in are used in place of the recipe's; the model is then tuned as it is.
     """
     _check(recipe, model)
     torch.manual_seed(recipe.seed)

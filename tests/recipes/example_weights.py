@@ -1,7 +1,7 @@
 """Each example weighs the same, however long its answer: ``token_weight`` over one divisor.
 
-The mean over tokens lets an answer of 900 tokens count ninety times as much as one of ten. Where that is not wanted, weigh every kept
-token by one over its example's kept tokens and divide by the number of examples.
+The mean over tokens lets an answer of 900 tokens count ninety times as much as one of ten. Where that is not wanted,
+weigh every kept token by one over its example's kept tokens and divide by the number of examples.
 """
 
 import torch

@@ -44,7 +44,7 @@ def test_bad_lines_can_be_counted_instead(write_jsonl):
 def test_bytes_that_are_not_utf_8_are_named(tmp_path):
     path = tmp_path / "chats.jsonl"
     path.write_bytes(json.dumps(GOOD).encode() + b'\n{"text": "\xff"}\n')
-    with pytest.raises(DataError, match="chats.jsonl:2: not UTF-8"):
+    with pytest.raises(DataError, match=r"chats\.jsonl:2: not UTF-8"):
         read_jsonl(path)
 
 
@@ -58,7 +58,7 @@ def test_a_byte_order_mark_and_blank_lines_do_no_harm(tmp_path):
 def test_an_empty_file_is_named(tmp_path, content):
     path = tmp_path / "empty.jsonl"
     path.write_text(content)
-    with pytest.raises(DataError, match="empty.jsonl: no conversation in it"):
+    with pytest.raises(DataError, match=r"empty\.jsonl: no conversation in it"):
         read_jsonl(path)
 
 

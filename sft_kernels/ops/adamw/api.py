@@ -9,19 +9,21 @@ class AdamW(torch.optim.AdamW):
     """``torch.optim.AdamW`` with ``clip_grad_norm_`` and a skip of non-finite steps folded into ``step``.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101). Two defaults differ from torch's:
-    ``betas[1]`` is 0.95 and ``weight_decay`` 0.1. Pair it with :func:`decay_groups`, which keeps decay off biases and norms.
+    ``betas[1]`` is 0.95 and ``weight_decay`` 0.1. Pair it with :func:`decay_groups`, which keeps decay off biases and
+    norms.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, differentiable: as in torch.
-        foreach, fused: as in torch; either selects ``impl="torch"``. With neither, the fused path where the parameters allow it.
-        max_grad_norm: clip the global 2-norm of all gradients to this, as ``torch.nn.utils.clip_grad_norm_`` would before the step.
-            ``float("inf")`` clips nothing and still measures. The gradients are left clipped.
+        foreach, fused: as in torch; either selects ``impl="torch"``. With neither, the fused path where the parameters
+            allow it.
+        max_grad_norm: clip the global 2-norm of all gradients to this, as ``torch.nn.utils.clip_grad_norm_`` would
+            before the step. ``float("inf")`` clips nothing and still measures. The gradients are left clipped.
         skip_nonfinite: where the norm is not finite, leave parameters, moments and step as they are and count it.
         impl: ``"auto"`` or an implementation's name.
 
     Attributes:
-        last_grad_norm: fp32 0-d tensor on the device, the norm before clipping; None before the first step, and where neither
-            ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. Reading it is the only sync.
+        last_grad_norm: fp32 0-d tensor on the device, the norm before clipping; None before the first step, and where
+            neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. Reading it is the only sync.
         skipped_steps: int64 0-d tensor on the device.
 
     Raises:
@@ -116,9 +118,9 @@ class AdamW(torch.optim.AdamW):
 def decay_groups(model, weight_decay=0.1):
     """Parameter groups of ``model``: matrices with decay; biases, norms and embeddings without.
 
-    Only trainable parameters; a weight that is tied appears once. An embedding is not decayed, nor a head tied to it: a batch
-    gives no gradient to the rows of tokens that it lacks, so that decay would only shrink what fine-tuning never touches.
-    Whatever has fewer than two dimensions, or sits in a module whose class name says ``Norm``, is not decayed.
+    Only trainable parameters; a weight that is tied appears once. An embedding is not decayed, nor a head tied to it: a
+    batch gives no gradient to the rows of tokens that it lacks, so that decay would only shrink what fine-tuning never
+    touches. Whatever has fewer than two dimensions, or sits in a module whose class name says ``Norm``, is not decayed.
 
     Returns:
         ``[{"params": …, "weight_decay": weight_decay}, {"params": …, "weight_decay": 0.0}]``, for any optimiser.

@@ -6,9 +6,9 @@ import torch
 def step(optimizer):
     """One update of ``optimizer`` (an :class:`sft_kernels.AdamW`), its gradients ready.
 
-    torch's fused kernel divides each gradient by ``grad_scale`` as it reads it and leaves everything alone where ``found_inf`` is 1,
-    both read on the device. So clipping is a division that costs no pass, and a skipped step costs no sync. On the foreach
-    path clipping is a pass of its own, and skipping reads one flag back.
+    torch's fused kernel divides each gradient by ``grad_scale`` as it reads it and leaves everything alone where
+    ``found_inf`` is 1, both read on the device. So clipping is a division that costs no pass, and a skipped step costs
+    no sync. On the foreach path clipping is a pass of its own, and skipping reads one flag back.
     """
     _check_gradients(optimizer)
     if optimizer.max_grad_norm is None and not optimizer.skip_nonfinite:
@@ -63,7 +63,8 @@ def global_norm(grads):
 def _check_gradients(optimizer):
     """Before anything is written: no sparse gradient, and for the fused kernel each gradient laid out as its parameter.
 
-    torch's fused CPU kernel walks both by address, so that a gradient of another layout would update the wrong elements.
+    torch's fused CPU kernel walks both by address, so that a gradient of another layout would update the wrong
+    elements.
     """
     for group in optimizer.param_groups:
         for p in group["params"]:

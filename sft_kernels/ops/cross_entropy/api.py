@@ -21,8 +21,8 @@ class _Options(NamedTuple):
 class _CrossEntropy(torch.autograd.Function):
     """``losses = scale · nll`` of the kept rows, summed where ``reduce``.
 
-    With a reduction the gradient is ready at the end of the forward, but for the upstream scalar; the first backward hands it
-    out, and another one computes its own.
+    With a reduction the gradient is ready at the end of the forward, but for the upstream scalar; the first backward
+    hands it out, and another one computes its own.
     """
 
     @staticmethod
@@ -77,18 +77,20 @@ def cross_entropy(
         input: logits, ``[N, V]`` or ``[V]``, floating point. Never overwritten.
         target: class indices, ``[N]`` or 0-d.
         ignore_index: the label that carries no loss.
-        reduction: ``"mean"`` over the kept tokens, ``"sum"``, or ``"none"``: of the shape of ``target``, 0 where ignored.
+        reduction: ``"mean"`` over the kept tokens, ``"sum"``, or ``"none"``: of the shape of ``target``, 0 where
+            ignored.
         num_items: number or 0-d tensor that replaces the mean's divisor, so that micro-batches share one denominator.
         token_weight: floating point, of the shape of ``target``; scales numerators only.
         return_stats: also return :class:`LossStats`, detached.
         impl: ``"auto"`` or an implementation's name.
 
     Returns:
-        The loss in the dtype of ``input``, or ``(loss, LossStats)``. Nothing kept gives 0 and a zero gradient (torch: NaN).
-        Differentiable once.
+        The loss in the dtype of ``input``, or ``(loss, LossStats)``. Nothing kept gives 0 and a zero gradient (torch:
+        NaN). Differentiable once.
 
     Counting the kept tokens of a GPU tensor syncs once. Raises ``ValueError`` or ``TypeError`` naming the argument;
-    ``IndexError`` for a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1`` (elsewhere the loss is NaN).
+    ``IndexError`` for a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1`` (elsewhere the
+    loss is NaN).
     """
     core = resolve("softmax_grad", impl)
     if not isinstance(input, torch.Tensor) or input.dim() not in (1, 2) or input.shape[-1] == 0:

@@ -24,9 +24,10 @@ class _Options(NamedTuple):
 class _LinearCrossEntropy(torch.autograd.Function):
     """``losses = scale · nll`` of the kept rows, summed where ``reduce``.
 
-    With the token loop and a reduction, the gradients are ready at the end of the forward, but for the upstream scalar. The
-    first backward hands them out and forgets them; should another follow (``retain_graph``), it computes its own, so no
-    gradient is ever shared between two callers. Without a reduction, or with the vocabulary loop, backward recomputes.
+    With the token loop and a reduction, the gradients are ready at the end of the forward, but for the upstream scalar.
+    The first backward hands them out and forgets them; should another follow (``retain_graph``), it computes its own,
+    so no gradient is ever shared between two callers. Without a reduction, or with the vocabulary loop, backward
+    recomputes.
     """
 
     @staticmethod
@@ -122,20 +123,23 @@ def linear_cross_entropy(
 ):
     """Cross-entropy of ``input @ linear_weight.T`` against ``target``, paying only for the tokens that are kept.
 
-    Replaces ``F.cross_entropy(F.linear(input, linear_weight), target)``: rows whose label is ``ignore_index`` are dropped before
-    the product, and the logits exist a chunk at a time.
+    Replaces ``F.cross_entropy(F.linear(input, linear_weight), target)``: rows whose label is ``ignore_index`` are
+    dropped before the product, and the logits exist a chunk at a time.
 
     Args:
         input: hidden states, ``[..., D]``, floating point.
         linear_weight: the head, ``[V, D]``, of the same dtype (any floating dtype under autocast).
-        target: class indices, of the shape of ``input`` without its last dimension. May be left out where ``kept`` is given.
-        reduction: ``"mean"`` over the kept tokens, ``"sum"``, or ``"none"``: fp32 of the shape of ``target``, 0 where ignored.
+        target: class indices, of the shape of ``input`` without its last dimension. May be left out where ``kept`` is
+            given.
+        reduction: ``"mean"`` over the kept tokens, ``"sum"``, or ``"none"``: fp32 of the shape of ``target``, 0 where
+            ignored.
         ignore_index: the label that carries no loss; None means -100.
-        num_items: number or 0-d tensor that replaces the mean's divisor, so that micro-batches share one denominator. Where an
-            engine averages gradients over ranks (DDP, FSDP), pass the global number of kept tokens over the world size.
+        num_items: number or 0-d tensor that replaces the mean's divisor, so that micro-batches share one denominator.
+            Where an engine averages gradients over ranks (DDP, FSDP), pass the global number of kept tokens over the
+            world size.
         token_weight: floating point, of the shape of ``target`` and aligned with it; scales numerators only.
-        shift: the hidden state at t predicts the label at t + 1 (last dimension of ``target``). Pass labels as they are:
-            nothing else may shift them. The loss of ``reduction="none"`` stands at t.
+        shift: the hidden state at t predicts the label at t + 1 (last dimension of ``target``). Pass labels as they
+            are: nothing else may shift them. The loss of ``reduction="none"`` stands at t.
         kept: :class:`KeptTokens` of ``target``. Without it, counting the kept tokens of a GPU tensor syncs once.
         chunking: ``"tokens"`` computes gradients in the forward (three products), ``"vocab"`` walks the vocabulary and
             recomputes (four products, bounded memory whatever V), ``"auto"`` takes the cheaper one (``plan.py``).
@@ -144,15 +148,17 @@ def linear_cross_entropy(
         impl: ``"auto"`` or an implementation's name.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 inputs), or ``(loss, LossStats)``. Nothing kept gives 0 and zero gradients (torch: NaN).
+        The loss, fp32 (fp64 for fp64 inputs), or ``(loss, LossStats)``. Nothing kept gives 0 and zero gradients (torch:
+        NaN).
 
-    Gradients flow to ``input`` and ``linear_weight``, each in its own dtype; one that is not required costs nothing. What stands at
-    masked positions, NaN included, enters neither loss nor gradients. Differentiable once. Under autocast and on the CPU see
-    ``matmul.compute_dtype`` for the dtype of the products.
+    Gradients flow to ``input`` and ``linear_weight``, each in its own dtype; one that is not required costs nothing.
+    What stands at masked positions, NaN included, enters neither loss nor gradients. Differentiable once. Under
+    autocast and on the CPU see ``matmul.compute_dtype`` for the dtype of the products.
 
     Raises:
         ValueError, TypeError: an argument of a wrong shape, dtype or device, by name.
-        IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1``; elsewhere the loss is NaN.
+        IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1``; elsewhere the loss
+            is NaN.
     """
     core = resolve("softmax_grad", impl)
     if not isinstance(input, torch.Tensor) or input.dim() == 0:

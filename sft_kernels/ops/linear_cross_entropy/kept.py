@@ -22,8 +22,8 @@ class KeptTokens(NamedTuple):
     def from_labels(cls, labels, ignore_index=-100, shift=False):
         """The kept tokens of ``labels``, of shape ``[..., S]`` and an integer dtype.
 
-        With ``shift=True`` the hidden state at position t carries the label at t + 1 of the same row, so the first label of a
-        row is never used. On a GPU this waits for the device once, to learn the count.
+        With ``shift=True`` the hidden state at position t carries the label at t + 1 of the same row, so the first
+        label of a row is never used. On a GPU this waits for the device once, to learn the count.
         """
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")

@@ -2,13 +2,14 @@
 
 With K kept rows, D hidden, V vocabulary, b bytes a logit, and a machine of B FLOPs per byte of memory traffic:
 
-- ``tokens``: gradients with the forward, 2 · K · D · V FLOPs for each of the products asked for (three in training). Every chunk
-  reads the weight once per product and reads and writes the weight's gradient once.
+- ``tokens``: gradients with the forward, 2 · K · D · V FLOPs for each of the products asked for (three in training).
+  Every chunk reads the weight once per product and reads and writes the weight's gradient once.
 - ``vocab``: one more product to recompute the logits. Every chunk reads the rows once per product and reads and writes
   the fp32 gradient of the rows; the weight and its gradient pass once.
 
-Memory beside the inputs and the gradients: the logits of one chunk and the gathered rows, and with several chunks of tokens a
-fp32 gradient of the weight (none where the weight is fp32), with vocabulary chunks a fp32 gradient of the rows.
+Memory beside the inputs and the gradients: the logits of one chunk and the gathered rows, and with several chunks of
+tokens a fp32 gradient of the weight (none where the weight is fp32), with vocabulary chunks a fp32 gradient of the
+rows.
 """
 
 from typing import NamedTuple
@@ -33,10 +34,11 @@ def make_plan(K, D, V, itemsize, *, device_type, chunking, max_logits_bytes, gra
         K, D, V: kept rows, hidden size, vocabulary.
         itemsize: bytes of a logit.
         chunking: ``"auto"``, ``"tokens"`` or ``"vocab"``.
-        max_logits_bytes: bound on the logits that exist at a time; None for the rows at which longer chunks gain nothing, plus
-            what several chunks would need as an accumulator: a single chunk needs none.
+        max_logits_bytes: bound on the logits that exist at a time; None for the rows at which longer chunks gain
+            nothing, plus what several chunks would need as an accumulator: a single chunk needs none.
         grads: how many of the two gradients are asked for, 0 to 2.
-        accumulator: bytes that several chunks of tokens would need beside the gradient, 0 where it is its own accumulator.
+        accumulator: bytes that several chunks of tokens would need beside the gradient, 0 where it is its own
+            accumulator.
     """
     row, column = V * itemsize, max(K, 1) * itemsize
     if max_logits_bytes is None:

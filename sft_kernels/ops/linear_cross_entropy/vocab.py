@@ -1,6 +1,7 @@
 """The loop over chunks of the vocabulary: an online logsumexp forward, logits recomputed backward (four products).
 
-A column of logits costs little, so the budget may be small whatever the vocabulary, and every slice of dW is written once.
+A column of logits costs little, so the budget may be small whatever the vocabulary, and every slice of dW is written
+once.
 """
 
 from functools import reduce

@@ -21,13 +21,15 @@ def packed_attention(
 
     ::
 
-        out[i] = Σ_j softmax_j(scale · query[i] · key[j]) value[j],   j in the segment of i, within the window, j ≤ i if causal
+        out[i] = Σ_j softmax_j(scale · query[i] · key[j]) value[j],   j in the segment of i, within the window, j ≤ i if
+        causal
 
     Args:
         query: ``[T, Hq, D]``, floating point.
-        key, value: ``[T, Hkv, D]`` of the same dtype and device; Hq is a multiple of Hkv (GQA: query head h reads h // (Hq / Hkv)).
-        cu_seqlens: ``[B + 1]`` integers, starting at 0 and never decreasing. Segments of length zero are allowed; rows from
-            ``cu_seqlens[-1]`` on get zeros and zero gradients.
+        key, value: ``[T, Hkv, D]`` of the same dtype and device; Hq is a multiple of Hkv (GQA: query head h reads h //
+            (Hq / Hkv)).
+        cu_seqlens: ``[B + 1]`` integers, starting at 0 and never decreasing. Segments of length zero are allowed; rows
+            from ``cu_seqlens[-1]`` on get zeros and zero gradients.
         max_seqlen: a bound on the segments' lengths.
         causal: whether a token sees only itself and what comes before.
         scale: of the scores; None means D^-½.
@@ -39,8 +41,8 @@ def packed_attention(
         ``[T, Hq, D]`` in the dtype of ``query``.
 
     Raises:
-        ValueError, TypeError: an argument of a wrong shape, dtype or device, by name; boundaries that do not start at 0, that
-            decrease, pass T or are further apart than ``max_seqlen``.
+        ValueError, TypeError: an argument of a wrong shape, dtype or device, by name; boundaries that do not start at
+            0, that decrease, pass T or are further apart than ``max_seqlen``.
     """
     implementation = resolve("packed_attention", impl)
     if query.dim() != 3:
@@ -51,7 +53,7 @@ def packed_attention(
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() != 3 or tensor.shape[0] != T or tensor.shape[2] != D or tensor.shape[1] != key.shape[1]:
             raise ValueError(
-                f"{name}: expected shape [{T}, Hkv, {D}] as query, the same for key and value, got {tuple(tensor.shape)}"
+                f"{name}: expected shape [{T}, Hkv, {D}] as query, one for key and value, got {tuple(tensor.shape)}"
             )
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")

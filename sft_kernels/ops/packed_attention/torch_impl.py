@@ -1,4 +1,5 @@
-"""Packed attention, a segment at a time, over ``scaled_dot_product_attention``: work and memory go with Σ l², not T²."""
+"""Packed attention, a segment at a time, over ``scaled_dot_product_attention``: work and memory go with Σ l², not
+T²."""
 
 from itertools import pairwise
 
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 
 
 def packed_attention(query, key, value, cu_seqlens, max_seqlen, *, causal, scale, window_size):
-    """See :func:`sft_kernels.packed_attention`. The boundaries are read on the host: for a GPU tensor one sync a call."""
+    """See :func:`sft_kernels.packed_attention`. The boundaries are read on the host: for a GPU tensor one sync a
+    call."""
     T = query.shape[0]
     lengths = _lengths(cu_seqlens.tolist(), T, max_seqlen)
     tail = T - sum(lengths)

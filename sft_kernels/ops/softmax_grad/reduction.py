@@ -77,8 +77,9 @@ def check_labels(targets, V):
 def row_scale(count, dtype, device, reduction, num_items, weight, inside):
     """``[count]`` factors that the kept tokens' losses enter with: token weight over divisor.
 
-    ``weight`` is the kept tokens' weight or None, ``inside`` a mask of valid labels or None. The divisor of the mean is the
-    number of kept tokens, or ``num_items``; a divisor of zero counts as one, so that nothing kept gives a loss of 0.
+    ``weight`` is the kept tokens' weight or None, ``inside`` a mask of valid labels or None. The divisor of the mean is
+    the number of kept tokens, or ``num_items``; a divisor of zero counts as one, so that nothing kept gives a loss of
+    0.
     """
     scale = torch.ones(count, dtype=dtype, device=device) if weight is None else weight.to(device, dtype)
     if reduction == "mean":
@@ -91,7 +92,8 @@ def row_scale(count, dtype, device, reduction, num_items, weight, inside):
 
 
 def reduce_rows(ctx, rows, scale, inside, reduce, want_stats):
-    """The forward's result: ``scale · nll``, summed where ``reduce``, and the fields of :class:`LossStats` where wanted."""
+    """The forward's result: ``scale · nll``, summed where ``reduce``, and the fields of :class:`LossStats` where
+    wanted."""
     nll = rows.nll if inside is None else rows.nll.where(inside, float("nan"))
     loss = scale * nll
     loss = loss.sum() if reduce else loss

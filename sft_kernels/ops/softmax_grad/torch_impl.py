@@ -20,7 +20,8 @@ def softmax_grad(logits, target, scale=None, *, lse=None, stats=False):
         logits: ``[N, V]``, floating point. With ``scale`` it is overwritten by ``dlogits``, else it is only read.
         target: ``[N]`` int64. A target outside ``[0, V)`` is in another slice of the vocabulary: no entry gets −1.
         scale: ``[N]`` fp32, or None for no gradient. Applied in fp32, before the one rounding to the logits' dtype.
-        lse: ``[N]`` fp32, the logsumexp over the whole vocabulary where ``logits`` is a slice of it; None where it is all.
+        lse: ``[N]`` fp32, the logsumexp over the whole vocabulary where ``logits`` is a slice of it; None where it is
+            all.
         stats: also compute ``mean_logit``.
 
     Returns:
@@ -39,7 +40,7 @@ def softmax_grad(logits, target, scale=None, *, lse=None, stats=False):
 
 
 def _block(logits, target, scale, lse, stats):
-    N, V = logits.shape
+    V = logits.shape[1]
     x = logits if logits.dtype == torch.float64 else logits.float()  # [N, V]
     here = (target >= 0) & (target < V)
     index = target.clamp(0, V - 1)[:, None]  # [N, 1]
