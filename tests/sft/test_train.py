@@ -154,6 +154,15 @@ def test_the_same_seed_gives_the_same_run(recipe, small_model, tokenizer):
     assert steps_of(recipe.out + "a") == steps_of(recipe.out + "b")
 
 
+def test_bf16_autocast_stays_close_to_fp32(recipe, small_model, tokenizer):
+    for precision in ("fp32", "bf16"):
+        options = {"precision": precision, "out": recipe.out + precision, "lr": 1e-3}
+        train(replace(recipe, **options), model=small_model(), tokenizer=tokenizer)
+    for full, half in zip(steps_of(recipe.out + "fp32"), steps_of(recipe.out + "bf16"), strict=True):
+        assert half["loss"] == pytest.approx(full["loss"], rel=2e-2)
+        assert half["loss"] != full["loss"]
+
+
 def test_every_epoch_sees_every_example_once(recipe, small_model, tokenizer):
     train(replace(recipe, steps=None, epochs=2), model=small_model(), tokenizer=tokenizer)
     assert sum(row["examples"] for row in steps_of(recipe.out)) == 80

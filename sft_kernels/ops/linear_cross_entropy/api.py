@@ -56,10 +56,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             x = _gather(hidden, rows, options.dtype)
             scale = scale * grad
-            if options.plan.loop == "vocab":
-                dx, dw = _vocab_gradients(options.core, x, weight, targets, scale, lse, options)
-            else:
-                _, dx, dw = _token_gradients(options.core, x, weight, targets, scale, options._replace(stats=False))
+            with _plain_products(grad.device):
+                if options.plan.loop == "vocab":
+                    dx, dw = _vocab_gradients(options.core, x, weight, targets, scale, lse, options)
+                else:
+                    _, dx, dw = _token_gradients(options.core, x, weight, targets, scale, options._replace(stats=False))
         dhidden = None
         if options.need_dx:
             if dx.shape == hidden.shape and dx.dtype == hidden.dtype:
@@ -73,6 +74,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _gather(hidden, rows, dtype):
     """The kept rows, ``[K, D]``; where all are kept, the hidden states themselves."""
     return (hidden if rows.numel() == hidden.shape[0] else hidden[rows]).to(dtype)
+
+
+def _plain_products(device):
+    """No autocast inside: the op has chosen its dtype, and casting again would round the weight a second time."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def _token_gradients(core, x, weight, targets, scale, options):
@@ -195,7 +201,8 @@ def linear_cross_entropy(
     weight = None if token_weight is None else token_weight.reshape(-1)[kept.rows + kept.shift]
     scale = row_scale(kept.count, matmul.accumulator_dtype(dtype), input.device, reduction, num_items, weight, inside)
     options = _Options(core, plan, dtype, need_dx, need_dw, reduction != "none", return_stats)
-    out = _LinearCrossEntropy.apply(hidden, linear_weight, kept.rows, kept.targets, scale, inside, options)
+    with _plain_products(input.device):
+        out = _LinearCrossEntropy.apply(hidden, linear_weight, kept.rows, kept.targets, scale, inside, options)
     loss, stats = unpack(out, kept.rows, shape, reduction, return_stats)
     return (loss, stats) if return_stats else loss
 

@@ -38,7 +38,7 @@ def packed_attention(
         impl: ``"auto"`` or an implementation's name.
 
     Returns:
-        ``[T, Hq, D]`` in the dtype of ``query``.
+        ``[T, Hq, D]`` in the dtype of ``query``; under autocast all three are cast first, as torch does for its own.
 
     Raises:
         ValueError, TypeError: an argument of a wrong shape, dtype or device, by name; boundaries that do not start at
@@ -49,6 +49,9 @@ def packed_attention(
         raise ValueError(f"query: expected shape [T, H, D], got {tuple(query.shape)}")
     if not query.is_floating_point():
         raise TypeError(f"query: expected floating point, got {query.dtype}")
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
     T, Hq, D = query.shape
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() != 3 or tensor.shape[0] != T or tensor.shape[2] != D or tensor.shape[1] != key.shape[1]:
