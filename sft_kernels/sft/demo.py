@@ -14,8 +14,8 @@ from pathlib import Path
 from .evaluate import answer, exact_match, masked_loss
 from .masking import Encoder
 from .model import END_OF_TURN, train_tokenizer
-from .packing import collate
-from .train import Recipe, _micro_batches, _pack, load_examples, train
+from .packing import collate, groups_of, pack_rows
+from .train import Recipe, load_examples, train
 
 _WORDS = """
 apple bread cloud daisy eagle flute grape horse ivory jelly kite lemon maple night ocean piano queen river stone tiger
@@ -101,7 +101,7 @@ def judge(model, tokenizer, path, row_tokens=1024):
     encoder = Encoder(tokenizer)
     examples, _ = load_examples([path], encoder, row_tokens)
     batches = [
-        collate(rows, row_tokens, tokenizer.pad_token_id) for rows in _micro_batches(_pack(examples, row_tokens), 4)
+        collate(rows, row_tokens, tokenizer.pad_token_id) for rows in groups_of(4, pack_rows(examples, row_tokens))
     ]
     conversations = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
     answers = answer(model, tokenizer, [c[:-1] for c in conversations], encoder.end_of_turn, max_new_tokens=16)

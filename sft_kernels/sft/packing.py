@@ -74,6 +74,16 @@ class _Occupied:
         return i - self.leaves
 
 
+def pack_rows(examples, capacity):
+    """The rows of :func:`pack` as lists of examples."""
+    return [[examples[i] for i in row] for row in pack([len(e.input_ids) for e in examples], capacity)]
+
+
+def groups_of(size, items):
+    """``items`` in lists of ``size``, the last one perhaps shorter."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 class Batch(NamedTuple):
     """Packed rows laid end to end as one row of T tokens, block-diagonal by ``cu_seqlens``."""
 

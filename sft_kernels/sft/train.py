@@ -15,7 +15,7 @@ from .data import read_jsonl
 from .evaluate import masked_loss
 from .lr import cosine_factor
 from .masking import Encoder
-from .packing import collate, pack
+from .packing import collate, groups_of, pack_rows
 from .report import RunLog
 from .stock import check_against_stock
 
@@ -120,7 +120,10 @@ def train(recipe, *, model=None, tokenizer=None):
     """
     _check(recipe, model)
     torch.manual_seed(recipe.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if model is not None:
+        device = model.device
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = tokenizer or prepare_tokenizer(recipe)
     encoder = Encoder(tokenizer, recipe.mask)
     examples, bad = load_examples(recipe.data, encoder, recipe.row_tokens, recipe.skip_bad)
@@ -139,7 +142,7 @@ def train(recipe, *, model=None, tokenizer=None):
         return collate(rows, recipe.row_tokens, pad_id or 0, weigh_examples)
 
     steps = _Steps(examples, recipe)
-    evaluation = [batch(rows) for rows in _micro_batches(_pack(held_out, recipe.row_tokens), recipe.rows)]
+    evaluation = [batch(rows) for rows in groups_of(recipe.rows, pack_rows(held_out, recipe.row_tokens))]
     check_against_stock(model, batch(steps.first()).to(device))
 
     optimizer = AdamW(
@@ -202,7 +205,7 @@ class _Steps:
 
     def __init__(self, examples, recipe):
         self.examples, self.recipe = examples, recipe
-        rows = len(pack([len(e.input_ids) for e in examples], recipe.row_tokens))
+        rows = len(pack_rows(examples, recipe.row_tokens))
         per_epoch = -(-rows // (recipe.rows * recipe.accumulate))
         self.total = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * per_epoch))
 
@@ -216,22 +219,14 @@ class _Steps:
             shuffle = random.Random(f"{self.recipe.seed}/{epoch}").shuffle
             examples = list(self.examples)
             shuffle(examples)
-            rows = _pack(examples, self.recipe.row_tokens)
+            rows = pack_rows(examples, self.recipe.row_tokens)
             shuffle(rows)
-            for step in _micro_batches(_micro_batches(rows, self.recipe.rows), self.recipe.accumulate):
+            for step in groups_of(self.recipe.accumulate, groups_of(self.recipe.rows, rows)):
                 if done == self.total:
                     return
                 yield step
                 done += 1
             epoch += 1
-
-
-def _pack(examples, row_tokens):
-    return [[examples[i] for i in row] for row in pack([len(e.input_ids) for e in examples], row_tokens)]
-
-
-def _micro_batches(items, size):
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def _held_out(recipe, encoder, examples):
