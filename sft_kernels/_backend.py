@@ -23,7 +23,7 @@ def resolve(op, impl="auto"):
     """
     source = "impl"
     if impl == "auto":
-        impl = os.environ.get("SFT_KERNELS_IMPL", "auto")
+        impl = os.environ.get("SFT_KERNELS_IMPL") or "auto"
         source = "SFT_KERNELS_IMPL"
     if impl == "auto":
         impl = "torch"

@@ -75,14 +75,15 @@ class AdamW(torch.optim.AdamW):
             fused=fused,
         )
         self.last_grad_norm = None
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self.param_groups[0]["params"][0].device)
+        first = next((p for group in self.param_groups for p in group["params"]), torch.empty(0))
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=first.device)
 
     def add_param_group(self, param_group):
         """As in torch; a group that asks for neither ``foreach`` nor ``fused`` takes the fused path where it can."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group["foreach"] is None and group["fused"] is None and not group["differentiable"]:
-            group["fused"] = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in group["params"])
+            group["fused"] = all(map(_fusible, group["params"]))
         # torch.amp.GradScaler then leaves unscaling to the step.
         self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
 
@@ -113,6 +114,12 @@ class AdamW(torch.optim.AdamW):
             "_step_supports_amp_scaling",
         )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+
+def _fusible(p):
+    """Whether torch's fused kernel updates ``p`` rightly: it walks parameter and moments by address."""
+    dense = torch.empty_like(p, device="meta").stride() == p.stride()
+    return p.is_floating_point() and p.device.type in ("cpu", "cuda") and dense
 
 
 def decay_groups(model, weight_decay=0.1):

@@ -18,7 +18,8 @@ def step(optimizer):
         return _torch_step(optimizer)
 
     # Set by torch.amp.GradScaler around the call, on the fused path only; the norm is that of the unscaled gradients.
-    outer_scale, outer_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    outer = {name: getattr(optimizer, name) for name in ("grad_scale", "found_inf") if hasattr(optimizer, name)}
+    outer_scale, outer_inf = outer.get("grad_scale"), outer.get("found_inf")
     with torch.no_grad():
         norm = global_norm(grads)
         if outer_scale is not None:
@@ -48,15 +49,21 @@ def step(optimizer):
             optimizer.found_inf = bad
         _torch_step(optimizer)
     finally:
-        optimizer.grad_scale, optimizer.found_inf = outer_scale, outer_inf
+        for name in ("grad_scale", "found_inf"):
+            vars(optimizer).pop(name, None)
+        vars(optimizer).update(outer)
 
 
 def global_norm(grads):
     """The 2-norm of all ``grads`` together, fp32, 0-d, on the first one's device, without a sync."""
     by_device = {}
     for grad in grads:
-        by_device.setdefault(grad.device, []).append(grad)
-    norms = [norm.to(grads[0].device) for g in by_device.values() for norm in torch._foreach_norm(g, 2, torch.float32)]
+        by_device.setdefault((grad.device, grad.dtype == torch.float64), []).append(grad)
+    norms = [
+        norm.to(grads[0].device, torch.float32)
+        for g in by_device.values()
+        for norm in torch._foreach_norm(g, 2, torch.float64 if g[0].dtype == torch.float64 else torch.float32)
+    ]
     return torch.linalg.vector_norm(torch.stack(norms))
 
 

@@ -5,7 +5,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ..._backend import resolve
-from ..softmax_grad.reduction import check_labels, check_options, check_target, hand_out, reduce_rows, row_scale, unpack
+from ..softmax_grad.reduction import (
+    check_labels,
+    check_options,
+    check_target,
+    differentiable_once,
+    hand_out,
+    reduce_rows,
+    row_scale,
+    unpack,
+)
 from ..softmax_grad.rows import RowStats
 
 _BLOCK_BYTES = 64 << 20  # of logits that are copied at a time
@@ -34,7 +43,7 @@ class _CrossEntropy(torch.autograd.Function):
         return reduce_rows(ctx, stats, scale, inside, options.reduce, options.stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad, *_):
         input, rows, targets, scale = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
@@ -101,12 +110,12 @@ def cross_entropy(
     if target.shape != shape:
         raise ValueError(f"target: expected shape {tuple(shape)}, got {tuple(target.shape)}")
     check_target(target, input.device)
-    check_options(reduction, num_items, token_weight, shape)
+    check_options(reduction, num_items, token_weight, shape, input.device)
 
     logits = input.reshape(-1, input.shape[-1])
-    labels = target.reshape(-1)
+    labels = target.reshape(-1).long()
     rows = (labels != ignore_index).nonzero()[:, 0]
-    targets = labels[rows].long()
+    targets = labels[rows]
     inside = check_labels(targets, logits.shape[1])
     weight = None if token_weight is None else token_weight.reshape(-1)[rows]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -114,5 +123,6 @@ def cross_entropy(
     options = _Options(core, torch.is_grad_enabled() and input.requires_grad, reduction != "none", return_stats)
     out = _CrossEntropy.apply(logits, rows, targets, scale, inside, options)
     loss, stats = unpack(out, rows, shape, reduction, return_stats)
-    loss = loss.to(input.dtype)
+    if not torch.is_autocast_enabled(input.device.type):
+        loss = loss.to(input.dtype)
     return (loss, stats) if return_stats else loss

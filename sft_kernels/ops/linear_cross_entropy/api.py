@@ -5,7 +5,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ..._backend import resolve
-from ..softmax_grad.reduction import check_labels, check_options, check_target, hand_out, reduce_rows, row_scale, unpack
+from ..softmax_grad.reduction import (
+    check_labels,
+    check_options,
+    check_target,
+    differentiable_once,
+    hand_out,
+    reduce_rows,
+    row_scale,
+    unpack,
+)
 from . import matmul, tokens, vocab
 from .kept import KeptTokens
 from .plan import Plan, make_plan
@@ -39,28 +48,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if options.plan.loop == "vocab":
             stats = vocab.loss(*common, options.plan.chunk, options.stats)
         elif options.reduce and (options.need_dx or options.need_dw):
-            stats, *ctx.gradients = _token_gradients(*common, scale, options)
+            stats, ctx.back, *ctx.gradients = _token_gradients(*common, scale, options)
         else:
             stats = tokens.loss(*common, options.plan.chunk, options.stats)
         ctx.save_for_backward(hidden, weight, rows, targets, scale, stats.lse)
         return reduce_rows(ctx, stats, scale, inside, options.reduce, options.stats)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @differentiable_once
     def backward(ctx, grad, *_):
         options = ctx.options
         hidden, weight, rows, targets, scale, lse = ctx.saved_tensors
         if ctx.gradients is not None:
-            dx, dw = (hand_out(gradient, grad) for gradient in ctx.gradients)
+            factor = grad if ctx.back is None else grad * ctx.back
+            dx, dw = (hand_out(gradient, factor) for gradient in ctx.gradients)
             ctx.gradients = None
         else:
             x = _gather(hidden, rows, options.dtype)
             scale = scale * grad
             with _plain_products(grad.device):
                 if options.plan.loop == "vocab":
-                    dx, dw = _vocab_gradients(options.core, x, weight, targets, scale, lse, options)
+                    back, dx, dw = _vocab_gradients(options.core, x, weight, targets, scale, lse, options)
                 else:
-                    _, dx, dw = _token_gradients(options.core, x, weight, targets, scale, options._replace(stats=False))
+                    plain = options._replace(stats=False)
+                    _, back, dx, dw = _token_gradients(options.core, x, weight, targets, scale, plain)
+            if back is not None:
+                dx, dw = (hand_out(gradient, back) for gradient in (dx, dw))
         dhidden = None
         if options.need_dx:
             if dx.shape == hidden.shape and dx.dtype == hidden.dtype:
@@ -82,33 +95,30 @@ def _plain_products(device):
 
 
 def _token_gradients(core, x, weight, targets, scale, options):
-    back, scale = _hold_back(scale, options.dtype)
+    back, scale = _hold_back(scale, x.dtype, weight.dtype)
     stats, dx, dw = tokens.loss_and_gradients(
         core, x, weight, targets, scale, options.plan.chunk, options.need_dx, options.need_dw, options.stats
     )
-    return stats, *_restore(back, dx, dw)
+    return stats, back, dx, dw
 
 
 def _vocab_gradients(core, x, weight, targets, scale, lse, options):
-    back, scale = _hold_back(scale, options.dtype)
+    back, scale = _hold_back(scale, x.dtype, weight.dtype)
     dx, dw = vocab.gradients(core, x, weight, targets, scale, lse, options.plan.chunk, options.need_dx, options.need_dw)
-    return _restore(back, dx, dw)
+    return back, dx, dw
 
 
-def _hold_back(scale, dtype):
-    """In fp16 a power of two is kept out of the scale, so that ``dlogits`` does not fall below fp16's range."""
-    if dtype != torch.float16 or scale.numel() == 0:
+def _hold_back(scale, *dtypes):
+    """In fp16 a power of two is kept out of the scale until the upstream gradient is known.
+
+    What stays is about 1 / K, as in the mean: so large that ``dlogits`` does not fall below fp16's range, no larger,
+    as the weight's gradient sums K rows of it.
+    """
+    if torch.float16 not in dtypes or scale.numel() == 0:
         return None, scale
-    largest = scale.abs().amax()
+    largest = scale.abs().amax() * scale.numel()
     back = torch.exp2(torch.floor(torch.log2(largest))).where(largest > 0, 1)
     return back, scale / back
-
-
-def _restore(back, *gradients):
-    for gradient in gradients:
-        if back is not None and gradient is not None:
-            gradient.mul_(back)
-    return gradients
 
 
 def linear_cross_entropy(
@@ -174,13 +184,15 @@ def linear_cross_entropy(
     shape, D = input.shape[:-1], input.shape[-1]
     if linear_weight.dim() != 2 or linear_weight.shape[1] != D or linear_weight.shape[0] == 0:
         raise ValueError(f"linear_weight: expected shape [V, {D}], got {tuple(linear_weight.shape)}")
+    if not linear_weight.is_floating_point():
+        raise TypeError(f"linear_weight: expected floating point, got {linear_weight.dtype}")
     if linear_weight.device != input.device:
         raise ValueError(f"linear_weight: expected device {input.device} as input, got {linear_weight.device}")
     if not torch.is_autocast_enabled(input.device.type) and linear_weight.dtype != input.dtype:
         raise TypeError(f"linear_weight: expected {input.dtype} as input, got {linear_weight.dtype}")
     if chunking not in ("auto", "tokens", "vocab"):
         raise ValueError(f"chunking: expected 'auto', 'tokens' or 'vocab', got {chunking!r}")
-    check_options(reduction, num_items, token_weight, shape)
+    check_options(reduction, num_items, token_weight, shape, input.device)
     kept = _kept_tokens(kept, target, shape, input.device, -100 if ignore_index is None else ignore_index, shift)
 
     hidden = input.reshape(-1, D)

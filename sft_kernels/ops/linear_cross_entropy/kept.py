@@ -29,13 +29,13 @@ class KeptTokens(NamedTuple):
             raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
         if shift and labels.dim() == 0:
             raise ValueError("shift=True needs labels with a sequence dimension, got a 0-d tensor")
-        carried = labels
+        carried = labels = labels.long()
         if shift:
             carried = torch.full_like(labels, ignore_index)
             carried[..., :-1] = labels[..., 1:]
         carried = carried.reshape(-1)
         rows = (carried != ignore_index).nonzero()[:, 0]
-        return cls(rows, carried[rows].long(), rows.numel(), labels.numel(), bool(shift))
+        return cls(rows, carried[rows], rows.numel(), labels.numel(), bool(shift))
 
     def to(self, device, non_blocking=False):
         """The same on ``device``."""

@@ -42,7 +42,7 @@ def make_plan(K, D, V, itemsize, *, device_type, chunking, max_logits_bytes, gra
     """
     row, column = V * itemsize, max(K, 1) * itemsize
     if max_logits_bytes is None:
-        max_logits_bytes = _ROWS.get(device_type, _ROWS_DEVICE) * row
+        max_logits_bytes = max(_ROWS.get(device_type, _ROWS_DEVICE) * row, column)
         single = max_logits_bytes + accumulator
     else:
         single = max_logits_bytes

@@ -51,7 +51,8 @@ def packed_attention(
         raise TypeError(f"query: expected floating point, got {query.dtype}")
     device = query.device.type
     if torch.is_autocast_enabled(device):
-        query, key, value = (t.to(torch.get_autocast_dtype(device)) for t in (query, key, value))
+        cast = torch.get_autocast_dtype(device)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(cast) for t in (query, key, value))
     T, Hq, D = query.shape
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() != 3 or tensor.shape[0] != T or tensor.shape[2] != D or tensor.shape[1] != key.shape[1]:

@@ -13,10 +13,12 @@ def packed_attention(query, key, value, cu_seqlens, max_seqlen, *, causal, scale
     T = query.shape[0]
     lengths = _lengths(cu_seqlens.tolist(), T, max_seqlen)
     tail = T - sum(lengths)
+    if scale is not None and scale <= 0:  # torch scales its mask of -inf too
+        query, scale = query * scale, 1.0
     # One split, so that the backward is one concatenation rather than a full-size gradient per segment.
     *segments, _ = zip(*(t.split([*lengths, tail]) for t in (query, key, value)), strict=True)
     out = [_segment(*segment, causal, scale, window_size) for segment in segments]
-    return torch.cat([*out, query.new_zeros(tail, *query.shape[1:])])
+    return torch.cat([query[:0], *out, query.new_zeros(tail, *query.shape[1:])])
 
 
 def _lengths(bounds, T, max_seqlen):

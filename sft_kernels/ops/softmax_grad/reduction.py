@@ -1,5 +1,6 @@
 """What the losses on the core share: checks of labels, the scale of each row, statistics of a batch."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -24,11 +25,12 @@ class LossStats(NamedTuple):
     @classmethod
     def of(cls, rows):
         kept = torch.full((), rows.lse.numel(), dtype=torch.int64, device=rows.lse.device)
-        lowest = rows.lse.new_full((1,), float("-inf"))
-        return cls(kept, rows.nll.sum(), rows.correct.sum(), rows.entropy.sum(), torch.cat([rows.lse, lowest]).amax())
+        lse = rows.lse.to(rows.target_logit.dtype)
+        lowest = lse.new_full((1,), float("-inf"))
+        return cls(kept, rows.nll.sum(), rows.correct.sum(), rows.entropy.sum(), torch.cat([lse, lowest]).amax())
 
 
-def check_options(reduction, num_items, token_weight, target_shape):
+def check_options(reduction, num_items, token_weight, target_shape, device):
     """Raise for a reduction, divisor or token weight that means nothing."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
@@ -38,7 +40,7 @@ def check_options(reduction, num_items, token_weight, target_shape):
         if isinstance(num_items, torch.Tensor):
             if num_items.dim() != 0:
                 raise ValueError(f"num_items: expected a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
-        elif num_items < 0:
+        elif not num_items >= 0:
             raise ValueError(f"num_items: expected a count, got {num_items}")
     if token_weight is not None:
         if token_weight.shape != target_shape:
@@ -47,6 +49,8 @@ def check_options(reduction, num_items, token_weight, target_shape):
             )
         if not token_weight.is_floating_point():
             raise TypeError(f"token_weight: expected floating point, got {token_weight.dtype}")
+        if token_weight.device != device:
+            raise ValueError(f"token_weight: expected device {device} as input, got {token_weight.device}")
         if token_weight.requires_grad:
             raise ValueError("token_weight is a constant of the loss: detach it")
 
@@ -102,6 +106,18 @@ def reduce_rows(ctx, rows, scale, inside, reduce, want_stats):
     stats = LossStats.of(rows)
     ctx.mark_non_differentiable(*stats)
     return loss, *stats
+
+
+def differentiable_once(backward):
+    """A backward that raises under ``create_graph=True``, where torch's decorator would give a silent constant."""
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if torch.is_grad_enabled():
+            raise RuntimeError("this loss is differentiable once: its backward has no graph (create_graph=True)")
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def hand_out(gradient, grad):

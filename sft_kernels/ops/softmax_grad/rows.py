@@ -6,7 +6,8 @@ import torch
 
 
 class RowStats(NamedTuple):
-    """Per-row statistics of logits ``x`` over a slice of the vocabulary; fp32 (fp64 for fp64 logits), each ``[N]``.
+    """Per-row statistics of logits ``x`` over a slice of the vocabulary, each ``[N]``; fp32 (fp64 for fp64 logits)
+    but for ``lse`` and ``mean_logit``, always fp64: what is taken from them is much smaller than they are.
 
     Rows of two slices of the same vocabulary combine by :meth:`merge`; so do the shards of a vocabulary-parallel head.
     """
@@ -18,7 +19,7 @@ class RowStats(NamedTuple):
 
     @property
     def nll(self):
-        return self.lse - self.target_logit
+        return (self.lse - self.target_logit).to(self.target_logit.dtype)
 
     @property
     def correct(self):
@@ -27,7 +28,7 @@ class RowStats(NamedTuple):
 
     @property
     def entropy(self):
-        return self.lse - self.mean_logit
+        return (self.lse - self.mean_logit).to(self.target_logit.dtype)
 
     def merge(self, other):
         """The statistics of both slices together."""

@@ -20,8 +20,7 @@ def softmax_grad(logits, target, scale=None, *, lse=None, stats=False):
         logits: ``[N, V]``, floating point. With ``scale`` it is overwritten by ``dlogits``, else it is only read.
         target: ``[N]`` int64. A target outside ``[0, V)`` is in another slice of the vocabulary: no entry gets −1.
         scale: ``[N]`` fp32, or None for no gradient. Applied in fp32, before the one rounding to the logits' dtype.
-        lse: ``[N]`` fp32, the logsumexp over the whole vocabulary where ``logits`` is a slice of it; None where it is
-            all.
+        lse: ``[N]`` fp64, the logsumexp over the whole vocabulary where ``logits`` is a slice; None where it is all.
         stats: also compute ``mean_logit``.
 
     Returns:
@@ -48,21 +47,24 @@ def _block(logits, target, scale, lse, stats):
 
     if lse is None:
         max_logit = x.amax(1)
-        e = (x - max_logit[:, None]).exp_()
+        base = max_logit.where(max_logit > float("-inf"), 0)  # a slice may be ruled out as a whole
+        e = (x - base[:, None]).exp_()
         total = e.sum(1)
-        row_lse = max_logit + total.log()
+        row_lse = base.double() + total.log()
         mean_logit = None
         if stats:  # a logit of -inf has p = 0 and contributes nothing
-            mean_logit = (e * x.where(e > 0, 0)).sum(1) / total
+            below = (e * (x - base[:, None]).where(e > 0, 0)).sum(1)
+            mean_logit = base.double() + below / total.where(total > 0, 1)
         row_stats = RowStats(row_lse, target_logit, max_logit, mean_logit)
     else:
         row_lse, row_stats = lse, None
-        e = (x - lse[:, None]).exp_()
-        total = 1
+        near = lse.to(x.dtype)
+        e = (x - near[:, None]).exp_()
+        total = (lse - near).exp().to(x.dtype)
 
     if scale is not None:
-        # p_y − 1 by expm1: 1 − p_y would lose every digit where the model is sure.
-        at_target = torch.expm1(target_logit - row_lse) * scale
+        # p_y − 1 by expm1 of a difference in fp64: subtracting 1 from a rounded p_y would lose its digits.
+        at_target = torch.expm1(target_logit - row_lse).to(x.dtype) * scale
         e *= (scale / total)[:, None]
         e.scatter_(1, index, at_target.where(here, e.gather(1, index)[:, 0])[:, None])
         logits.copy_(e)

@@ -1,0 +1,34 @@
+"""What holds for every test: seeded, on one thread. And for tests of ops: no memory is silently clean."""
+
+import functools
+
+import pytest
+import torch
+
+# On a busy machine threads wait for each other: with two, these small tests took ten times as long as with one.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison_unwritten_memory(request, monkeypatch):
+    """``torch.empty`` and its kin come back full of NaN in tests of ops, so that what nothing wrote shows."""
+    if "ops" not in request.path.parts:
+        return
+
+    def poisoned(allocate):
+        @functools.wraps(allocate)
+        def wrapper(*args, **kwargs):
+            out = allocate(*args, **kwargs)
+            if out.is_floating_point():
+                out.detach().fill_(float("nan"))
+            return out
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))

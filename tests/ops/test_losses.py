@@ -1,0 +1,285 @@
+"""What both losses promise alike: ``cross_entropy`` and every loop of ``linear_cross_entropy``."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sft_kernels import LossStats, cross_entropy
+from sft_kernels._budget import check
+from sft_kernels.ops.cross_entropy import api as cross_entropy_api
+
+from .helpers import DTYPES, LOSSES, N, V, Watch, check_against_plain, labels, run, same_bits
+
+
+@pytest.fixture(params=LOSSES, ids=lambda loss: loss.name)
+def loss(request, monkeypatch):
+    monkeypatch.setattr(cross_entropy_api, "_BLOCK_BYTES", 4 * V * 11)  # a few blocks of copied rows
+    return request.param
+
+
+def bound(function, y, **options):
+    return lambda *tensors: function(*tensors, y, **options)
+
+
+# ---- right
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_and_gradients_stay_within_the_budget(loss, dtype, reduction):
+    y = labels()
+    upstream = torch.rand(N) + 0.5 if reduction == "none" else 1.0
+    ours, plain = (bound(function, y, reduction=reduction) for function in (loss.ours, loss.plain))
+    check_against_plain(ours, plain, loss.tensors(dtype), upstream)
+
+
+@pytest.mark.parametrize("upstream", [-3.7, 0.0, 1e-3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_items": 7},
+        {"num_items": 33.5},
+        {"num_items": torch.tensor(200)},
+        {"token_weight": torch.linspace(-1, 2, N)},
+        {"token_weight": torch.linspace(0, 1, N, dtype=torch.bfloat16), "num_items": torch.tensor(9.5)},
+        {"token_weight": torch.linspace(0, 2, N), "reduction": "sum"},
+        {"token_weight": torch.linspace(0, 2, N), "reduction": "none"},
+    ],
+    ids=str,
+)
+def test_divisors_weights_and_upstream_gradients(loss, options, upstream):
+    y = labels()
+    check_against_plain(bound(loss.ours, y, **options), bound(loss.plain, y, **options), loss.tensors(), upstream)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradcheck(loss, reduction):
+    tensors = [t.requires_grad_() for t in loss.tensors(torch.float64, n=5, v=4)]
+    y = torch.tensor([2, -100, 0, 3, -100])
+    assert torch.autograd.gradcheck(bound(loss.ours, y, reduction=reduction), tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("masked", [0.0, 1 - 1 / N])
+def test_everything_kept_and_one_row_kept(loss, masked):
+    y = labels(masked=0)
+    y[1 : 1 + round(masked * N)] = -100
+    check_against_plain(bound(loss.ours, y), bound(loss.plain, y), loss.tensors())
+
+
+@pytest.mark.parametrize("v", [1, 2, 3])
+def test_tiny_vocabularies(loss, v):
+    y = labels(v=v)
+    _, *gradients = check_against_plain(bound(loss.ours, y), bound(loss.plain, y), loss.tensors(v=v))
+    if v == 1:
+        assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_labels_of_any_integer_dtype(loss, dtype):
+    y = labels()
+    ignore_index = -100
+    if dtype == torch.uint8:  # which has no negative label
+        ignore_index = 255
+        y[y == -100] = 255
+    tensors = loss.tensors()
+    given, as_int64 = (run(bound(loss.ours, t, ignore_index=ignore_index), tensors) for t in (y.to(dtype), y))
+    assert same_bits(given, as_int64)
+
+
+def test_a_label_that_equals_ignore_index_only_modulo_256_is_kept(loss):
+    y = torch.tensor([156, 3, 156], dtype=torch.uint8)  # 156 = -100 mod 256
+    tensors = loss.tensors(n=3, v=200)
+    assert same_bits(loss.ours(*tensors, y), loss.ours(*tensors, y.long()))
+
+
+def test_ignore_index_may_be_a_class(loss):
+    y = labels(masked=0)
+    y[1::3] = 3
+    tensors = loss.tensors()
+    ours = run(bound(loss.ours, y, ignore_index=3), tensors)
+    assert same_bits(ours, run(bound(loss.ours, y.masked_fill(y == 3, -100)), tensors))
+
+
+def test_non_contiguous_inputs(loss):
+    def strided(t):
+        return t.repeat_interleave(2, -1)[..., ::2]
+
+    y, tensors = labels(), loss.tensors()
+    check_against_plain(bound(loss.ours, strided(y)), bound(loss.plain, y), [strided(t) for t in tensors])
+    check_against_plain(bound(loss.ours, y), bound(loss.plain, y), [t.T.contiguous().T for t in tensors])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_same_inputs_same_bits(loss, reduction):
+    y, tensors = labels(), loss.tensors(torch.bfloat16)
+    once, again = (run(bound(loss.ours, y, reduction=reduction), tensors) for _ in range(2))
+    assert same_bits(once, again)
+
+
+# ---- masked rows
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_stands_at_masked_rows_enters_nothing(loss, poison, reduction):
+    y = labels()
+    rows, *rest = loss.tensors()
+    poisoned = rows.clone()
+    poisoned[y == -100] = poison
+    upstream = torch.rand(N) if reduction == "none" else 1.0
+    clean = run(bound(loss.ours, y, reduction=reduction), (rows, *rest), upstream)
+    assert same_bits(run(bound(loss.ours, y, reduction=reduction), (poisoned, *rest), upstream), clean)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_items": 5}, {"num_items": 0}, {"num_items": torch.tensor(0)}], ids=str)
+@pytest.mark.parametrize("n", [N, 0])
+def test_nothing_kept_gives_zero_and_zero_gradients(loss, n, options):
+    y = torch.full((n,), -100)
+    value, *gradients = run(bound(loss.ours, y, **options), loss.tensors(n=n))
+    assert value == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_nothing_kept_has_empty_statistics(loss):
+    _, stats = loss.ours(*loss.tensors(), torch.full((N,), -100), return_stats=True)
+    assert stats == LossStats(0, 0.0, 0, 0.0, float("-inf"))
+
+
+def test_unreduced_losses_are_zero_where_ignored_and_shaped_as_labels(loss):
+    y = labels()
+    value = loss.ours(*loss.tensors(), y, reduction="none")
+    assert value.shape == y.shape
+    assert torch.equal(value == 0, y == -100)
+
+
+# ---- statistics
+
+
+def test_statistics(loss):
+    y, tensors = labels(), loss.tensors()
+    logits = tensors[0] if len(tensors) == 1 else F.linear(*tensors)
+    reference = tensors[0].double() if len(tensors) == 1 else F.linear(*(t.double() for t in tensors))
+    kept = y != -100
+    y[kept.nonzero()[1::3, 0]] = logits.argmax(1)[kept.nonzero()[1::3, 0]]  # some of them right
+
+    def of(x):
+        log_p = x[kept].log_softmax(1)
+        nll = -log_p.gather(1, y[kept, None]).sum()
+        return nll, -(log_p.exp() * log_p).sum(), x[kept].logsumexp(1).amax()
+
+    value, stats = loss.ours(*(t.requires_grad_() for t in tensors), y, return_stats=True)
+    assert stats.kept == kept.sum()
+    assert stats.correct == (logits.argmax(1) == y).sum()
+    assert stats.correct > 3
+    for name, ref, eager in zip(("nll_sum", "entropy_sum", "max_lse"), of(reference), of(logits), strict=True):
+        check(name, getattr(stats, name), ref, eager)
+    assert not any(field.requires_grad for field in stats)
+    assert value.requires_grad
+
+
+def test_asking_for_statistics_changes_no_bit(loss):
+    y, tensors = labels(), loss.tensors()
+    with_stats = run(lambda *t: loss.ours(*t, y, return_stats=True)[0], tensors)
+    assert same_bits(with_stats, run(bound(loss.ours, y), tensors))
+
+
+# ---- autograd
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_second_backward_is_right_whatever_became_of_the_first_gradient(loss, reduction):
+    y = labels()
+    leaves = [t.requires_grad_() for t in loss.tensors()]
+    out = loss.ours(*leaves, y, reduction=reduction).sum()
+    first = torch.autograd.grad(out, leaves, retain_graph=True)
+    kept = [gradient.clone() for gradient in first]
+    for gradient in first:
+        gradient.fill_(float("nan"))
+    second = torch.autograd.grad(out * 2, leaves, retain_graph=True)
+    for gradient in second:
+        gradient.div_(2)
+    third = torch.autograd.grad(out, leaves)
+    for a, b, c in zip(kept, second, third, strict=True):
+        assert torch.equal(a, c)
+        check("second gradient", b, a, a)
+
+
+def test_gradients_of_gradients_raise_rather_than_be_wrong(loss):
+    leaves = [t.requires_grad_() for t in loss.tensors()]
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        torch.autograd.grad(loss.ours(*leaves, labels()), leaves, create_graph=True)
+
+
+def test_micro_batches_with_a_common_divisor_add_up(loss):
+    y = labels()
+    num_items = int((y != -100).sum())
+    rows, *rest = loss.tensors()
+    whole = run(bound(loss.ours, y), (rows, *rest))
+    parts = [run(bound(loss.ours, y[s], num_items=num_items), (rows[s], *rest)) for s in (slice(0, 20), slice(20, N))]
+    check("loss", parts[0][0] + parts[1][0], whole[0], whole[0])
+    check("gradient of rows", torch.cat([part[1] for part in parts]), whole[1], whole[1])
+    for part_a, part_b, of_whole in zip(parts[0][2:], parts[1][2:], whole[2:], strict=True):
+        check("gradient of weight", part_a + part_b, of_whole, of_whole)
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("wrong", [V, -1, -99, 2**31 - 1])
+def test_a_label_outside_the_vocabulary_raises_before_any_work(loss, wrong, dtype):
+    y = labels().to(dtype)
+    y[5] = wrong
+    leaves = [t.requires_grad_() for t in loss.tensors()]
+    with Watch() as watch, pytest.raises(IndexError, match=rf"target: label {wrong} .* outside \[0, {V}\)"):
+        loss.ours(*leaves, y)
+    assert watch.flops == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"reduction": "avg"}, ValueError, "reduction"),
+        ({"num_items": 5, "reduction": "sum"}, ValueError, "num_items"),
+        ({"num_items": -1}, ValueError, "num_items"),
+        ({"num_items": torch.ones(1)}, ValueError, "num_items"),
+        ({"token_weight": torch.ones(N - 1)}, ValueError, "token_weight"),
+        ({"token_weight": torch.ones(N, dtype=torch.int64)}, TypeError, "token_weight"),
+        ({"token_weight": torch.ones(N, requires_grad=True)}, ValueError, "token_weight"),
+        ({"token_weight": torch.ones(N, device="meta")}, ValueError, "token_weight"),
+        ({"impl": "fast"}, ValueError, "impl"),
+    ],
+    ids=str,
+)
+def test_a_bad_option_is_named(loss, options, error, match):
+    with pytest.raises(error, match=match):
+        loss.ours(*loss.tensors(), labels(), **options)
+
+
+@pytest.mark.parametrize(
+    ("y", "error"),
+    [
+        (torch.zeros(N - 1, dtype=torch.int64), ValueError),
+        (torch.zeros(N, 1, dtype=torch.int64), ValueError),
+        (torch.zeros(N), TypeError),
+        (torch.zeros(N, dtype=torch.bool), TypeError),
+        (torch.zeros(N, dtype=torch.int64, device="meta"), ValueError),
+    ],
+    ids=["length", "dimensions", "float", "bool", "device"],
+)
+def test_a_bad_target_is_named(loss, y, error):
+    with pytest.raises(error, match="target"):
+        loss.ours(*loss.tensors(), y)
+
+
+def test_an_input_that_is_not_floating_point_is_named(loss):
+    rows, *rest = loss.tensors()
+    with pytest.raises(TypeError, match="input"):
+        loss.ours(rows.long(), *rest, labels())
+
+
+def test_the_losses_agree_with_each_other(loss):
+    """One over given logits, one over the head: the same number."""
+    y, tensors = labels(), loss.tensors(torch.float64)
+    logits = tensors[0] if len(tensors) == 1 else F.linear(*tensors)
+    assert loss.ours(*tensors, y).item() == pytest.approx(cross_entropy(logits, y).item(), rel=1e-14)

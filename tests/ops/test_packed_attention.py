@@ -1,0 +1,247 @@
+"""``packed_attention`` against dense attention under an explicit block-diagonal mask."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sft_kernels import packed_attention
+
+from .helpers import DTYPES, Watch, check_against_plain, run, same_bits
+
+BOUNDS = {
+    "segments": [0, 5, 6, 17, 24],
+    "one": [0, 24],
+    "single tokens": [0, 1, 2, 3, 24],
+    "empty first": [0, 0, 0, 10, 24],
+    "empty middle": [0, 7, 7, 7, 24],
+    "empty last": [0, 9, 24, 24],
+    "tail": [0, 6, 13],
+    "tail after empty": [0, 4, 13, 13],
+}
+T, D = 24, 32
+
+
+def bounds(name="segments", dtype=torch.int32):
+    return torch.tensor(BOUNDS[name], dtype=dtype)
+
+
+def tensors(dtype=torch.float32, heads=4, key_heads=4, t=T):
+    return tuple(torch.randn(t, h, D).to(dtype) for h in (heads, key_heads, key_heads))
+
+
+def mask(cu_seqlens, causal, window_size):
+    """Which keys a query sees, as the definition says it: [end, end]."""
+    i = torch.arange(int(cu_seqlens[-1]))
+    segment = torch.bucketize(i, cu_seqlens[1:].long(), right=True)
+    ahead = i[None, :] - i[:, None]
+    left, right = (size if size >= 0 else T for size in window_size)
+    return (segment[None, :] == segment[:, None]) & (ahead >= -left) & (ahead <= (0 if causal else right))
+
+
+def dense(query, key, value, cu_seqlens, *, causal=True, scale=None, window_size=(-1, -1)):
+    """All scores of the row at once, under that mask; zeros for the tail."""
+    end = int(cu_seqlens[-1])
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = (t[:end].transpose(0, 1) for t in (query, *(t.repeat_interleave(groups, 1) for t in (key, value))))
+    scores = (q @ k.mT) * (D**-0.5 if scale is None else scale)
+    out = scores.masked_fill(~mask(cu_seqlens, causal, window_size), -math.inf).softmax(-1) @ v
+    return torch.cat([out.transpose(0, 1), torch.zeros_like(query[end:])])
+
+
+def check_case(given, cu_seqlens, **options):
+    return check_against_plain(
+        lambda *t: packed_attention(*t, cu_seqlens, **options),
+        lambda *t: dense(*t, cu_seqlens, **options),
+        given,
+        torch.randn(given[0].shape),
+    )
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("key_heads", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
+def test_output_and_gradients_stay_within_the_budget(name, causal, key_heads):
+    check_case(tensors(key_heads=key_heads), bounds(name), causal=causal)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("window_size", [(-1, -1), (3, 2)], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_dtype(dtype, causal, window_size):
+    check_case(tensors(dtype, 4, 2), bounds(), causal=causal, window_size=window_size)
+
+
+WINDOWS = [
+    (left, right, causal)
+    for left in (-1, 0, 1, 4, 10, 11, 100)  # the longest segment is 11
+    for right in (-1, 0, 1, 10, 100)
+    for causal in (True, False)
+    if left != 0 or not (causal or right == 0)  # where a token sees only itself: the next test
+]
+
+
+@pytest.mark.parametrize(("left", "right", "causal"), WINDOWS)
+def test_windows(left, right, causal):
+    check_case(tensors(), bounds(), causal=causal, window_size=(left, right))
+
+
+@pytest.mark.parametrize(("causal", "right"), [(True, -1), (True, 0), (True, 5), (False, 0)])
+def test_a_window_of_the_token_itself_gives_its_value(causal, right):
+    """The gradients of query and key are differences of equal numbers, so only rounding is left of them."""
+    given, upstream = tensors(), torch.randn(T, 4, D)
+    out, dquery, dkey, dvalue = run(
+        lambda *t: packed_attention(*t, bounds(), causal=causal, window_size=(0, right)), given, upstream
+    )
+    assert torch.equal(out, given[2])
+    assert torch.equal(dvalue, upstream)
+    cancelled = (upstream * given[2]).abs().sum(-1, keepdim=True)
+    for gradient, other in ((dquery, given[1]), (dkey, given[0])):
+        assert (gradient.abs() <= 4 * torch.finfo(torch.float32).eps * D**-0.5 * cancelled * other.abs()).all()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3, -1.0, 2])
+def test_scale(scale):
+    check_case(tensors(), bounds(), scale=scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("max_seqlen", [None, 11, 24, 1000])
+def test_boundaries_of_either_dtype_and_any_bound_change_no_bit(dtype, max_seqlen):
+    given = tensors()
+    assert same_bits(packed_attention(*given, bounds(dtype=dtype), max_seqlen), packed_attention(*given, bounds()))
+
+
+def test_inputs_that_are_slices_of_one_projection():
+    query, key, value = torch.randn(T, 3, 2, D).unbind(1)
+    check_case((query, key, value), bounds())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_under_autocast_dtypes_and_bits_are_those_of_torchs_own_attention(dtype):
+    """One segment of the whole row, so that torch's own is the same thing; fp64 is not cast."""
+    given = tensors(dtype)
+
+    def torchs(*given):
+        q, k, v = (t.transpose(0, 1)[None] for t in given)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (run(f, given) for f in (lambda *t: packed_attention(*t, bounds("one")), torchs))
+    assert [t.dtype for t in ours] == [t.dtype for t in theirs]
+    assert same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_rows_of_the_tail_get_zeros_and_touch_nothing(poison):
+    cu_seqlens, given = bounds("tail"), tensors()
+    poisoned = [t.clone() for t in given]
+    for t in poisoned:
+        t[13:] = poison
+    clean, dirty = (run(lambda *t: packed_attention(*t, cu_seqlens), tensors, 1.0) for tensors in (given, poisoned))
+    assert same_bits(dirty, clean)
+    assert all((t[13:] == 0).all() for t in dirty)
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), (2, 1)], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("poison", [1.0, float("nan")])
+def test_a_segment_does_not_leak_into_the_others(poison, causal, window_size):
+    given = tensors()
+    changed = [t.clone() for t in given]
+    for t in changed:
+        t[6:17] = poison
+    before, after = (
+        run(lambda *t: packed_attention(*t, bounds(), causal=causal, window_size=window_size), tensors)
+        for tensors in (given, changed)
+    )
+    others = torch.tensor([*range(6), *range(17, T)])
+    assert same_bits([t[others] for t in after], [t[others] for t in before])
+    assert not torch.equal(after[0][6:17], before[0][6:17])
+
+
+def test_same_inputs_same_bits():
+    given = tensors(torch.bfloat16, 4, 2)
+    once, again = (run(lambda *t: packed_attention(*t, bounds()), given) for _ in range(2))
+    assert same_bits(once, again)
+
+
+@pytest.mark.parametrize("name", [[0], [0, 0], [0, 0, 0]], ids=str)
+@pytest.mark.parametrize("t", [0, 3])
+def test_nothing_but_tail_or_nothing_at_all_is_still_differentiable(name, t):
+    _, key, value = tensors(t=t)
+    out, gradient = run(lambda query: packed_attention(query, key, value, torch.tensor(name)), [key])
+    assert (out == 0).all()
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), (50, -1)], ids=str)
+def test_work_and_memory_go_with_the_squares_of_the_lengths(window_size, monkeypatch):
+    lengths = [100] * 20
+    t = sum(lengths)
+    scores = []
+    attention = F.scaled_dot_product_attention
+
+    def spy(query, key, *args, **kwargs):
+        scores.append(query.shape[-2] * key.shape[-2])
+        return attention(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    given = [x.requires_grad_() for x in tensors(heads=2, key_heads=2, t=t)]
+    with Watch() as watch:
+        packed_attention(
+            *given, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)), window_size=window_size
+        ).sum().backward()
+    assert sum(scores) == sum(l * l for l in lengths)
+    # All heads' scores of one segment in fp32, twice; a boolean mask over the whole row would already take t² bytes.
+    assert watch.largest <= max(2 * 4 * 2 * 100**2, given[0].nbytes) < t * t
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "error", "match"),
+    [
+        (torch.tensor([1, 24]), ValueError, "cu_seqlens.*start at 0"),
+        (torch.tensor([0, 9, 8, 24]), ValueError, "cu_seqlens.*decrease"),
+        (torch.tensor([0, 25]), ValueError, "cu_seqlens.*25.*24"),
+        (torch.tensor([0, 30, 24]), ValueError, "cu_seqlens"),
+        (torch.tensor([[0, 24]]), ValueError, "cu_seqlens.*shape"),
+        (torch.tensor([], dtype=torch.int32), ValueError, "cu_seqlens.*shape"),
+        (torch.tensor(24), ValueError, "cu_seqlens.*shape"),
+        (torch.tensor([0.0, 24.0]), TypeError, "cu_seqlens"),
+    ],
+    ids=["start", "decrease", "past the end", "past the end and back", "2-d", "empty", "0-d", "float"],
+)
+def test_bad_boundaries_are_named(cu_seqlens, error, match):
+    with pytest.raises(error, match=match):
+        packed_attention(*tensors(), cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"query": torch.randn(T, D)}, ValueError, "query"),
+        ({"query": torch.zeros(T, 2, D, dtype=torch.int64)}, TypeError, "query"),
+        ({"query": torch.randn(T, 3, D)}, ValueError, "query.*multiple of the 2"),
+        ({"key": torch.randn(T - 1, 2, D)}, ValueError, "key"),
+        ({"key": torch.randn(T, 2, D + 1)}, ValueError, "key"),
+        ({"key": torch.randn(T, 2, D).double()}, TypeError, "key"),
+        ({"key": torch.randn(T, 2, D, device="meta")}, ValueError, "key.*device"),
+        ({"key": torch.randn(T, 0, D), "value": torch.randn(T, 0, D)}, ValueError, "query|key"),
+        ({"value": torch.randn(T, 1, D)}, ValueError, "value"),
+        ({"value": torch.randn(T, 2, 2 * D)}, ValueError, "value"),
+        ({"value": torch.randn(T, 2, D).bfloat16()}, TypeError, "value"),
+        ({"max_seqlen": 10}, ValueError, "max_seqlen.*11"),
+        ({"window_size": (-2, 0)}, ValueError, "window_size"),
+        ({"window_size": (1, 2, 3)}, ValueError, "window_size"),
+        ({"window_size": (1.5, 0)}, ValueError, "window_size"),
+        ({"impl": "fast"}, ValueError, "impl"),
+    ],
+    ids=lambda change: "-".join(change) if isinstance(change, dict) else None,
+)
+def test_a_bad_argument_is_named(change, error, match):
+    arguments = dict(zip(("query", "key", "value"), tensors(heads=2, key_heads=2), strict=True)) | {
+        "cu_seqlens": bounds()
+    }
+    with pytest.raises(error, match=match):
+        packed_attention(**{**arguments, **change})
