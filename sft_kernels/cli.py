@@ -15,7 +15,7 @@ sft-kernels COMMAND --help lists a command's options."""
 
 
 def main(argv=None):
-    """Run a command; returns the exit status: 0, 1 where the input was refused, 2 for a wrong call."""
+    """Run a command; returns the exit status: 0, 1 where the input was refused, 2 for a wrong call, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     commands = {"train": _train, "inspect": _inspect, "demo": _demo}
     if not argv or argv[0] not in commands:
@@ -28,6 +28,9 @@ def main(argv=None):
         if error.name and error.name.startswith("sft_kernels"):
             raise
         print(f"sft-kernels: {error}; pip install 'sft-kernels[train]' brings what the trainer needs", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("sft-kernels: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"sft-kernels: {error}", file=sys.stderr)
     return 1
@@ -53,7 +56,7 @@ def recipe_arguments(path, known):
         flag = key.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
+        elif value is not None:  # null leaves the default
             arguments += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return arguments
 
@@ -63,6 +66,7 @@ def _train(argv):
 
     from .sft.train import Recipe, train
 
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
@@ -113,7 +117,7 @@ def _inspect(argv):
         tokenizer = train_tokenizer_on(options.data, 4096, options.skip_bad, options.chat_template)
         print("no --tokenizer: a byte-level BPE of up to 4096 tokens, trained on the data\n")
     examples, bad = load_examples(options.data, Encoder(tokenizer, options.mask), options.row_tokens, options.skip_bad)
-    for example in examples[: options.show]:
+    for example in examples[: max(0, options.show)]:
         print(label_table(example, tokenizer) + "\n")
     print(summary(examples, options.row_tokens))
     for error in bad:

@@ -47,9 +47,10 @@ def test_train_reads_yaml_and_the_command_line_overrides_it(chats, tmp_path, cap
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"model: {config}\ndata: [nowhere.jsonl]\nrow_tokens: 64\nsteps: 9\nlr: 2e-3\nwarmup: 0\nskip_bad: false\n"
+        "tokenizer: null\n"
     )
     out = tmp_path / "run"
-    argv = ["train", "--config", str(recipe), "--data", str(chats), "--steps", "2", "--out", str(out)]
+    argv = ["train", f"--config={recipe}", "--data", str(chats), "--steps", "2", "--out", str(out)]
     assert main(argv) == 0
     rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]

@@ -42,7 +42,10 @@ def attention_forward(
     token itself, as in transformers. A padding mask, dropout, a softcap or attention sinks raise ``ValueError``.
     """
     if cu_seq_lens_q is None:
-        raise ValueError("cu_seq_lens_q: attn_implementation='sft_kernels' needs the boundaries of the packed examples")
+        raise ValueError(
+            "cu_seq_lens_q: attn_implementation='sft_kernels' needs the packed examples' boundaries, "
+            "which either the caller or the model's layers did not pass on"
+        )
     if attention_mask is not None:
         raise ValueError("attention_mask: attn_implementation='sft_kernels' takes packed rows without padding masks")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:

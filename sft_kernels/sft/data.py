@@ -63,6 +63,11 @@ def _record(path, number, line):
         fail(f"not UTF-8 ({error.reason} at byte {error.start})")
     except json.JSONDecodeError as error:
         fail(f"not JSON ({error.msg} at column {error.colno})")
+    if b"\\ud" in line.lower():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            fail("half a surrogate pair, which is no character")
     if not isinstance(row, dict) or ("messages" in row) == ("text" in row):
         fail('expected an object with either "messages" or "text"')
     if "text" in row:

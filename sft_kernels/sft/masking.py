@@ -38,8 +38,9 @@ class Encoder:
             token that ends the turn, without which a model never learns to stop. Multi-turn: every assistant turn.
 
     An assistant turn starts where the template's ``{% generation %}`` block does, or, where it has none, at the end of
-    the conversation before it rendered with a generation prompt. It ends at the end-of-turn token: the last special
-    token that the template puts behind an assistant's words.
+    the conversation before it rendered with a generation prompt. It ends at the end-of-turn token: the first special
+    token that the template puts behind an assistant's words. A turn that some other token ends, or whose words contain
+    that token, is refused with its line.
 
     Raises:
         ValueError: an unknown mode; no chat template or no offsets when the first conversation comes; with
@@ -52,6 +53,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.mode = mode
         self._end_of_turn = None
+        self._special = []
         self._marks_turns = False
         self._ready = False
 
@@ -86,11 +88,12 @@ class Encoder:
     def _conversation(self, record):
         self._prepare()
         try:
+            if self.mode == "all":
+                ids, _ = self._tokenize(self._render(record.messages, record.tools))
+                return ids, list(ids)
             ids, spans = self._turns(record.messages, record.tools, record.error)
         except TemplateError as error:
             raise record.error(f"the chat template refuses it: {error}") from error
-        if self.mode == "all":
-            return ids, list(ids)
         labels = [IGNORE] * len(ids)
         for start, end in spans:
             labels[start:end] = ids[start:end]
@@ -98,10 +101,14 @@ class Encoder:
 
     def _turns(self, messages, tools, error):
         """Token ids, and the [start, end) of every assistant turn's labels under the mode."""
+        end = self._end_of_turn is not None and self.tokenizer.convert_ids_to_tokens(self._end_of_turn)
+        for i, message in enumerate(messages):
+            if end and message["role"] == "assistant" and end in (message.get("content") or ""):
+                raise error(f"message {i}: the assistant's words contain the end-of-turn token {end}")
         text = self._render(messages, tools)
         if self._marks_turns:
-            ids, _ = self._tokenize(text)
-            spans = list(_runs(self._assistant_masks(messages, tools, ids, error)))
+            ids, offsets = self._tokenize(text)
+            spans = list(_runs(self._assistant_masks(messages, tools, ids, error), offsets))
         else:
             ranges = [
                 self._find_turn(text, messages, i, tools, error)
@@ -114,15 +121,22 @@ class Encoder:
 
     def _find_turn(self, text, messages, i, tools, error):
         """The characters [start, end) of assistant turn ``i`` and of whatever the template puts behind it."""
+        if i == 0:
+            raise error("message 0: nothing before the assistant; a template with {% generation %} would mark it")
         prompt = self._render(messages[:i], tools, add_generation_prompt=True)
         if not text.startswith(prompt):
             raise error(
                 f"message {i}: the chat template renders the turns before it differently once it follows; "
                 "a template with {% generation %} would mark it"
             )
-        if self._end_of_turn is not None:
-            return len(prompt), len(text)
         upto = self._render(messages[: i + 1], tools)
+        if self._end_of_turn is not None:
+            # A turn that another token ends would run into the next message, and what lies between carry loss.
+            end = text.find(self.tokenizer.convert_ids_to_tokens(self._end_of_turn), len(prompt))
+            turn, alone = text[len(prompt) : end], upto[len(prompt) :]
+            if end < 0 or any(token in turn and token not in alone for token in self._special):
+                raise error(f"message {i}: the chat template does not end this turn with its end-of-turn token")
+            return len(prompt), len(text)
         if not text.startswith(upto):
             raise error(f"message {i}: the chat template hides where the turn ends")
         return len(prompt), len(upto)
@@ -164,17 +178,18 @@ class Encoder:
         if not tokenizer.chat_template:
             raise ValueError("tokenizer: has no chat template (give one with chat_template)")
         self._marks_turns = bool(_GENERATION_TAG.search(tokenizer.get_chat_template()))
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text = self._render(turns, None)
-        prompt = self._render(turns[:1], None, add_generation_prompt=True)
-        answer = tokenizer(text[len(prompt) :] if text.startswith(prompt) else text, add_special_tokens=False)[
-            "input_ids"
-        ]
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(
-            tokenizer.all_special_ids
-        )
-        ends = [token for token in answer if token in special]
-        self._end_of_turn = ends[-1] if ends else None
+        words = "Words of the assistant."
+        try:
+            text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": words}], None)
+        except TemplateError as error:
+            raise ValueError(
+                f"tokenizer: the chat template refuses a user's and an assistant's turn: {error}"
+            ) from error
+        behind = tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= set(tokenizer.all_special_ids)
+        self._special = tokenizer.convert_ids_to_tokens(sorted(special))
+        self._end_of_turn = next((token for token in behind if token in special), None)
         if self._end_of_turn is None and self.mode == "completion+eot":
             raise ValueError(
                 "the chat template ends an assistant's turn with no special token, so a model could not learn to stop; "
@@ -194,7 +209,9 @@ class Encoder:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
 
 
-def _runs(marked):
-    """The [start, end) of every run of ones."""
+def _runs(marked, offsets):
+    """The [start, end) of every run of ones. Of a character of several tokens transformers marks only the first."""
+    for i in range(1, len(marked)):
+        marked[i] |= marked[i - 1] and offsets[i] == offsets[i - 1]
     edges = [i for i, (a, b) in enumerate(zip([0, *marked], [*marked, 0], strict=True)) if a != b]
     return zip(edges[::2], edges[1::2], strict=True)

@@ -61,11 +61,14 @@ def load_tokenizer(path, chat_template=None):
 
 
 def is_config(path):
-    """Whether ``path`` describes a model without weights: a JSON file, or a folder with nothing but a config."""
+    """Whether ``path`` describes a model without weights: a JSON file, or a folder with nothing but configs.
+
+    A folder that lacks its weights but has more in it is no config: random weights would pass for a download cut short.
+    """
     path = Path(path)
     if path.is_file():
         return True
-    return path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin"))
+    return path.is_dir() and {p.name for p in path.iterdir()} <= {"config.json", "generation_config.json"}
 
 
 def load_model(path, device):
@@ -83,7 +86,6 @@ def load_model(path, device):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(path, **options)
-    model.config.use_cache = False
     return model.to(device)
 
 
@@ -129,6 +131,13 @@ def stock_attention(model):
     finally:
         model.set_attn_implementation(implementation)
         model.train(was_training)
+
+
+def stop_at(model, token):
+    """Let ``generate`` end an answer at ``token``, beside whatever ended one before."""
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    model.generation_config.eos_token_id = list(dict.fromkeys([*known, token]))
 
 
 def save(model, tokenizer, path):

@@ -15,7 +15,6 @@ _SUSPECTS = (
     "logit_scale",
     "logits_scale",
     "lm_head_multiplier",
-    "router_aux_loss_coef",
 )
 
 
@@ -32,8 +31,13 @@ def check_against_stock(model, batch):
     forward raises in training.
     """
     was_training = model.training
-    with torch.no_grad():
-        hidden_states(model.train(), batch)  # attention with dropout is refused here, before the run has begun
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise NotStock("model: output_router_logits adds a loss of its own, which this trainer leaves out")
+    try:
+        with torch.no_grad():
+            hidden_states(model.train(), batch)  # attention with dropout is refused here, before the run has begun
+    except (AttributeError, KeyError, TypeError) as error:
+        raise NotStock(f"model: {type(model).__name__} does not take packed rows ({error!r})") from error
     model.eval()
     ours = linear_cross_entropy(hidden_states(model, batch), head_weight(model), shift=True, kept=batch.kept)
     ours.backward()
@@ -67,6 +71,10 @@ def _check_head(model, batch):
     try:
         with torch.no_grad():
             logits = model(input_ids=batch.input_ids[:, start:end], use_cache=False).logits
+            if "hidden" not in seen:
+                raise NotStock(
+                    f"model: {type(model).__name__} does not compute its logits from its base model's output"
+                )
             expected = F.linear(seen["hidden"], head_weight(model))
     finally:
         hook.remove()

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .. import AdamW, decay_groups, linear_cross_entropy
 from . import model as models
-from .data import read_jsonl
+from .data import DataError, read_jsonl
 from .evaluate import masked_loss
 from .lr import cosine_factor
 from .masking import Encoder
@@ -83,8 +83,8 @@ def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading"):
             if len(example.input_ids) > row_tokens:
                 raise record.error(f"{len(example.input_ids)} tokens, longer than the row of {row_tokens}")
             examples.append(example)
-        except ValueError as error:
-            if bad is None or not hasattr(error, "line"):
+        except DataError as error:
+            if bad is None:
                 raise
             bad.append(error)
     if not examples:
@@ -193,6 +193,10 @@ def train(recipe, *, model=None, tokenizer=None):
     finally:
         log.close()
     log.plot()
+    if skipped := int(optimizer.skipped_steps):
+        print(f"skipped {skipped} of {steps.total} steps: the gradient's norm was not finite")
+    if recipe.mask == "completion+eot":
+        models.stop_at(model, encoder.end_of_turn)
     models.save(model, tokenizer, Path(recipe.out) / "model")
     return model, tokenizer, log
 

@@ -22,6 +22,7 @@ BAD = [
     ({"messages": [{"role": "assistant", "content": ""}]}, "no assistant turn"),
     ({**GOOD, "tools": "x"}, "tools"),
     ({"text": " "}, "empty"),
+    ('{"text": "\\ud800"}', "surrogate"),
 ]
 
 

@@ -107,6 +107,60 @@ def test_no_token_reaches_from_the_prompt_into_the_answer(tokenizer_with):
     assert ids[: len(prompt)] == prompt
 
 
+def test_what_a_template_puts_behind_the_whole_conversation_is_not_the_end_of_a_turn(tokenizer_with, unmarked):
+    """As Phi-3's does: every turn ends in one token, the conversation in another."""
+    tokenizer = tokenizer_with(
+        unmarked.chat_template + "{% if not add_generation_prompt %}{{ '<|endoftext|>' }}{% endif %}"
+    )
+    turns = learned(tokenizer, Encoder(tokenizer)(record(TURNS)))
+    assert turns == ["Let me look.<|im_end|>", "Two words.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "other_end",
+    ["m.content == 'Let me look.'", "loop.nextitem is defined and loop.nextitem.role == 'tool'"],
+    ids=["always", "once-a-tool-follows"],
+)
+def test_a_turn_that_another_token_ends_is_refused_rather_than_run_into_the_next(other_end, tokenizer_with):
+    tokenizer = tokenizer_with(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        f"{{{{ '<|endoftext|>' if {other_end} else '<|im_end|>' }}}}{{% endfor %}}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    with pytest.raises(DataError, match="message 2: the chat template does not end this turn"):
+        Encoder(tokenizer)(record(TURNS))
+
+
+@pytest.mark.parametrize("which", ["tokenizer", "unmarked"])
+def test_characters_of_several_tokens_are_learned_whole(which, request, tokenizer_with):
+    tokenizer = request.getfixturevalue(which)
+    inside, outside = "{{ '<|im_end|>' }}{% endgeneration %}", "{% endgeneration %}{{ '<|im_end|>' }}"
+    tokenizer = tokenizer_with(tokenizer.chat_template.replace(inside, outside))
+    turns = [{"role": "user", "content": "é?"}, {"role": "assistant", "content": "naïve 🙂é"}]
+    assert learned(tokenizer, Encoder(tokenizer)(record(turns))) == ["naïve 🙂é<|im_end|>"]
+
+
+def test_the_assistant_may_come_first_where_the_template_marks_it(tokenizer, unmarked):
+    assert learned(tokenizer, Encoder(tokenizer)(record(TURNS[2:]))) == [
+        "Let me look.<|im_end|>",
+        "Two words.<|im_end|>",
+    ]
+    with pytest.raises(DataError, match=r"chats\.jsonl:7: message 0: nothing before the assistant"):
+        Encoder(unmarked)(record(TURNS[2:]))
+    assert Encoder(unmarked, "all")(record(TURNS[2:])).kept
+
+
+def test_words_that_contain_the_end_of_turn_are_refused(tokenizer):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b<|im_end|>c"}]
+    with pytest.raises(DataError, match="message 1: the assistant's words contain the end-of-turn token"):
+        Encoder(tokenizer)(record(turns))
+
+
+def test_a_template_that_refuses_everything_is_named(tokenizer_with):
+    with pytest.raises(ValueError, match="the chat template refuses a user's and an assistant's turn: never"):
+        Encoder(tokenizer_with("{{ raise_exception('never') }}"))(record(TURNS))
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_by_line(tokenizer_with):
     with pytest.raises(DataError, match=r"chats\.jsonl:7: message 2: the chat template renders"):
         Encoder(tokenizer_with(REWRITES))(record(TURNS))

@@ -39,7 +39,6 @@ def small_model(tokenizer):
         torch.manual_seed(0)
         config = transformers.AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**SMALL, **options})
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME)
-        model.config.use_cache = False
         return model
 
     return make
@@ -76,6 +75,8 @@ def test_a_run_leaves_a_log_curves_and_a_model_that_loads(recipe, small_model, t
         assert image.read(8) == b"\x89PNG\r\n\x1a\n"
     loaded = transformers.AutoModelForCausalLM.from_pretrained(f"{recipe.out}/model")
     assert loaded.config._attn_implementation == "sdpa"
+    assert loaded.config.use_cache
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in loaded.generation_config.eos_token_id
     for a, b in zip(loaded.parameters(), trained.parameters(), strict=True):
         assert a.equal(b)
     assert transformers.AutoTokenizer.from_pretrained(f"{recipe.out}/model").chat_template == tokenizer.chat_template
@@ -218,7 +219,12 @@ def test_a_model_whose_examples_see_each_other_stops_the_run(recipe, small_model
 
 @pytest.mark.parametrize(
     ("kind", "options", "reason"),
-    [("llama", {"attention_dropout": 0.1}, "dropout"), ("phi", {"partial_rotary_factor": 0.5}, "bias")],
+    [
+        ("llama", {"attention_dropout": 0.1}, "dropout"),
+        ("phi", {"partial_rotary_factor": 0.5}, "bias"),
+        ("mixtral", {"output_router_logits": True, "num_local_experts": 2}, "output_router_logits"),
+        ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64, "dropout": 0.0}, "OPTForCausalLM|attn|cu_seq_lens_q"),
+    ],
 )
 def test_what_the_trainer_does_not_compute_is_refused(kind, options, reason, recipe, small_model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=reason):
@@ -252,6 +258,19 @@ def test_bad_lines_can_be_skipped_and_are_reported(recipe, write_jsonl, small_mo
     assert "bad.jsonl:2: not JSON" in said
     assert "bad.jsonl:3: " in said
     assert "skipped 2 lines, 2 are left" in said
+
+
+def test_a_folder_without_its_weights_is_no_config(recipe, small_model, tokenizer, tmp_path):
+    train(replace(recipe, steps=1), model=small_model(), tokenizer=tokenizer)
+    (tmp_path / "run" / "model" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="model"):
+        train(replace(recipe, model=str(tmp_path / "run" / "model"), out=recipe.out + "2"))
+
+
+def test_a_folder_of_an_earlier_run_trains_on(recipe, small_model, tokenizer, tmp_path):
+    train(replace(recipe, steps=3), model=small_model(), tokenizer=tokenizer)
+    train(replace(recipe, model=str(tmp_path / "run" / "model"), out=recipe.out + "2", steps=1))
+    assert steps_of(recipe.out + "2")[0]["loss"] < steps_of(recipe.out)[0]["loss"]
 
 
 def test_a_run_is_never_overwritten(recipe, small_model, tokenizer):
