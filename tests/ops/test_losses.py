@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from sft_kernels import LossStats, cross_entropy
 from sft_kernels._budget import check
 from sft_kernels.ops.cross_entropy import api as cross_entropy_api
+from sft_kernels.ops.softmax_grad import reduction
 
 from .helpers import DTYPES, LOSSES, N, V, Watch, check_against_plain, labels, run, same_bits
 
@@ -234,6 +235,20 @@ def test_a_label_outside_the_vocabulary_raises_before_any_work(loss, wrong, dtyp
     with Watch() as watch, pytest.raises(IndexError, match=rf"target: label {wrong} .* outside \[0, {V}\)"):
         loss.ours(*leaves, y)
     assert watch.flops == 0
+
+
+@pytest.mark.parametrize("wrong", [-1, V, 2**40])
+def test_on_a_device_that_is_not_asked_a_label_outside_gives_nan_and_no_access_out_of_bounds(loss, wrong, monkeypatch):
+    monkeypatch.setattr(reduction, "checks_enabled", lambda device: False)
+    y = labels()
+    y[0] = wrong
+    leaves = [t.requires_grad_() for t in loss.tensors()]
+    losses = loss.ours(*leaves, y, reduction="none")
+    assert losses.isnan().nonzero().flatten().tolist() == [0]
+    assert losses[1:].equal(loss.ours(*leaves, y.where(y != wrong, 1), reduction="none")[1:])
+    mean = loss.ours(*leaves, y)
+    assert mean.isnan()
+    assert any(gradient.isnan().any() for gradient in torch.autograd.grad(mean, leaves))
 
 
 @pytest.mark.parametrize(
