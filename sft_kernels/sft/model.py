@@ -82,10 +82,13 @@ def load_model(path, device):
 
     attention.register()
     options = {"dtype": torch.float32, "attn_implementation": attention.NAME}
-    if is_config(path):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+    try:
+        if is_config(path):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(path, **options)
+    except KeyError as error:
+        raise ValueError(f"model: {path} takes no attention from outside (KeyError: {error})") from error
     return model.to(device)
 
 

@@ -260,6 +260,15 @@ def test_bad_lines_can_be_skipped_and_are_reported(recipe, write_jsonl, small_mo
     assert "skipped 2 lines, 2 are left" in said
 
 
+def test_a_model_with_attention_of_its_own_is_refused(recipe, tokenizer, tmp_path):
+    config = tmp_path / "falcon.json"
+    config.write_text(
+        json.dumps({"model_type": "falcon", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1})
+    )
+    with pytest.raises(ValueError, match=r"falcon\.json takes no attention from outside"):
+        train(replace(recipe, model=str(config)), tokenizer=tokenizer)
+
+
 def test_a_folder_without_its_weights_is_no_config(recipe, small_model, tokenizer, tmp_path):
     train(replace(recipe, steps=1), model=small_model(), tokenizer=tokenizer)
     (tmp_path / "run" / "model" / "model.safetensors").unlink()
