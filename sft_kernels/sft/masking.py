@@ -53,6 +53,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.mode = mode
         self._end_of_turn = None
+        self._end_text = None
         self._special = []
         self._marks_turns = False
         self._ready = False
@@ -101,10 +102,10 @@ class Encoder:
 
     def _turns(self, messages, tools, error):
         """Token ids, and the [start, end) of every assistant turn's labels under the mode."""
-        end = self._end_of_turn is not None and self.tokenizer.convert_ids_to_tokens(self._end_of_turn)
         for i, message in enumerate(messages):
-            if end and message["role"] == "assistant" and end in (message.get("content") or ""):
-                raise error(f"message {i}: the assistant's words contain the end-of-turn token {end}")
+            said = message.get("content") or ""
+            if self._end_text and message["role"] == "assistant" and self._end_text in said:
+                raise error(f"message {i}: the assistant's words contain the end-of-turn token {self._end_text}")
         text = self._render(messages, tools)
         if self._marks_turns:
             ids, offsets = self._tokenize(text)
@@ -132,7 +133,7 @@ class Encoder:
         upto = self._render(messages[: i + 1], tools)
         if self._end_of_turn is not None:
             # A turn that another token ends would run into the next message, and what lies between carry loss.
-            end = text.find(self.tokenizer.convert_ids_to_tokens(self._end_of_turn), len(prompt))
+            end = text.find(self._end_text, len(prompt))
             turn, alone = text[len(prompt) : end], upto[len(prompt) :]
             if end < 0 or any(token in turn and token not in alone for token in self._special):
                 raise error(f"message {i}: the chat template does not end this turn with its end-of-turn token")
@@ -185,12 +186,16 @@ class Encoder:
             raise ValueError(
                 f"tokenizer: the chat template refuses a user's and an assistant's turn: {error}"
             ) from error
+        if words not in text:
+            raise ValueError("tokenizer: the chat template does not render an assistant's words as they are")
         behind = tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
         special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         special |= set(tokenizer.all_special_ids)
         self._special = tokenizer.convert_ids_to_tokens(sorted(special))
         self._end_of_turn = next((token for token in behind if token in special), None)
-        if self._end_of_turn is None and self.mode == "completion+eot":
+        if self._end_of_turn is not None:
+            self._end_text = tokenizer.convert_ids_to_tokens(self._end_of_turn)
+        elif self.mode == "completion+eot":
             raise ValueError(
                 "the chat template ends an assistant's turn with no special token, so a model could not learn to stop; "
                 "mend the template or choose mask='completion'"

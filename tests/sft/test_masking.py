@@ -150,6 +150,12 @@ def test_the_assistant_may_come_first_where_the_template_marks_it(tokenizer, unm
     assert Encoder(unmarked, "all")(record(TURNS[2:])).kept
 
 
+def test_a_template_that_changes_the_words_is_named(tokenizer_with, unmarked):
+    shouting = unmarked.chat_template.replace("message['content'] or ''", "message['content'] | upper")
+    with pytest.raises(ValueError, match="does not render an assistant's words as they are"):
+        Encoder(tokenizer_with(shouting))(record(TURNS))
+
+
 def test_words_that_contain_the_end_of_turn_are_refused(tokenizer):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b<|im_end|>c"}]
     with pytest.raises(DataError, match="message 1: the assistant's words contain the end-of-turn token"):
