@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint verify bench
 
 install: .venv/installed
 
@@ -20,6 +20,9 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+verify: install
+	$(BIN)/sft-kernels verify
 
 bench: install
 	$(BIN)/python -m bench.linear_cross_entropy

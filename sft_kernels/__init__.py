@@ -1,15 +1,17 @@
 """Masked cross-entropy, AdamW and packed attention for supervised fine-tuning."""
 
 from .ops.adamw.api import AdamW, decay_groups
-from .ops.cross_entropy.api import cross_entropy
-from .ops.linear_cross_entropy.api import linear_cross_entropy
+from .ops.cross_entropy.api import CrossEntropyLoss, cross_entropy
+from .ops.linear_cross_entropy.api import LinearCrossEntropyLoss, linear_cross_entropy
 from .ops.linear_cross_entropy.kept import KeptTokens
 from .ops.packed_attention.api import packed_attention
 from .ops.softmax_grad.reduction import LossStats
 
 __all__ = [
     "AdamW",
+    "CrossEntropyLoss",
     "KeptTokens",
+    "LinearCrossEntropyLoss",
     "LossStats",
     "cross_entropy",
     "decay_groups",

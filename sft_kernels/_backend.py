@@ -15,11 +15,20 @@ _IMPLEMENTATIONS = {
 }
 
 
+class Unavailable(RuntimeError):
+    """An implementation that cannot do here what was asked of it; the message says which requirement is missing."""
+
+
+def implementations(op):
+    """The names of the implementations that ``op`` has, whether or not they run here."""
+    return tuple(_IMPLEMENTATIONS[op])
+
+
 def resolve(op, impl="auto"):
     """The callable that implements ``op``.
 
     ``impl="auto"`` takes ``SFT_KERNELS_IMPL`` where that is set, else the best implementation that runs here.
-    Raises ``ValueError`` for a name that is none, ``RuntimeError`` for one that cannot run here, with the reason.
+    Raises ``ValueError`` for a name that is none, :class:`Unavailable` for one that cannot run here, with the reason.
     """
     source = "impl"
     if impl == "auto":
@@ -31,7 +40,7 @@ def resolve(op, impl="auto"):
         raise ValueError(f"{source}: expected one of {('auto', *IMPLS)}, got {impl!r}")
     available = _IMPLEMENTATIONS[op]
     if impl not in available:
-        raise RuntimeError(f"{source}={impl!r}: {op} has no such implementation; it has {', '.join(available)}")
+        raise Unavailable(f"{source}={impl!r}: {op} has no such implementation; it has {', '.join(available)}")
     module, name = available[impl].split(":")
     return getattr(import_module(module), name)
 

@@ -9,7 +9,21 @@ for scalars, into which a whole batch is summed. The first term is what the inpu
 order of a summation, the third the rounding of the result.
 """
 
+from typing import NamedTuple
+
 import torch
+
+
+class Comparison(NamedTuple):
+    """A result beside the oracle and the plain code; ``error`` is infinite where NaN or infinities stand wrongly."""
+
+    error: float
+    eager_error: float
+    allowed: float
+
+    @property
+    def ok(self):
+        return self.error <= self.allowed
 
 
 def compute_dtype_of(dtype):
@@ -17,47 +31,46 @@ def compute_dtype_of(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def allowed_error(ref, eager, *, compute_dtype, output_dtype):
-    """The right-hand side of the budget, a float.
+def compare(x, ref, eager, *, compute_dtype=None, output_dtype=None):
+    """:class:`Comparison` of ``x`` with the budget.
 
-    Entries where ``ref`` or ``eager`` is not finite enter no norm: an overflow of the plain code excuses nothing.
-    """
-    ref, eager = _float64(ref), _float64(eager)
-    if ref.shape != eager.shape:
-        raise ValueError(f"eager: expected the shape of ref {tuple(ref.shape)}, got {tuple(eager.shape)}")
-    finite = ref.isfinite()
-    size = _norm(ref[finite])
-    c = 8 if ref.dim() == 0 else 4
-    rounding = c * torch.finfo(compute_dtype).eps + torch.finfo(output_dtype).eps / 2
-    return 2 * _norm((eager - ref)[finite & eager.isfinite()]) + rounding * size
-
-
-def check(name, x, ref, eager, *, compute_dtype=None, output_dtype=None):
-    """Raise ``AssertionError`` saying what is off and by how much, unless ``x`` is within the budget.
-
-    NaN and infinities must stand where ``ref`` has them, and nowhere else. The dtypes default to those of ``x``.
+    NaN and infinities must stand where ``ref`` has them, and nowhere else. Entries where ``ref`` or ``eager`` is not
+    finite enter no norm: an overflow of the plain code excuses nothing. The dtypes default to those of ``x``.
     """
     output_dtype = output_dtype or torch.as_tensor(x).dtype
     compute_dtype = compute_dtype or compute_dtype_of(output_dtype)
-    x, ref = _float64(x), _float64(ref)
-    if x.shape != ref.shape:
-        raise AssertionError(f"{name}: expected shape {tuple(ref.shape)}, got {tuple(x.shape)}")
+    x, ref, eager = _float64(x), _float64(ref), _float64(eager)
+    for name, other in (("x", x), ("eager", eager)):
+        if other.shape != ref.shape:
+            raise AssertionError(f"{name}: expected the shape of ref {tuple(ref.shape)}, got {tuple(other.shape)}")
     finite = ref.isfinite()
-    alike = (finite & x.isfinite()) | (x == ref) | (x.isnan() & ref.isnan())
-    if not alike.all():
-        at = int((~alike).flatten().nonzero()[0])
-        raise AssertionError(
-            f"{name}: NaN or infinite where the reference is not, or the reverse: {int((~alike).sum())} of"
-            f" {x.numel()} entries; at flat index {at} got {x.flatten()[at]}, reference {ref.flatten()[at]}"
-        )
-    allowed = allowed_error(ref, eager, compute_dtype=compute_dtype, output_dtype=output_dtype)
-    error = (x - ref).where(finite, 0).abs()
-    if _norm(error) > allowed:
-        at = int(error.argmax())
-        raise AssertionError(
-            f"{name}: error {_norm(error):.3e}, allowed {allowed:.3e};"
-            f" at flat index {at} got {x.flatten()[at]:.9g}, reference {ref.flatten()[at]:.9g}"
-        )
+    c = 8 if ref.dim() == 0 else 4
+    rounding = c * torch.finfo(compute_dtype).eps + torch.finfo(output_dtype).eps / 2
+    eager_error = _norm((eager - ref)[finite & eager.isfinite()])
+    error = _norm((x - ref)[finite]) if _alike(x, ref).all() else float("inf")
+    return Comparison(error, eager_error, 2 * eager_error + rounding * _norm(ref[finite]))
+
+
+def check(name, x, ref, eager, *, compute_dtype=None, output_dtype=None):
+    """Raise ``AssertionError`` saying what is off and by how much, unless ``x`` is within the budget."""
+    found = compare(x, ref, eager, compute_dtype=compute_dtype, output_dtype=output_dtype)
+    if found.ok:
+        return
+    x, ref = _float64(x).flatten(), _float64(ref).flatten()
+    unlike = ~_alike(x, ref)
+    if unlike.any():
+        at = int(unlike.nonzero()[0])
+        count = f"{int(unlike.sum())} of {x.numel()} entries"
+        problem = f"NaN or infinite where the reference is not, or the reverse: {count}"
+    else:
+        at = int((x - ref).where(ref.isfinite(), 0).abs().argmax())
+        problem = f"error {found.error:.3e}, allowed {found.allowed:.3e}"
+    raise AssertionError(f"{name}: {problem}; at flat index {at} got {x[at]:.9g}, reference {ref[at]:.9g}")
+
+
+def _alike(x, ref):
+    """Where both are finite, or the same infinity, or both NaN."""
+    return (ref.isfinite() & x.isfinite()) | (x == ref) | (x.isnan() & ref.isnan())
 
 
 def _float64(x):

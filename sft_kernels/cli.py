@@ -1,4 +1,4 @@
-"""``sft-kernels``: train, inspect, demo."""
+"""``sft-kernels``: train, inspect, demo, verify."""
 
 import sys
 from dataclasses import dataclass, fields
@@ -10,6 +10,7 @@ _USAGE = """usage: sft-kernels COMMAND [options]
   train    --config recipe.yaml --data FILE.jsonl …   fine-tune a model (options override the file)
   inspect  FILE.jsonl …                               tokens beside shifted labels, kept and padding shares
   demo     [--out DIR]                                the whole job on a CPU, before and after
+  verify   [--ops …] [--impls …] [--smoke]            is every implementation right on this machine?
 
 sft-kernels COMMAND --help lists a command's options."""
 
@@ -17,7 +18,7 @@ sft-kernels COMMAND --help lists a command's options."""
 def main(argv=None):
     """Run a command; returns the exit status: 0, 1 where the input was refused, 2 for a wrong call, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "inspect": _inspect, "demo": _demo}
+    commands = {"train": _train, "inspect": _inspect, "demo": _demo, "verify": _verify}
     if not argv or argv[0] not in commands:
         asked = bool(argv) and argv[0] in ("-h", "--help")
         print(_USAGE, file=sys.stdout if asked else sys.stderr)
@@ -137,6 +138,12 @@ def _demo(argv):
         print("the fine-tuned model falls short of exact match 0.8 and stops 0.99", file=sys.stderr)
         return 1
     return 0
+
+
+def _verify(argv):
+    from .verify import main
+
+    return main(argv)
 
 
 if __name__ == "__main__":

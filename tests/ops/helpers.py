@@ -97,9 +97,15 @@ def check_against_plain(ours, plain, tensors, upstream=1.0):
 
 
 def same_bits(a, b):
-    """Whether both are equal to the bit; NaN equals NaN."""
-    return all(torch.equal(x, y) or (x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all()))
-               for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True))  # fmt: skip
+    """Whether both are equal to the bit; NaN equals NaN, None equals None."""
+    a, b = tree_leaves(a), tree_leaves(b)
+    return len(a) == len(b) and all(map(_same, a, b))
+
+
+def _same(x, y):
+    if x is None or y is None:
+        return x is y
+    return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
 class Watch(TorchDispatchMode):

@@ -67,7 +67,7 @@ def test_a_label_that_is_ruled_out_costs_infinity_as_in_torch():
     check_against_plain(lambda x: cross_entropy(x, y), lambda x: F.cross_entropy(x, y), [logits])
 
 
-@pytest.mark.parametrize("shape", [(), (2, N, V), (N, 0)], ids=str)
+@pytest.mark.parametrize("shape", [(), (N, 0), (0,)], ids=str)
 def test_logits_of_another_shape_are_named(shape):
     with pytest.raises(ValueError, match="input"):
         cross_entropy(torch.randn(shape), labels())

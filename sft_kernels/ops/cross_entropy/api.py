@@ -5,7 +5,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..._backend import resolve
+from ..softmax_grad.composed import composed_loss
+from ..softmax_grad.options import LossOptions
 from ..softmax_grad.reduction import (
+    check_class_weight,
     check_labels,
     check_options,
     check_target,
@@ -13,6 +16,7 @@ from ..softmax_grad.reduction import (
     hand_out,
     reduce_rows,
     row_scale,
+    target_weight,
     unpack,
 )
 from ..softmax_grad.rows import RowStats
@@ -22,13 +26,14 @@ _BLOCK_BYTES = 64 << 20  # of logits that are copied at a time
 
 class _Options(NamedTuple):
     core: Any  # the implementation of softmax_grad
+    loss: LossOptions
     need_grad: bool
     reduce: bool
     stats: bool
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """``losses = scale · nll`` of the kept rows, summed where ``reduce``.
+    """``losses = scale · loss`` of the kept rows, summed where ``reduce``.
 
     With a reduction the gradient is ready at the end of the forward, but for the upstream scalar; the first backward
     hands it out, and another one computes its own.
@@ -40,7 +45,7 @@ class _CrossEntropy(torch.autograd.Function):
         ready = options.reduce and options.need_grad
         stats, ctx.gradient = _walk(input, rows, targets, scale if ready else None, options)
         ctx.save_for_backward(input, rows, targets, scale)
-        return reduce_rows(ctx, stats, scale, inside, options.reduce, options.stats)
+        return reduce_rows(ctx, stats, options.loss, scale, inside, options.reduce, options.stats)
 
     @staticmethod
     @differentiable_once
@@ -63,7 +68,9 @@ def _walk(input, rows, targets, scale, options):
     for i in range(0, max(K, 1), block):
         s = slice(i, i + block)
         x = input[rows[s]]  # a copy: the caller's logits are never overwritten
-        parts.append(options.core(x, targets[s], None if scale is None else scale[s], stats=options.stats))
+        parts.append(
+            options.core(x, targets[s], options.loss, None if scale is None else scale[s], stats=options.stats)
+        )
         if dinput is not None:
             dinput[rows[s]] = x
     return RowStats.cat(parts), dinput
@@ -72,57 +79,145 @@ def _walk(input, rows, targets, scale, options):
 def cross_entropy(
     input,
     target,
+    weight=None,
     *,
     ignore_index=-100,
     reduction="mean",
+    label_smoothing=0.0,
     num_items=None,
     token_weight=None,
+    softcap=None,
+    logit_scale=None,
+    z_loss=0.0,
     return_stats=False,
     impl="auto",
 ):
-    """``torch.nn.functional.cross_entropy`` over class indices, reading only the rows that carry loss.
+    """``torch.nn.functional.cross_entropy``, reading only the rows that carry loss.
+
+    With u = c · tanh(s x / c) of the logits x (c = ``softcap``, s = ``logit_scale``), a token's loss is::
+
+        (1 − ε) (lse(u) − u_y) + ε (lse(u) − mean_v u_v) + ζ lse(u)²        ε = label_smoothing, ζ = z_loss
 
     Args:
-        input: logits, ``[N, V]`` or ``[V]``, floating point. Never overwritten.
-        target: class indices, ``[N]`` or 0-d.
-        ignore_index: the label that carries no loss.
-        reduction: ``"mean"`` over the kept tokens, ``"sum"``, or ``"none"``: of the shape of ``target``, 0 where
-            ignored.
+        input: logits, ``[V]``, ``[N, V]`` or ``[N, V, d1, …]``, floating point. Never overwritten.
+        target: class indices of the shape of ``input`` without V, or probabilities of the shape of ``input``.
+        weight: ``[V]``, a factor for each class. Enters the mean's divisor, as in torch.
+        ignore_index: the label that carries no loss; class indices only.
+        reduction: ``"mean"`` over the kept tokens, ``"sum"``, or ``"none"``: of the shape of the labels, 0 where
+            ignored. Probabilities are all kept.
+        label_smoothing: in [0, 1].
         num_items: number or 0-d tensor that replaces the mean's divisor, so that micro-batches share one denominator.
-        token_weight: floating point, of the shape of ``target``; scales numerators only.
-        return_stats: also return :class:`LossStats`, detached.
+        token_weight: floating point, of the shape of the labels; scales numerators only.
+        softcap, logit_scale: positive, or None (Gemma 2's and Cohere's).
+        z_loss: at least 0; the penalty is scaled as its token is.
+        return_stats: also return :class:`LossStats`, detached, of u. The label of a probability target is its most
+            probable class.
         impl: ``"auto"`` or an implementation's name.
 
     Returns:
-        The loss in the dtype of ``input``, or ``(loss, LossStats)``. Nothing kept gives 0 and a zero gradient (torch:
-        NaN). Differentiable once.
+        The loss in the dtype that torch returns, or ``(loss, LossStats)``. Nothing kept gives 0 and a zero gradient
+        (torch: NaN). Differentiable once.
 
-    Counting the kept tokens of a GPU tensor syncs once. Raises ``ValueError`` or ``TypeError`` naming the argument;
-    ``IndexError`` for a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1`` (elsewhere the
-    loss is NaN).
+    Counting the kept tokens of a GPU tensor syncs once. Probability targets, and class weights together with label
+    smoothing, are torch's own code in fp32: two or three more copies of the logits.
+
+    Raises:
+        ValueError, TypeError: an argument of a wrong shape, dtype or device, or out of range, by name.
+        IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1`` (elsewhere the loss
+            is NaN).
     """
     core = resolve("softmax_grad", impl)
-    if not isinstance(input, torch.Tensor) or input.dim() not in (1, 2) or input.shape[-1] == 0:
-        raise ValueError("input: expected logits of shape [N, V] or [V]")
+    if not isinstance(input, torch.Tensor) or input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
+        raise ValueError("input: expected logits of shape [V], [N, V] or [N, V, d1, …]")
     if not input.is_floating_point():
         raise TypeError(f"input: expected floating point, got {input.dtype}")
-    shape = input.shape[:-1]
-    if target.shape != shape:
-        raise ValueError(f"target: expected shape {tuple(shape)}, got {tuple(target.shape)}")
-    check_target(target, input.device)
+    classes = min(1, input.dim() - 1)  # the dimension of the classes
+    V = input.shape[classes]
+    shape = input.shape[:classes] + input.shape[classes + 1 :]
+    probabilities = check_target(target, shape, input.shape, input.device)
+    if probabilities and ignore_index != -100:
+        raise ValueError("ignore_index: probabilities are all kept")
     check_options(reduction, num_items, token_weight, shape, input.device)
+    check_class_weight(weight, V, input.device)
+    loss_options = LossOptions.checked(V, label_smoothing, softcap, logit_scale, z_loss)
 
-    logits = input.reshape(-1, input.shape[-1])
-    labels = target.reshape(-1).long()
-    rows = (labels != ignore_index).nonzero()[:, 0]
-    targets = labels[rows]
-    inside = check_labels(targets, logits.shape[1])
-    weight = None if token_weight is None else token_weight.reshape(-1)[rows]
+    logits = input.movedim(classes, -1).reshape(-1, V)
+    rows, inside, of_target = None, None, None
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    scale = row_scale(rows.numel(), dtype, input.device, reduction, num_items, weight, inside)
-    options = _Options(core, torch.is_grad_enabled() and input.requires_grad, reduction != "none", return_stats)
-    out = _CrossEntropy.apply(logits, rows, targets, scale, inside, options)
+    if probabilities:
+        targets = target.movedim(classes, -1).reshape(-1, V)
+    else:
+        labels = target.reshape(-1).long()
+        rows = (labels != ignore_index).nonzero()[:, 0]
+        targets = labels[rows]
+        inside = check_labels(targets, V)
+        of_target = target_weight(weight, targets, inside, dtype)
+    kept_weight = None
+    if token_weight is not None:
+        kept_weight = token_weight.reshape(-1) if rows is None else token_weight.reshape(-1)[rows]
+    scale = row_scale(len(targets), dtype, input.device, reduction, num_items, kept_weight, of_target, inside)
+    reduce = reduction != "none"
+    if probabilities or (weight is not None and label_smoothing):
+        kept = logits if rows is None else logits[rows]
+        out = composed_loss(core, kept, targets, weight, scale, inside, loss_options, reduce, return_stats)
+    else:
+        if of_target is not None:
+            scale = scale * of_target
+        need_grad = torch.is_grad_enabled() and input.requires_grad
+        options = _Options(core, loss_options, need_grad, reduce, return_stats)
+        out = _CrossEntropy.apply(logits, rows, targets, scale, inside, options)
     loss, stats = unpack(out, rows, shape, reduction, return_stats)
     if not torch.is_autocast_enabled(input.device.type):
         loss = loss.to(input.dtype)
     return (loss, stats) if return_stats else loss
+
+
+class CrossEntropyLoss(torch.nn.Module):
+    """:func:`cross_entropy` as a module, as ``torch.nn.CrossEntropyLoss``; ``weight`` is a buffer."""
+
+    def __init__(
+        self,
+        weight=None,
+        *,
+        ignore_index=-100,
+        reduction="mean",
+        label_smoothing=0.0,
+        softcap=None,
+        logit_scale=None,
+        z_loss=0.0,
+        return_stats=False,
+        impl="auto",
+    ):
+        super().__init__()
+        check_options(reduction)
+        LossOptions.checked(None, label_smoothing, softcap, logit_scale, z_loss)
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.z_loss = z_loss
+        self.return_stats = return_stats
+        self.impl = impl
+
+    def forward(self, input, target, *, num_items=None, token_weight=None):
+        """The loss of one batch, with the batch's own divisor and token weights."""
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            num_items=num_items,
+            token_weight=token_weight,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            z_loss=self.z_loss,
+            return_stats=self.return_stats,
+            impl=self.impl,
+        )
+
+    def extra_repr(self):
+        return f"ignore_index={self.ignore_index}, reduction={self.reduction!r}"

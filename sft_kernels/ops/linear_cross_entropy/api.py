@@ -1,11 +1,17 @@
 """``linear_cross_entropy``: the masked loss of a language model's head, without its logits."""
 
+import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..._backend import resolve
+from ..softmax_grad.composed import composed_loss
+from ..softmax_grad.options import LossOptions
 from ..softmax_grad.reduction import (
+    check_class_weight,
     check_labels,
     check_options,
     check_target,
@@ -13,6 +19,7 @@ from ..softmax_grad.reduction import (
     hand_out,
     reduce_rows,
     row_scale,
+    target_weight,
     unpack,
 )
 from . import matmul, tokens, vocab
@@ -20,18 +27,26 @@ from .kept import KeptTokens
 from .plan import Plan, make_plan
 
 
+class _Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    dx: bool
+    dw: bool
+    db: bool
+
+
 class _Options(NamedTuple):
-    core: Any  # the implementation of softmax_grad
+    core: Any  # the implementation of softmax_grad, with the loss's options
+    loss: LossOptions
     plan: Plan
     dtype: torch.dtype  # of the products
-    need_dx: bool
-    need_dw: bool
+    needs: _Needs
     reduce: bool
     stats: bool
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """``losses = scale · nll`` of the kept rows, summed where ``reduce``.
+    """``losses = scale · loss`` of the kept rows, summed where ``reduce``.
 
     With the token loop and a reduction, the gradients are ready at the end of the forward, but for the upstream scalar.
     The first backward hands them out and forgets them; should another follow (``retain_graph``), it computes its own,
@@ -40,48 +55,46 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, rows, targets, scale, inside, options):
+    def forward(ctx, hidden, weight, bias, rows, targets, scale, inside, options):
         x = _gather(hidden, rows, options.dtype)
         ctx.options = options
         ctx.gradients = None
-        common = (options.core, x, weight, targets)
+        common = (options.core, x, weight, bias, targets)
         if options.plan.loop == "vocab":
             stats = vocab.loss(*common, options.plan.chunk, options.stats)
-        elif options.reduce and (options.need_dx or options.need_dw):
-            stats, ctx.back, *ctx.gradients = _token_gradients(*common, scale, options)
+        elif options.reduce and any(options.needs):
+            stats, ctx.back, ctx.gradients = _token_gradients(*common, scale, options)
         else:
             stats = tokens.loss(*common, options.plan.chunk, options.stats)
-        ctx.save_for_backward(hidden, weight, rows, targets, scale, stats.lse)
-        return reduce_rows(ctx, stats, scale, inside, options.reduce, options.stats)
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, scale, stats.lse)
+        return reduce_rows(ctx, stats, options.loss, scale, inside, options.reduce, options.stats)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad, *_):
         options = ctx.options
-        hidden, weight, rows, targets, scale, lse = ctx.saved_tensors
+        hidden, weight, bias, rows, targets, scale, lse = ctx.saved_tensors
         if ctx.gradients is not None:
-            factor = grad if ctx.back is None else grad * ctx.back
-            dx, dw = (hand_out(gradient, factor) for gradient in ctx.gradients)
-            ctx.gradients = None
+            back, gradients, ctx.gradients = ctx.back, ctx.gradients, None
+            factor = grad if back is None else grad * back
         else:
-            x = _gather(hidden, rows, options.dtype)
-            scale = scale * grad
+            common = (options.core, _gather(hidden, rows, options.dtype), weight, bias, targets, scale * grad)
             with _plain_products(grad.device):
                 if options.plan.loop == "vocab":
-                    back, dx, dw = _vocab_gradients(options.core, x, weight, targets, scale, lse, options)
+                    factor, gradients = _vocab_gradients(*common, lse, options)
                 else:
-                    plain = options._replace(stats=False)
-                    _, back, dx, dw = _token_gradients(options.core, x, weight, targets, scale, plain)
-            if back is not None:
-                dx, dw = (hand_out(gradient, back) for gradient in (dx, dw))
+                    _, factor, gradients = _token_gradients(*common, options._replace(stats=False))
+        if factor is not None:
+            gradients = [hand_out(gradient, factor) for gradient in gradients]
+        dx, dw, db = gradients
         dhidden = None
-        if options.need_dx:
+        if options.needs.dx:
             if dx.shape == hidden.shape and dx.dtype == hidden.dtype:
                 dhidden = dx
             else:
                 dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
                 dhidden[rows] = dx.to(hidden.dtype)
-        return dhidden, dw, None, None, None, None, None
+        return dhidden, dw, db, None, None, None, None, None
 
 
 def _gather(hidden, rows, dtype):
@@ -94,18 +107,17 @@ def _plain_products(device):
     return torch.autocast(device.type, enabled=False)
 
 
-def _token_gradients(core, x, weight, targets, scale, options):
+def _token_gradients(core, x, weight, bias, targets, scale, options):
     back, scale = _hold_back(scale, x.dtype, weight.dtype)
-    stats, dx, dw = tokens.loss_and_gradients(
-        core, x, weight, targets, scale, options.plan.chunk, options.need_dx, options.need_dw, options.stats
+    stats, gradients = tokens.loss_and_gradients(
+        core, x, weight, bias, targets, scale, options.plan.chunk, options.needs, options.stats
     )
-    return stats, back, dx, dw
+    return stats, back, gradients
 
 
-def _vocab_gradients(core, x, weight, targets, scale, lse, options):
+def _vocab_gradients(core, x, weight, bias, targets, scale, lse, options):
     back, scale = _hold_back(scale, x.dtype, weight.dtype)
-    dx, dw = vocab.gradients(core, x, weight, targets, scale, lse, options.plan.chunk, options.need_dx, options.need_dw)
-    return back, dx, dw
+    return back, vocab.gradients(core, x, weight, bias, targets, scale, lse, options.plan.chunk, options.needs)
 
 
 def _hold_back(scale, *dtypes):
@@ -126,10 +138,16 @@ def linear_cross_entropy(
     linear_weight,
     target=None,
     *,
+    linear_bias=None,
+    weight=None,
     reduction="mean",
     ignore_index=None,
+    label_smoothing=0.0,
     num_items=None,
     token_weight=None,
+    softcap=None,
+    logit_scale=None,
+    z_loss=0.0,
     shift=False,
     kept=None,
     chunking="auto",
@@ -137,95 +155,181 @@ def linear_cross_entropy(
     return_stats=False,
     impl="auto",
 ):
-    """Cross-entropy of ``input @ linear_weight.T`` against ``target``, paying only for the tokens that are kept.
+    """Cross-entropy of ``input @ linear_weight.T + linear_bias`` against ``target``, paying only for kept tokens.
 
     Replaces ``F.cross_entropy(F.linear(input, linear_weight), target)``: rows whose label is ``ignore_index`` are
-    dropped before the product, and the logits exist a chunk at a time.
+    dropped before the product, and the logits exist a chunk at a time. The loss of a token is that of
+    :func:`cross_entropy`.
 
     Args:
         input: hidden states, ``[..., D]``, floating point.
-        linear_weight: the head, ``[V, D]``, of the same dtype (any floating dtype under autocast).
-        target: class indices, of the shape of ``input`` without its last dimension. May be left out where ``kept`` is
-            given.
-        reduction: ``"mean"`` over the kept tokens, ``"sum"``, or ``"none"``: fp32 of the shape of ``target``, 0 where
-            ignored.
-        ignore_index: the label that carries no loss; None means -100.
+        linear_weight: the head, ``[V, D]``, of the same dtype (any floating dtype under autocast). ``[V, d1, …, D]``
+            with ``input`` ``[N, D]``, as in torch: a loss at each of d1 · … places.
+        target: class indices, of the shape of ``input`` without D (``[N, d1, …]``). May be left out where ``kept`` is
+            given. Or probabilities, ``[..., V]`` (``[N, V, d1, …]``).
+        linear_bias: of the head, ``[V]`` (``[V, d1, …]``), of the dtype of ``linear_weight``.
+        weight: ``[V]``, a factor for each class. Enters the mean's divisor, as in torch.
+        reduction: ``"mean"`` over the kept tokens, ``"sum"``, or ``"none"``: fp32 of the shape of the labels, 0 where
+            ignored. Probabilities are all kept.
+        ignore_index: the label that carries no loss; None means -100. Class indices only.
+        label_smoothing: in [0, 1].
         num_items: number or 0-d tensor that replaces the mean's divisor, so that micro-batches share one denominator.
             Where an engine averages gradients over ranks (DDP, FSDP), pass the global number of kept tokens over the
             world size.
-        token_weight: floating point, of the shape of ``target`` and aligned with it; scales numerators only.
+        token_weight: floating point, of the shape of the labels and aligned with them; scales numerators only.
+        softcap, logit_scale: positive, or None (Gemma 2's and Cohere's).
+        z_loss: at least 0; the penalty is scaled as its token is.
         shift: the hidden state at t predicts the label at t + 1 (last dimension of ``target``). Pass labels as they
             are: nothing else may shift them. The loss of ``reduction="none"`` stands at t.
         kept: :class:`KeptTokens` of ``target``. Without it, counting the kept tokens of a GPU tensor syncs once.
         chunking: ``"tokens"`` computes gradients in the forward (three products), ``"vocab"`` walks the vocabulary and
             recomputes (four products, bounded memory whatever V), ``"auto"`` takes the cheaper one (``plan.py``).
         max_logits_bytes: bound on the logits that exist at a time, in bytes.
-        return_stats: also return :class:`LossStats`, detached.
+        return_stats: also return :class:`LossStats`, detached, of the scaled and capped logits.
         impl: ``"auto"`` or an implementation's name.
 
     Returns:
         The loss, fp32 (fp64 for fp64 inputs), or ``(loss, LossStats)``. Nothing kept gives 0 and zero gradients (torch:
         NaN).
 
-    Gradients flow to ``input`` and ``linear_weight``, each in its own dtype; one that is not required costs nothing.
-    What stands at masked positions, NaN included, enters neither loss nor gradients. Differentiable once. Under
-    autocast and on the CPU see ``matmul.compute_dtype`` for the dtype of the products.
+    Gradients flow to ``input``, ``linear_weight`` and ``linear_bias``, each in its own dtype; one that is not required
+    costs nothing. What stands at masked positions, NaN included, enters neither loss nor gradients. Differentiable
+    once. Under autocast and on the CPU see ``matmul.compute_dtype`` for the dtype of the products.
+
+    Probability targets, class weights together with label smoothing, and heads of more than two dimensions are torch's
+    own code over the kept rows' logits as a whole; ``kept``, ``shift``, ``chunking`` and ``max_logits_bytes`` say
+    nothing about the first and the last and are refused there, the latter two with all three.
 
     Raises:
-        ValueError, TypeError: an argument of a wrong shape, dtype or device, by name.
+        ValueError, TypeError: an argument of a wrong shape, dtype or device, or out of range, by name.
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1``; elsewhere the loss
             is NaN.
     """
     core = resolve("softmax_grad", impl)
+    _check_head(input, linear_weight, linear_bias)
+    device, V, D = input.device, linear_weight.shape[0], input.shape[-1]
+    places = linear_weight.shape[1:-1]
+    shape = input.shape[:-1] + places
+    probabilities = target is not None and check_target(target, shape, _with_classes(shape, V, places), device)
+    whole = probabilities or bool(places)
+    _check_loops(whole, weight is not None and label_smoothing, shift, kept, chunking, max_logits_bytes)
+    if probabilities and ignore_index is not None:
+        raise ValueError("ignore_index: probabilities are all kept")
+    check_options(reduction, num_items, token_weight, shape, device)
+    check_class_weight(weight, V, device)
+    loss_options = LossOptions.checked(V, label_smoothing, softcap, logit_scale, z_loss)
+    dtype = matmul.compute_dtype(input)
+    scalar = matmul.accumulator_dtype(dtype)
+
+    if probabilities:
+        rows, inside, of_target = None, None, None
+        targets = target.movedim(-1 - len(places), -1).reshape(-1, V)
+    else:
+        kept = _kept_tokens(kept, target, shape, device, -100 if ignore_index is None else ignore_index, shift)
+        rows, targets = kept.rows, kept.targets
+        inside = check_labels(targets, V)
+        of_target = target_weight(weight, targets, inside, scalar)
+    kept_weight = None
+    if token_weight is not None:
+        kept_weight = token_weight.reshape(-1) if rows is None else token_weight.reshape(-1)[rows + shift]
+    scale = row_scale(len(targets), scalar, device, reduction, num_items, kept_weight, of_target, inside)
+    reduce = reduction != "none"
+    hidden = input.reshape(-1, D)
+    with _plain_products(device):
+        if whole or (weight is not None and label_smoothing):
+            logits = _whole_logits(hidden, linear_weight, linear_bias, rows, dtype)
+            out = composed_loss(core, logits, targets, weight, scale, inside, loss_options, reduce, return_stats)
+        else:
+            if of_target is not None:
+                scale = scale * of_target
+            needs = _Needs(*(_requires_grad(t) for t in (input, linear_weight, linear_bias)))
+            acc_dtype = matmul.accumulator_dtype(linear_weight.dtype)
+            plan = make_plan(
+                len(targets), D, V, dtype.itemsize,
+                device_type=device.type,
+                chunking=chunking,
+                max_logits_bytes=max_logits_bytes,
+                grads=needs.dx + needs.dw,
+                accumulator=V * D * acc_dtype.itemsize if needs.dw and linear_weight.dtype != acc_dtype else 0,
+            )  # fmt: skip
+            core = partial(core, options=loss_options)
+            options = _Options(core, loss_options, plan, dtype, needs, reduce, return_stats)
+            out = _LinearCrossEntropy.apply(hidden, linear_weight, linear_bias, rows, targets, scale, inside, options)
+    loss, stats = unpack(out, rows, shape, reduction, return_stats)
+    return (loss, stats) if return_stats else loss
+
+
+def _requires_grad(tensor):
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _with_classes(shape, V, places):
+    """The shape of probabilities, or logits, for labels of ``shape`` whose last dimensions are ``places``."""
+    batch = len(shape) - len(places)
+    return torch.Size((*shape[:batch], V, *places))
+
+
+def _whole_logits(hidden, weight, bias, rows, dtype):
+    """The kept rows' logits under autograd, ``[K, V]``; with ``rows`` None all of them."""
+    V, *places, D = weight.shape
+    if not places and rows is not None:
+        hidden = hidden[rows]
+    logits = F.linear(
+        hidden.to(dtype), weight.reshape(-1, D).to(dtype), None if bias is None else bias.reshape(-1).to(dtype)
+    )
+    if places:
+        logits = logits.reshape(hidden.shape[0], V, -1).movedim(1, 2).reshape(-1, V)
+        logits = logits if rows is None else logits[rows]
+    return logits
+
+
+def _check_head(input, linear_weight, linear_bias):
     if not isinstance(input, torch.Tensor) or input.dim() == 0:
         raise ValueError("input: expected a tensor of shape [..., D]")
     if not input.is_floating_point():
         raise TypeError(f"input: expected floating point, got {input.dtype}")
-    shape, D = input.shape[:-1], input.shape[-1]
-    if linear_weight.dim() != 2 or linear_weight.shape[1] != D or linear_weight.shape[0] == 0:
+    D = input.shape[-1]
+    if linear_weight.dim() < 2 or linear_weight.shape[-1] != D or linear_weight.shape[0] == 0:
         raise ValueError(f"linear_weight: expected shape [V, {D}], got {tuple(linear_weight.shape)}")
-    if not linear_weight.is_floating_point():
-        raise TypeError(f"linear_weight: expected floating point, got {linear_weight.dtype}")
-    if linear_weight.device != input.device:
-        raise ValueError(f"linear_weight: expected device {input.device} as input, got {linear_weight.device}")
-    if not torch.is_autocast_enabled(input.device.type) and linear_weight.dtype != input.dtype:
-        raise TypeError(f"linear_weight: expected {input.dtype} as input, got {linear_weight.dtype}")
+    if linear_weight.dim() > 2 and input.dim() != 2:
+        raise ValueError(
+            f"input: expected shape [N, {D}] for a head of shape {tuple(linear_weight.shape)}, got {tuple(input.shape)}"
+        )
+    head = {"linear_weight": linear_weight}
+    if linear_bias is not None:
+        head["linear_bias"] = linear_bias
+        if linear_bias.shape != linear_weight.shape[:-1]:
+            raise ValueError(
+                f"linear_bias: expected shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+            )
+    for name, tensor in head.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(f"{name}: expected device {input.device} as input, got {tensor.device}")
+        if not torch.is_autocast_enabled(input.device.type) and tensor.dtype != input.dtype:
+            raise TypeError(f"{name}: expected {input.dtype} as input, got {tensor.dtype}")
+
+
+def _check_loops(whole, unchunked, shift, kept, chunking, max_logits_bytes):
+    """Raise for a loop that does not exist, or for what says nothing about a loss over whole logits."""
     if chunking not in ("auto", "tokens", "vocab"):
         raise ValueError(f"chunking: expected 'auto', 'tokens' or 'vocab', got {chunking!r}")
-    check_options(reduction, num_items, token_weight, shape, input.device)
-    kept = _kept_tokens(kept, target, shape, input.device, -100 if ignore_index is None else ignore_index, shift)
-
-    hidden = input.reshape(-1, D)
-    V = linear_weight.shape[0]
-    inside = check_labels(kept.targets, V)
-    grad_enabled = torch.is_grad_enabled()
-    need_dx, need_dw = (grad_enabled and t.requires_grad for t in (input, linear_weight))
-    dtype = matmul.compute_dtype(input)
-    acc_dtype = matmul.accumulator_dtype(linear_weight.dtype)
-    plan = make_plan(
-        kept.count, D, V, dtype.itemsize,
-        device_type=input.device.type,
-        chunking=chunking,
-        max_logits_bytes=max_logits_bytes,
-        grads=need_dx + need_dw,
-        accumulator=V * D * acc_dtype.itemsize if need_dw and linear_weight.dtype != acc_dtype else 0,
-    )  # fmt: skip
-    weight = None if token_weight is None else token_weight.reshape(-1)[kept.rows + kept.shift]
-    scale = row_scale(kept.count, matmul.accumulator_dtype(dtype), input.device, reduction, num_items, weight, inside)
-    options = _Options(core, plan, dtype, need_dx, need_dw, reduction != "none", return_stats)
-    with _plain_products(input.device):
-        out = _LinearCrossEntropy.apply(hidden, linear_weight, kept.rows, kept.targets, scale, inside, options)
-    loss, stats = unpack(out, kept.rows, shape, reduction, return_stats)
-    return (loss, stats) if return_stats else loss
+    if whole and (shift or kept is not None):
+        raise ValueError(
+            f"{'shift' if shift else 'kept'}: goes with class indices of one place per hidden state, not with"
+            " probabilities or a head of more than two dimensions"
+        )
+    if (whole or unchunked) and (chunking != "auto" or max_logits_bytes is not None):
+        raise ValueError(
+            f"{'max_logits_bytes' if chunking == 'auto' else 'chunking'}: probabilities, class weights with label"
+            " smoothing, and heads of more than two dimensions are not chunked"
+        )
 
 
 def _kept_tokens(kept, target, shape, device, ignore_index, shift):
     if kept is None and target is None:
         raise ValueError("target: expected class indices (or kept=KeptTokens)")
-    if target is not None:
-        if target.shape != shape:
-            raise ValueError(f"target: expected shape {tuple(shape)} as input without D, got {tuple(target.shape)}")
-        check_target(target, device)
     if kept is None:
         return KeptTokens.from_labels(target, ignore_index, shift)
     if kept.shift != shift:
@@ -235,3 +339,84 @@ def _kept_tokens(kept, target, shape, device, ignore_index, shift):
     if kept.rows.device != device:
         raise ValueError(f"kept: expected device {device} as input, got {kept.rows.device}")
     return kept
+
+
+class LinearCrossEntropyLoss(torch.nn.Module):
+    """The head and its loss as one module, as ``torch.nn.LinearCrossEntropyLoss``: the head is ``self.linear``.
+
+    ``weight`` ``[num_classes]`` holds class weights and is a buffer. For a head that a model already has, assign it
+    (``loss.linear = model.lm_head``) or call :func:`linear_cross_entropy`.
+    """
+
+    def __init__(
+        self,
+        in_features,
+        num_classes,
+        *,
+        out_features=(),
+        bias=False,
+        device=None,
+        dtype=None,
+        weight=None,
+        reduction="mean",
+        ignore_index=None,
+        label_smoothing=0.0,
+        softcap=None,
+        logit_scale=None,
+        z_loss=0.0,
+        shift=False,
+        chunking="auto",
+        max_logits_bytes=None,
+        return_stats=False,
+        impl="auto",
+    ):
+        super().__init__()
+        check_options(reduction)
+        LossOptions.checked(num_classes, label_smoothing, softcap, logit_scale, z_loss)
+        _check_loops(bool(out_features), False, shift, None, chunking, max_logits_bytes)
+        self.linear = torch.nn.Linear(
+            in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype
+        )
+        self.register_buffer("weight", weight)
+        self.num_classes = num_classes
+        self.out_features = tuple(out_features)
+        self.reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.z_loss = z_loss
+        self.shift = shift
+        self.chunking = chunking
+        self.max_logits_bytes = max_logits_bytes
+        self.return_stats = return_stats
+        self.impl = impl
+
+    def forward(self, input, target=None, *, num_items=None, token_weight=None, kept=None):
+        """The loss of one batch, with the batch's own divisor, token weights and kept tokens."""
+        places = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*places, -1),
+            target,
+            linear_bias=None if bias is None else bias.reshape(places),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            num_items=num_items,
+            token_weight=token_weight,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            z_loss=self.z_loss,
+            shift=self.shift,
+            kept=kept,
+            chunking=self.chunking,
+            max_logits_bytes=self.max_logits_bytes,
+            return_stats=self.return_stats,
+            impl=self.impl,
+        )
+
+    def extra_repr(self):
+        return f"out_features={self.out_features}, reduction={self.reduction!r}, shift={self.shift}"

@@ -5,6 +5,7 @@ CPU); then it is cast a slice of the vocabulary at a time, so that no second cop
 """
 
 import torch
+import torch.nn.functional as F
 
 _SLICE = 4096  # rows of the weight that are cast at a time
 
@@ -25,13 +26,19 @@ def accumulator_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def logits(x, weight):
-    """``x Wᵀ``: [N, V] in the compute dtype."""
+def logits(x, weight, bias=None):
+    """``x Wᵀ + b``: [N, V] in the compute dtype."""
+    if bias is not None:
+        bias = bias.to(x.dtype)
     if weight.dtype == x.dtype:
-        return x @ weight.T
+        return F.linear(x, weight, bias)
     out = x.new_empty(x.shape[0], weight.shape[0])
     for s in _slices(weight):
-        torch.mm(x, weight[s].to(x.dtype).T, out=out[:, s])
+        w = weight[s].to(x.dtype).T
+        if bias is None:
+            torch.mm(x, w, out=out[:, s])
+        else:
+            torch.addmm(bias[s], x, w, out=out[:, s])
     return out
 
 
@@ -52,6 +59,11 @@ def grad_weight(dlogits, x, out):
     else:
         for s in _slices(out):
             out[s] = dlogits[:, s].T @ x
+
+
+def grad_bias(dlogits):
+    """``Σ_i dlogits_i``: [V], summed in fp32."""
+    return dlogits.sum(0, dtype=accumulator_dtype(dlogits.dtype))
 
 
 def accumulate(acc, a, b):

@@ -6,41 +6,45 @@ from ..softmax_grad.rows import RowStats
 from . import matmul
 
 
-def loss(core, x, weight, targets, chunk, stats):
-    """Row statistics of ``x Wᵀ``: ``x`` [K, D], ``weight`` [V, D], ``targets`` [K]."""
-    parts = [core(matmul.logits(x[s], weight), targets[s], stats=stats) for s in _chunks(x.shape[0], chunk)]
+def loss(core, x, weight, bias, targets, chunk, stats):
+    """Row statistics of ``x Wᵀ + b``: ``x`` [K, D], ``weight`` [V, D], ``bias`` [V] or None, ``targets`` [K]."""
+    parts = [core(matmul.logits(x[s], weight, bias), targets[s], stats=stats) for s in _chunks(x.shape[0], chunk)]
     return RowStats.cat(parts)
 
 
-def loss_and_gradients(core, x, weight, targets, scale, chunk, need_dx, need_dw, stats):
-    """Row statistics, and the gradients of ``Σ scale · nll``; a gradient that is not needed is None.
+def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stats):
+    """Row statistics, and the gradients of ``Σ scale · loss`` by x, W and b; one that ``needs`` does not name is None.
 
     ::
 
-        dlogits = scale · (softmax(x Wᵀ) − onehot(targets))      dx = dlogits W      dW = dlogitsᵀ x
+        dlogits = scale · ∂loss / ∂logits      dx = dlogits W      dW = dlogitsᵀ x      db = Σ_i dlogits_i
 
-    With one chunk dW is one product, rounded once; with several it is summed in fp32.
+    With one chunk dW is one product, rounded once; with several it is summed in fp32, as db always is.
     """
     K, V = x.shape[0], weight.shape[0]
     spans = _chunks(K, chunk)
-    single = len(spans) == 1
-    dx = x.new_empty(x.shape) if need_dx else None
-    acc = None
-    if need_dw:
-        dtype = weight.dtype if single else matmul.accumulator_dtype(weight.dtype)
-        acc = torch.empty(V, weight.shape[1], dtype=dtype, device=weight.device)
+    dx = x.new_empty(x.shape) if needs.dx else None
+    dw = db = None
+    if needs.dw:
+        dtype = weight.dtype if len(spans) == 1 else matmul.accumulator_dtype(weight.dtype)
+        dw = torch.empty(V, weight.shape[1], dtype=dtype, device=weight.device)
+    if needs.db:
+        db = torch.zeros(V, dtype=matmul.accumulator_dtype(x.dtype), device=x.device)
     parts = []
     for i, s in enumerate(spans):
-        dlogits = matmul.logits(x[s], weight)  # [chunk, V], the gradient once the core has passed
-        parts.append(core(dlogits, targets[s], scale[s], stats=stats))
-        if need_dx:
+        dlogits = matmul.logits(x[s], weight, bias)  # [chunk, V], the gradient once the core has passed
+        parts.append(core(dlogits, targets[s], scale=scale[s], stats=stats))
+        if needs.dx:
             dx[s] = matmul.grad_input(dlogits, weight)
-        if need_dw and i == 0:
-            matmul.grad_weight(dlogits, x[s], acc)
-        elif need_dw:
-            matmul.accumulate(acc, dlogits.T, x[s])
+        if needs.dw and i == 0:
+            matmul.grad_weight(dlogits, x[s], dw)
+        elif needs.dw:
+            matmul.accumulate(dw, dlogits.T, x[s])
+        if needs.db:
+            db += matmul.grad_bias(dlogits)
         del dlogits  # before the next chunk's logits are made
-    return RowStats.cat(parts), dx, acc.to(weight.dtype) if need_dw else None
+    dw = dw.to(weight.dtype) if needs.dw else None
+    return RowStats.cat(parts), (dx, dw, db.to(bias.dtype) if needs.db else None)
 
 
 def _chunks(K, chunk):

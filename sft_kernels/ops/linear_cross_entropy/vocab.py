@@ -12,29 +12,36 @@ from ..softmax_grad.rows import RowStats
 from . import matmul
 
 
-def loss(core, x, weight, targets, chunk, stats):
-    """Row statistics of ``x Wᵀ``: ``x`` [K, D], ``weight`` [V, D], ``targets`` [K]."""
+def loss(core, x, weight, bias, targets, chunk, stats):
+    """Row statistics of ``x Wᵀ + b``: ``x`` [K, D], ``weight`` [V, D], ``bias`` [V] or None, ``targets`` [K]."""
     return reduce(
         RowStats.merge,
-        (core(matmul.logits(x, weight[s]), targets - s.start, stats=stats) for s in _chunks(weight.shape[0], chunk)),
+        (
+            core(matmul.logits(x, weight[s], None if bias is None else bias[s]), targets - s.start, stats=stats)
+            for s in _chunks(weight.shape[0], chunk)
+        ),
     )
 
 
-def gradients(core, x, weight, targets, scale, lse, chunk, need_dx, need_dw):
-    """The gradients of ``Σ scale · nll``, given the rows' logsumexp; one that is not needed is None."""
-    dtype = matmul.accumulator_dtype(x.dtype)
-    dx = torch.zeros(x.shape, dtype=dtype, device=x.device) if need_dx else None
-    dw = torch.empty_like(weight) if need_dw else None
+def gradients(core, x, weight, bias, targets, scale, lse, chunk, needs):
+    """The gradients of ``Σ scale · loss`` by x, W and b, given the rows' logsumexp; one that ``needs`` does not name is
+    None."""
+    dx = torch.zeros(x.shape, dtype=matmul.accumulator_dtype(x.dtype), device=x.device) if needs.dx else None
+    dw = torch.empty_like(weight) if needs.dw else None
+    db = torch.empty_like(bias) if needs.db else None
     for s in _chunks(weight.shape[0], chunk):
         w = weight[s].to(x.dtype)
-        dlogits = matmul.logits(x, w)  # [K, chunk], the gradient once the core has passed
-        core(dlogits, targets - s.start, scale, lse=lse)
-        if need_dx:
+        # [K, chunk], the gradient once the core has passed
+        dlogits = matmul.logits(x, w, None if bias is None else bias[s])
+        core(dlogits, targets - s.start, scale=scale, lse=lse)
+        if needs.dx:
             matmul.accumulate(dx, dlogits, w)
-        if need_dw:
+        if needs.dw:
             matmul.grad_weight(dlogits, x, dw[s])
+        if needs.db:
+            db[s] = matmul.grad_bias(dlogits)
         del dlogits  # before the next chunk's logits are made
-    return dx, dw
+    return dx, dw, db
 
 
 def _chunks(V, chunk):

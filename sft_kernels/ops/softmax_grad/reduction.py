@@ -30,7 +30,7 @@ class LossStats(NamedTuple):
         return cls(kept, rows.nll.sum(), rows.correct.sum(), rows.entropy.sum(), torch.cat([lse, lowest]).amax())
 
 
-def check_options(reduction, num_items, token_weight, target_shape, device):
+def check_options(reduction, num_items=None, token_weight=None, target_shape=None, device=None):
     """Raise for a reduction, divisor or token weight that means nothing."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
@@ -55,12 +55,39 @@ def check_options(reduction, num_items, token_weight, target_shape, device):
             raise ValueError("token_weight is a constant of the loss: detach it")
 
 
-def check_target(target, device):
-    """Raise for labels of a wrong dtype or on another device."""
-    if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise TypeError(f"target: expected class indices (int64), got {target.dtype}")
+def check_target(target, shape, probabilities_shape, device):
+    """Raise for a target of a wrong shape, dtype or device; whether it holds probabilities.
+
+    Class indices have ``shape``, probabilities ``probabilities_shape``.
+    """
+    if not isinstance(target, torch.Tensor):
+        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    probabilities = target.is_floating_point() and target.shape == probabilities_shape
+    if not probabilities:
+        if target.shape != shape:
+            raise ValueError(
+                f"target: expected class indices of shape {tuple(shape)} or probabilities of shape"
+                f" {tuple(probabilities_shape)}, got {target.dtype} of shape {tuple(target.shape)}"
+            )
+        if target.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+            raise TypeError(f"target: expected class indices (int64), got {target.dtype}")
     if target.device != device:
         raise ValueError(f"target: expected device {device} as input, got {target.device}")
+    return probabilities
+
+
+def check_class_weight(weight, V, device):
+    """Raise for class weights that do not fit ``V`` classes."""
+    if weight is None:
+        return
+    if weight.shape != (V,):
+        raise ValueError(f"weight: expected one factor for each of {V} classes, got shape {tuple(weight.shape)}")
+    if not weight.is_floating_point():
+        raise TypeError(f"weight: expected floating point, got {weight.dtype}")
+    if weight.device != device:
+        raise ValueError(f"weight: expected device {device} as input, got {weight.device}")
+    if weight.requires_grad:
+        raise ValueError("weight is a constant of the loss: detach it")
 
 
 def check_labels(targets, V):
@@ -78,28 +105,38 @@ def check_labels(targets, V):
     return None
 
 
-def row_scale(count, dtype, device, reduction, num_items, weight, inside):
+def target_weight(weight, targets, inside, dtype):
+    """``weight[targets]`` in ``dtype``, [K]; None without class weights."""
+    if weight is None:
+        return None
+    return weight.to(dtype)[targets if inside is None else targets.where(inside, 0)]
+
+
+def row_scale(count, dtype, device, reduction, num_items, token_weight, of_target, inside):
     """``[count]`` factors that the kept tokens' losses enter with: token weight over divisor.
 
-    ``weight`` is the kept tokens' weight or None, ``inside`` a mask of valid labels or None. The divisor of the mean is
-    the number of kept tokens, or ``num_items``; a divisor of zero counts as one, so that nothing kept gives a loss of
-    0.
+    ``token_weight`` and ``of_target``, the class weight of each target, are those of the kept tokens or None,
+    ``inside`` a mask of valid labels or None. The divisor of the mean is ``num_items``, else the sum of ``of_target``,
+    else the number of kept tokens; a divisor of zero counts as one, so that nothing kept gives a loss of 0.
     """
-    scale = torch.ones(count, dtype=dtype, device=device) if weight is None else weight.to(device, dtype)
+    scale = torch.ones(count, dtype=dtype, device=device) if token_weight is None else token_weight.to(device, dtype)
     if reduction == "mean":
-        if isinstance(num_items, torch.Tensor):
-            divisor = num_items.detach().to(device, dtype)
+        divisor = num_items
+        if divisor is None:
+            divisor = count if of_target is None else of_target.sum()
+        if isinstance(divisor, torch.Tensor):
+            divisor = divisor.detach().to(device, dtype)
             scale = scale / divisor.where(divisor != 0, 1)
         else:
-            scale = scale / ((count if num_items is None else num_items) or 1)
+            scale = scale / (divisor or 1)
     return scale if inside is None else scale.where(inside, float("nan"))
 
 
-def reduce_rows(ctx, rows, scale, inside, reduce, want_stats):
-    """The forward's result: ``scale · nll``, summed where ``reduce``, and the fields of :class:`LossStats` where
+def reduce_rows(ctx, rows, loss_options, scale, inside, reduce, want_stats):
+    """The forward's result: ``scale · loss``, summed where ``reduce``, and the fields of :class:`LossStats` where
     wanted."""
-    nll = rows.nll if inside is None else rows.nll.where(inside, float("nan"))
-    loss = scale * nll
+    loss = rows.loss(loss_options)
+    loss = scale * (loss if inside is None else loss.where(inside, float("nan")))
     loss = loss.sum() if reduce else loss
     if not want_stats:
         return loss
@@ -131,8 +168,11 @@ def hand_out(gradient, grad):
 
 
 def unpack(out, rows, shape, reduction, return_stats):
-    """What the user gets: the kept tokens' losses put back in their places, the statistics in their tuple."""
+    """What the user gets: the losses of the kept ``rows`` (None: of all) put back in their places, the statistics in
+    their tuple."""
     loss, *stats = out if return_stats else (out,)
     if reduction == "none":
-        loss = loss.new_zeros(shape.numel()).index_copy(0, rows, loss).reshape(shape)
+        if rows is not None:
+            loss = loss.new_zeros(shape.numel()).index_copy(0, rows, loss)
+        loss = loss.reshape(shape)
     return loss, LossStats(*stats) if return_stats else None

@@ -1,13 +1,16 @@
 """The oracle of the core and of both losses: NumPy, float64, forward and analytic gradient, for clarity alone.
 
-For one row of logits x with target y, s = ``logit_scale``, c = ``softcap``, ε = ``label_smoothing``, ζ = ``z_loss``::
+For one row of logits x with target distribution t (one-hot at y, or probabilities), s = ``logit_scale``, c =
+``softcap``, ε = ``label_smoothing``, ζ = ``z_loss``, class weights w::
 
     u = c · tanh(s x / c)                  (s x without a softcap)
+    q_v = w_v ((1 − ε) t_v + ε / V)        (w_v = 1 without class weights)
     lse = log Σ_v exp u_v                  p_v = exp(u_v − lse)
-    loss = (1 − ε) (lse − u_y) + ε (lse − mean_v u_v) + ζ lse²
+    loss = Σ_v q_v (lse − u_v) + ζ f lse²        f = Σ_v w_v t_v with class weights, else 1
 
-    ∂loss/∂u_v = (1 + 2 ζ lse) p_v − (1 − ε) [v = y] − ε / V
-    ∂u/∂x      = s (1 − (u / c)²)          (s without a softcap)
+    ∂loss/∂u_v = (Σ_k q_k + 2 ζ f lse) p_v − q_v
+    ∂loss/∂t_v = (1 − ε) w_v (lse − u_v) + ζ lse² ∂f/∂t_v
+    ∂u/∂x      = s (1 − (u / c)²)                (s without a softcap)
 """
 
 from typing import NamedTuple
@@ -16,46 +19,57 @@ import numpy as np
 
 
 class Rows(NamedTuple):
-    """Per-row results, each ``[N]``, and the gradient ``[N, V]`` of ``scale · loss``."""
+    """Per-row results, each ``[N]``, and the gradients ``[N, V]`` of ``scale · loss``."""
 
     loss: np.ndarray
-    nll: np.ndarray
+    nll: np.ndarray  # of the target, or of the most probable class
     lse: np.ndarray
     correct: np.ndarray
     entropy: np.ndarray
     dlogits: np.ndarray
+    dtarget: np.ndarray
 
 
-def softmax_grad(logits, target, scale, *, label_smoothing=0.0, softcap=None, logit_scale=1.0, z_loss=0.0):
-    """:class:`Rows` of ``logits`` [N, V], ``target`` [N] in [0, V), ``scale`` [N]."""
+def softmax_grad(
+    logits, target, scale, *, weight=None, label_smoothing=0.0, softcap=None, logit_scale=None, z_loss=0.0
+):
+    """:class:`Rows` of ``logits`` [N, V], ``target`` [N] in [0, V) or probabilities [N, V], ``scale`` [N]."""
     x = np.asarray(logits, np.float64)
     N, V = x.shape
-    rows = np.arange(N)
+    if np.ndim(target) == 1:
+        y, t = target, np.eye(V)[target]
+    else:
+        y, t = np.argmax(target, 1), np.asarray(target, np.float64)
+    w = np.ones(V) if weight is None else np.asarray(weight, np.float64)
+    q = w * ((1 - label_smoothing) * t + label_smoothing / V)
+    f = np.ones(N) if weight is None else t @ w
 
-    u = logit_scale * x
-    du_dx = np.full_like(x, logit_scale)
+    s = 1.0 if logit_scale is None else logit_scale
+    u = s * x
+    du_dx = np.full_like(x, s)
     if softcap is not None:
         u = softcap * np.tanh(u / softcap)
         du_dx *= 1 - (u / softcap) ** 2
 
     largest = u.max(1, keepdims=True)
-    lse = (largest + np.log(np.exp(u - largest).sum(1, keepdims=True)))[:, 0]
-    p = np.exp(u - lse[:, None])
-    nll = lse - u[rows, target]
-    loss = (1 - label_smoothing) * nll + z_loss * lse**2
-    if label_smoothing:  # with a logit of -inf the smoothed loss is infinite, the plain one is not
-        loss += label_smoothing * (lse - u.mean(1))
+    lse = largest + np.log(np.exp(u - largest).sum(1, keepdims=True))
+    p = np.exp(u - lse)
+    loss = np.where(q != 0, q * np.where(q != 0, lse - u, 0), 0).sum(1)  # a class of no weight may have a logit of -inf
+    loss += z_loss * f * lse[:, 0] ** 2
 
-    du = (1 + 2 * z_loss * lse)[:, None] * p - label_smoothing / V
-    du[rows, target] -= 1 - label_smoothing
-    dlogits = np.asarray(scale, np.float64)[:, None] * du * du_dx
+    du = (q.sum(1, keepdims=True) + 2 * z_loss * f[:, None] * lse) * p - q
+    dt = (1 - label_smoothing) * w * (lse - u) + (0 if weight is None else z_loss * lse**2 * w)
+    scale = np.asarray(scale, np.float64)[:, None]
 
+    rows = np.arange(N)
+    nll = lse[:, 0] - u[rows, y]
     mean = np.where(p > 0, p * np.where(p > 0, u, 0), 0).sum(1)  # a logit of -inf contributes nothing
-    return Rows(loss, nll, lse, u[rows, target] >= largest[:, 0], lse - mean, dlogits)
+    correct = u[rows, y] >= largest[:, 0]
+    return Rows(loss, nll, lse[:, 0], correct, lse[:, 0] - mean, scale * du * du_dx, scale * dt)
 
 
 class Loss(NamedTuple):
-    """A reduced loss, the rows behind it, and its gradient by the logits."""
+    """A reduced loss, the rows behind it, and its gradients."""
 
     loss: np.ndarray  # [], or [N] without a reduction
     rows: Rows  # of the kept tokens
@@ -70,26 +84,32 @@ def masked_loss(
     reduction="mean",
     num_items=None,
     token_weight=None,
+    weight=None,
     upstream=1.0,
     **options,
 ):
-    """The loss over the kept tokens::
+    """The loss over the kept tokens, all of them where ``target`` holds probabilities::
 
-        L = Σ_{i kept} w_i loss_i / n          n: kept tokens, or num_items; 1 for "sum"
+        L = Σ_{i kept} a_i loss_i / n
 
-    ``upstream`` multiplies the gradient: a scalar, or ``[N]`` with ``reduction="none"``. ``options`` go to
+    with a = ``token_weight`` and n the number of kept tokens, or Σ_{i kept} ``weight``[y_i], or ``num_items``; 1 for
+    "sum". ``upstream`` multiplies the gradient: a scalar, or ``[N]`` with ``reduction="none"``. ``options`` go to
     :func:`softmax_grad`. Nothing kept gives 0 and zeros.
     """
     target = np.asarray(target)
     N = target.shape[0]
-    kept = np.flatnonzero(target != ignore_index)
-    weight = np.ones(N) if token_weight is None else np.asarray(token_weight, np.float64)
-    divisor = (kept.size if num_items is None else num_items) if reduction == "mean" else 1
-    factor = weight[kept] / (divisor or 1)
+    kept = np.flatnonzero(target != ignore_index) if target.ndim == 1 else np.arange(N)
+    token_weight = np.ones(N) if token_weight is None else np.asarray(token_weight, np.float64)
+    divisor = 1
+    if reduction == "mean":
+        divisor = (
+            kept.size if weight is None or target.ndim == 2 else np.asarray(weight, np.float64)[target[kept]].sum()
+        )
+        divisor = divisor if num_items is None else num_items
+    factor = token_weight[kept] / (divisor or 1)
 
-    rows = softmax_grad(
-        np.asarray(logits)[kept], target[kept], factor * np.broadcast_to(upstream, (N,))[kept], **options
-    )
+    scale = factor * np.broadcast_to(upstream, (N,))[kept]
+    rows = softmax_grad(np.asarray(logits)[kept], target[kept], scale, weight=weight, **options)
     losses = np.zeros(N)
     losses[kept] = factor * rows.loss
     dlogits = np.zeros(np.shape(logits))

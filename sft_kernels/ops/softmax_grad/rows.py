@@ -6,16 +6,28 @@ import torch
 
 
 class RowStats(NamedTuple):
-    """Per-row statistics of logits ``x`` over a slice of the vocabulary, each ``[N]``; fp32 (fp64 for fp64 logits)
-    but for ``lse`` and ``mean_logit``, always fp64: what is taken from them is much smaller than they are.
+    """Per-row statistics of logits over a slice of the vocabulary, each ``[N]``; fp32 (fp64 for fp64 logits) but for
+    ``lse``, ``mean_logit`` and ``sum_logit``, always fp64: what is taken from them is much smaller than they are.
 
-    Rows of two slices of the same vocabulary combine by :meth:`merge`; so do the shards of a vocabulary-parallel head.
+    ``x`` is a logit after scale and cap (:class:`LossOptions`). Rows of two slices of the same vocabulary combine by
+    :meth:`merge`; so do the shards of a vocabulary-parallel head.
     """
 
     lse: torch.Tensor  # log Σ_v exp x_v
     target_logit: torch.Tensor  # x_y, or -inf where the target lies outside the slice
     max_logit: torch.Tensor  # max_v x_v
     mean_logit: torch.Tensor | None = None  # Σ_v p_v x_v, on request
+    sum_logit: torch.Tensor | None = None  # Σ_v x_v, where labels are smoothed
+
+    def loss(self, options):
+        """The loss of each row over the whole vocabulary, by :class:`LossOptions`."""
+        loss = self.lse - self.target_logit
+        if options.label_smoothing:
+            uniform = self.lse - self.sum_logit / options.classes
+            loss = (1 - options.label_smoothing) * loss + options.label_smoothing * uniform
+        if options.z_loss:
+            loss = loss + options.z_loss * self.lse.square()
+        return loss.to(self.target_logit.dtype)
 
     @property
     def nll(self):
@@ -41,6 +53,7 @@ class RowStats(NamedTuple):
             torch.maximum(self.target_logit, other.target_logit),
             torch.maximum(self.max_logit, other.max_logit),
             mean,
+            None if self.sum_logit is None else self.sum_logit + other.sum_logit,
         )
 
     @staticmethod

@@ -9,16 +9,17 @@ _BLOCK_BYTES = {"cpu": 2 << 20}
 _BLOCK_BYTES_DEVICE = 256 << 20
 
 
-def softmax_grad(logits, target, scale=None, *, lse=None, stats=False):
-    """Row statistics of ``logits``; given ``scale``, also their gradient, in place.
+def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False):
+    """Row statistics of ``logits``; given ``scale``, also the gradient of the rows' losses, in place.
 
     ::
 
-        dlogits[i, v] = scale[i] · (softmax(logits[i])[v] − [v = target[i]])
+        dlogits[i, v] = scale[i] · ∂loss_i / ∂logits[i, v]
 
     Args:
         logits: ``[N, V]``, floating point. With ``scale`` it is overwritten by ``dlogits``, else it is only read.
         target: ``[N]`` int64. A target outside ``[0, V)`` is in another slice of the vocabulary: no entry gets −1.
+        options: :class:`LossOptions`: what the loss of a row is.
         scale: ``[N]`` fp32, or None for no gradient. Applied in fp32, before the one rounding to the logits' dtype.
         lse: ``[N]`` fp64, the logsumexp over the whole vocabulary where ``logits`` is a slice; None where it is all.
         stats: also compute ``mean_logit``.
@@ -32,40 +33,49 @@ def softmax_grad(logits, target, scale=None, *, lse=None, stats=False):
     parts = []
     for i in range(0, max(N, 1), rows):
         s = slice(i, i + rows)
-        parts.append(
-            _block(logits[s], target[s], None if scale is None else scale[s], None if lse is None else lse[s], stats)
-        )
+        block_scale, block_lse = (None if t is None else t[s] for t in (scale, lse))
+        parts.append(_block(logits[s], target[s], options, block_scale, block_lse, stats))
     return RowStats.cat(parts) if lse is None else None
 
 
-def _block(logits, target, scale, lse, stats):
+def _block(logits, target, options, scale, lse, stats):
     V = logits.shape[1]
-    x = logits if logits.dtype == torch.float64 else logits.float()  # [N, V]
+    u = options.shape(logits if logits.dtype == torch.float64 else logits.float())  # [N, V]
     here = (target >= 0) & (target < V)
     index = target.clamp(0, V - 1)[:, None]  # [N, 1]
-    target_logit = x.gather(1, index)[:, 0].where(here, float("-inf"))
+    target_logit = u.gather(1, index)[:, 0].where(here, float("-inf"))
 
     if lse is None:
-        max_logit = x.amax(1)
+        max_logit = u.amax(1)
         base = max_logit.where(max_logit > float("-inf"), 0)  # a slice may be ruled out as a whole
-        e = (x - base[:, None]).exp_()
+        below = u - base[:, None]
+        sum_logit = base.double() * V + below.sum(1) if options.label_smoothing else None
+        e = below.exp() if stats else below.exp_()
         total = e.sum(1)
         row_lse = base.double() + total.log()
         mean_logit = None
         if stats:  # a logit of -inf has p = 0 and contributes nothing
-            below = (e * (x - base[:, None]).where(e > 0, 0)).sum(1)
-            mean_logit = base.double() + below / total.where(total > 0, 1)
-        row_stats = RowStats(row_lse, target_logit, max_logit, mean_logit)
+            mean_logit = base.double() + (e * below.where(e > 0, 0)).sum(1) / total.where(total > 0, 1)
+        row_stats = RowStats(row_lse, target_logit, max_logit, mean_logit, sum_logit)
     else:
         row_lse, row_stats = lse, None
-        near = lse.to(x.dtype)
-        e = (x - near[:, None]).exp_()
-        total = (lse - near).exp().to(x.dtype)
+        near = lse.to(u.dtype)
+        e = (u - near[:, None]).exp_()
+        total = (lse - near).exp().to(u.dtype)
 
     if scale is not None:
-        # p_y − 1 by expm1 of a difference in fp64: subtracting 1 from a rounded p_y would lose its digits.
-        at_target = torch.expm1(target_logit - row_lse).to(x.dtype) * scale
-        e *= (scale / total)[:, None]
-        e.scatter_(1, index, at_target.where(here, e.gather(1, index)[:, 0])[:, None])
+        # ∂loss/∂u_v = (1 + 2 ζ lse) p_v − (1 − ε) [v = y] − ε / V. At the target p − 1 comes from a difference in fp64
+        # by expm1: subtracting 1 from a rounded p would lose its digits.
+        if options.logit_scale is not None:
+            scale = scale * options.logit_scale
+        smoothing, pull = options.label_smoothing, 2 * options.z_loss * row_lse
+        minus = torch.expm1(target_logit - row_lse)
+        at_target = minus + smoothing * (1 - 1 / options.classes) + pull * (minus + 1)
+        e *= (scale * (1 + pull) / total).to(u.dtype)[:, None]
+        if smoothing:
+            e -= (scale * (smoothing / options.classes))[:, None]
+        e.scatter_(1, index, (at_target.to(u.dtype) * scale).where(here, e.gather(1, index)[:, 0])[:, None])
+        if options.softcap is not None:
+            e *= 1 - (u / options.softcap).square_()
         logits.copy_(e)
     return row_stats

@@ -1,0 +1,38 @@
+"""What the core does not carry, in plain PyTorch under autograd: the logits at hand, a copy in fp32, their gradients.
+
+That is probability targets, class weights together with label smoothing, and heads with more dimensions than classes:
+rare in fine-tuning, and torch has them.
+"""
+
+import torch.nn.functional as F
+
+from .options import LossOptions
+from .reduction import LossStats
+
+
+def composed_loss(core, logits, target, weight, scale, inside, options, reduce, want_stats):
+    """The loss, and the fields of :class:`LossStats` where wanted, of ``logits`` [K, V] that all carry loss.
+
+    ``target`` [K] class indices or [K, V] probabilities, through which gradients flow as in torch; ``weight`` [V] or
+    None, ``scale`` [K], ``inside`` a mask of valid labels or None. Differentiable as often as torch's own.
+    """
+    dtype = scale.dtype
+    u = options.shape(logits.to(dtype))
+    if target.dim() == 2:
+        target = target.to(dtype)
+        labels = target.detach().argmax(1)
+    else:
+        target = labels = target if inside is None else target.where(inside, 0)
+    if weight is not None:
+        weight = weight.to(dtype)
+    losses = F.cross_entropy(u, target, weight, reduction="none", label_smoothing=options.label_smoothing)
+    if options.z_loss:
+        penalty = options.z_loss * u.logsumexp(1).square()
+        if weight is not None:
+            penalty = penalty * (target @ weight if target.dim() == 2 else weight[target])
+        losses = losses + penalty
+    loss = scale * losses
+    loss = loss.sum() if reduce else loss
+    if not want_stats:
+        return loss
+    return loss, *LossStats.of(core(u.detach(), labels, LossOptions(u.shape[1]), stats=True))

@@ -1,0 +1,40 @@
+"""What a row's loss is beside the negative log-likelihood of its target."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+
+class LossOptions(NamedTuple):
+    """The scalar options of both losses.
+
+    For the logits x of a row, s = ``logit_scale``, c = ``softcap``, ε = ``label_smoothing``, ζ = ``z_loss``, V =
+    ``classes``::
+
+        u = c · tanh(s x / c)         loss = (1 − ε) (lse − u_y) + ε (lse − Σ_v u_v / V) + ζ lse²
+    """
+
+    classes: int  # V; the logits at hand may be a slice of the vocabulary
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    logit_scale: float | None = None
+    z_loss: float = 0.0
+
+    @classmethod
+    def checked(cls, classes, label_smoothing, softcap, logit_scale, z_loss):
+        """The options; raises ``ValueError`` for one out of range, by name."""
+        if not 0 <= label_smoothing <= 1:
+            raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
+        for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected a positive number or None, got {value}")
+        if not 0 <= z_loss < math.inf:
+            raise ValueError(f"z_loss: expected a number of at least 0, got {z_loss}")
+        return cls(classes, label_smoothing, softcap, logit_scale, z_loss)
+
+    def shape(self, x):
+        """u of logits ``x``: scaled, then capped; ``x`` itself where neither is asked for."""
+        if self.logit_scale is not None:
+            x = x * self.logit_scale
+        return x if self.softcap is None else torch.tanh(x / self.softcap) * self.softcap

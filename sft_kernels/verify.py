@@ -1,0 +1,473 @@
+"""``sft-kernels verify``: is every implementation right on this machine?
+
+Each op runs on each implementation, dtype and family of options, beside plain PyTorch in the same dtype, and both are
+held against the float64 oracle by the one error budget (``_budget.py``). On a CPU, Triton's rows are interpreted, in a
+process of their own.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from . import AdamW, KeptTokens, cross_entropy, linear_cross_entropy, packed_attention
+from ._backend import Unavailable, implementations
+from ._budget import compare
+from .ops.adamw import reference as adamw_reference
+from .ops.linear_cross_entropy.reference import linear_cross_entropy as linear_cross_entropy_reference
+from .ops.packed_attention.reference import packed_attention as packed_attention_reference
+from .ops.softmax_grad.reference import masked_loss
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Quantity(NamedTuple):
+    """One result of an op, the oracle's, and that of plain PyTorch."""
+
+    x: torch.Tensor
+    ref: object
+    eager: torch.Tensor
+
+
+class Row(NamedTuple):
+    """One line of the table: the quantity that stands furthest into its budget."""
+
+    op: str
+    impl: str
+    dtype: str
+    options: str
+    quantity: str
+    error: float
+    eager_error: float
+    ratio: float  # error over allowed error; above 1 is a failure
+    verdict: str  # "ok", "FAIL" or "absent"
+    note: str = ""
+
+
+# ---- the losses
+
+
+def plain_cross_entropy(
+    logits,
+    target,
+    weight=None,
+    *,
+    reduction="mean",
+    label_smoothing=0.0,
+    num_items=None,
+    token_weight=None,
+    softcap=None,
+    logit_scale=None,
+    z_loss=0.0,
+):
+    """The PyTorch code that a user would write for :func:`cross_entropy`, in the dtype of its inputs."""
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if weight is not None:
+        weight = weight.to(logits.dtype)
+    indices = not target.is_floating_point()
+    target = target.long() if indices else target.to(logits.dtype)
+    if num_items is None and token_weight is None and not z_loss:
+        return F.cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+
+    losses = F.cross_entropy(logits, target, weight, reduction="none", label_smoothing=label_smoothing)
+    kept = target != -100 if indices else torch.ones_like(losses, dtype=torch.bool)
+    of_target = torch.ones_like(losses)
+    if weight is not None:
+        of_target = weight[target.where(kept, 0)] if indices else target @ weight
+    losses = losses + (z_loss * of_target * logits.logsumexp(-1) ** 2).where(kept, 0)
+    if token_weight is not None:
+        losses = losses * token_weight.to(losses.dtype)
+    if reduction == "none":
+        return losses
+    if reduction == "sum":
+        return losses.sum()
+    if num_items is None:
+        num_items = (of_target if indices else torch.ones_like(losses))[kept].sum()
+    return losses.sum() / num_items
+
+
+def plain_linear_cross_entropy(input, linear_weight, linear_bias, target, *, shift=False, **options):
+    """The PyTorch code that a user would write for :func:`linear_cross_entropy` over ``[N, D]``; ``linear_bias`` may be
+    None."""
+    if shift:
+        target = F.pad(target[1:], (0, 1), value=-100)
+        if options.get("token_weight") is not None:
+            options["token_weight"] = F.pad(options["token_weight"][1:], (0, 1))
+    return plain_cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
+
+
+def loss_oracle(tensors, target, *, upstream=1.0, **options):
+    """The oracle's loss and gradients for ``tensors``: logits, or hidden states, head and, perhaps, its bias."""
+    tensors = [_numpy(t) for t in tensors]
+    options = {name: _numpy(v) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    options["upstream"] = _numpy(upstream) if isinstance(upstream, torch.Tensor) else upstream
+    target = _numpy(target) if target.is_floating_point() else target.cpu().numpy()
+    if len(tensors) == 1:
+        out = masked_loss(*tensors, target, **options)
+        return out.loss, out.dlogits
+    hidden, weight, *bias = tensors
+    out = linear_cross_entropy_reference(hidden, weight, target, linear_bias=bias[0] if bias else 0.0, **options)
+    return out.loss, out.dinput, out.dweight, *([out.dbias] if bias else [])
+
+
+def gradients(function, tensors, upstream=1.0):
+    """``function`` of ``tensors``, and its gradients by each of them."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    upstream = torch.as_tensor(upstream, dtype=out.dtype, device=out.device).expand_as(out)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+
+_N, _D, _V = 190, 48, 1009
+_LOSS_FAMILIES = {
+    "mean": {},
+    "sum": {"reduction": "sum"},
+    "none": {"reduction": "none"},
+    "upstream": {"upstream": -3.7},
+    "num_items": {"num_items": 333},
+    "token_weight": {"token_weight": torch.linspace(-0.5, 2, _N)},
+    "label_smoothing": {"label_smoothing": 0.1},
+    "softcap": {"softcap": 4.0},
+    "logit_scale": {"logit_scale": 0.25},
+    "z_loss": {"z_loss": 1e-2},
+    "scalars together": {"label_smoothing": 0.2, "softcap": 6.0, "logit_scale": 1.5, "z_loss": 1e-3},
+    "weight": {"weight": torch.linspace(0, 2, _V)},
+    "weight, smoothing": {"weight": torch.linspace(0, 2, _V), "label_smoothing": 0.1},
+    "probabilities": {"probabilities": True, "label_smoothing": 0.1},
+    "nothing kept": {"masked": 1.0},
+    "everything kept": {"masked": 0.0},
+    "return_stats": {"stats": True},
+}
+_LINEAR_FAMILIES = _LOSS_FAMILIES | {
+    "linear_bias": {"bias": True},
+    "shift": {"shift": True, "token_weight": torch.linspace(-0.5, 2, _N)},
+    "kept": {"kept": True},
+    "tokens, one chunk": {"chunking": "tokens"},
+    "tokens, chunks": {"chunking": "tokens", "max_logits_bytes": 25 * _V * 4, "bias": True},
+    "vocab, one chunk": {"chunking": "vocab", "max_logits_bytes": _N * _V * 4},
+    "vocab, chunks": {"chunking": "vocab", "max_logits_bytes": _N * 301 * 4, "bias": True, "label_smoothing": 0.1},
+}
+_LOOP = ("chunking", "max_logits_bytes")
+
+
+def _loss_case(op, impl, dtype, device, options):
+    linear = op == "linear_cross_entropy"
+    options = dict(options)
+    stats, bias, kept, probabilities = (options.pop(name, False) for name in ("stats", "bias", "kept", "probabilities"))
+    masked, upstream = options.pop("masked", 0.6), options.pop("upstream", 1.0)
+    loops = {name: options.pop(name) for name in _LOOP if name in options}
+
+    random = torch.Generator().manual_seed(0)
+    target = torch.randint(0, _V, (_N,), generator=random)
+    target[torch.rand(_N, generator=random) < masked] = -100
+    if probabilities:
+        target = torch.randn(_N, _V, generator=random).softmax(1)
+    if options.get("reduction") == "none":
+        upstream = torch.rand(_N, generator=random)
+    shapes = [(_N, _D), (_V, _D), (_V,)][: 2 + bias] if linear else [(_N, _V)]
+    tensors = [torch.randn(shape, generator=random) for shape in shapes]
+    if linear:
+        tensors[1] *= 2 * _D**-0.5
+    tensors = [t.to(device, dtype) for t in tensors]
+    target = target.to(device)
+    options = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
+    loops["kept"] = KeptTokens.from_labels(target.cpu()).to(device) if kept else None
+
+    statistics = None
+
+    def ours(*leaves):
+        nonlocal statistics
+        call = {**options, "return_stats": stats, "impl": impl}
+        if linear:
+            loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2] if bias else None, **loops, **call)
+        else:
+            loss = cross_entropy(*leaves, target, **call)
+        if stats:
+            loss, statistics = loss
+        return loss
+
+    def plain(*leaves):
+        if linear:
+            return plain_linear_cross_entropy(*leaves[:2], leaves[2] if bias else None, target, **options)
+        return plain_cross_entropy(*leaves, target, **options)
+
+    found, eager = gradients(ours, tensors, upstream), gradients(plain, tensors, upstream)
+    ref = loss_oracle(tensors, target, upstream=upstream, **options)
+    names = ("loss", "dinput", "dweight", "dbias")
+    result = {name: Quantity(*each) for name, *each in zip(names, found, ref, eager, strict=False)}
+    if stats:
+        result |= _statistics(statistics, tensors, target)
+    return result
+
+
+def _statistics(found, tensors, target):
+    logits = tensors[0] if len(tensors) == 1 else F.linear(*tensors)
+    log_p = logits[target != -100].log_softmax(1)
+    rows = masked_loss(_numpy(tensors[0]) if len(tensors) == 1 else _numpy(tensors[0]) @ _numpy(tensors[1]).T,
+                       target.cpu().numpy()).rows  # fmt: skip
+    return {
+        "kept": Quantity(found.kept.double(), float(rows.nll.size), torch.tensor(float(rows.nll.size))),
+        "nll_sum": Quantity(found.nll_sum, rows.nll.sum(), F.nll_loss(log_p, target[target != -100], reduction="sum")),
+        "entropy_sum": Quantity(found.entropy_sum, rows.entropy.sum(), -(log_p.exp() * log_p).sum()),
+        "max_lse": Quantity(found.max_lse, rows.lse.max(), logits[target != -100].logsumexp(1).amax()),
+    }
+
+
+# ---- AdamW
+
+_SHAPES = ((301, 67), (1024,), (3, 5, 7), (1,), (0,))
+_STEPS = 5
+# The norm is about 145: clipped to 100 every gradient stays large enough for its square in fp16.
+_ADAMW_FAMILIES = {
+    "clip": {"max_grad_norm": 100.0},
+    "no clip": {},
+    "skip_nonfinite": {"max_grad_norm": 100.0, "skip_nonfinite": True},
+    "amsgrad": {"amsgrad": True},
+    "maximize": {"maximize": True, "weight_decay": 0.0},
+    "tensor lr": {"lr": torch.tensor(1e-2)},
+    "a missing gradient": {"missing": True, "max_grad_norm": 100.0},
+    "state_dtype": {"state_dtype": torch.float32, "max_grad_norm": 100.0},
+    "master_weights": {"master_weights": "float32", "max_grad_norm": 100.0},
+}
+
+
+def _adamw_case(op, impl, dtype, device, options):
+    options = dict(options)
+    missing = options.pop("missing", False)
+    common = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    common |= {name: options.pop(name) for name in ("lr", "weight_decay", "amsgrad", "maximize") if name in options}
+
+    random = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=random).to(device, dtype) for shape in _SHAPES]
+    leaves, plain = ([p.clone().requires_grad_() for p in start] for _ in range(2))
+    params, states = [_numpy(p) for p in start], [{} for _ in start]
+    ours = AdamW(leaves, **common, **options, impl=impl)
+    eager = torch.optim.AdamW(plain, **common, foreach=False)
+    scalars = {name: float(common[name]) for name in ("lr", "eps", "weight_decay")}
+    scalars |= {name: common.get(name, False) for name in ("amsgrad", "maximize")}
+    clip = options.get("max_grad_norm")
+    for step in range(_STEPS):
+        grads = [torch.randn(shape, generator=random).to(device, dtype) for shape in _SHAPES]
+        if missing and step % 2:
+            grads[0] = None
+        bad = options.get("skip_nonfinite") and step == 2
+        if bad:
+            grads[1][7] = float("nan")
+        for p, q, g in zip(leaves, plain, grads, strict=True):
+            p.grad, q.grad = (None if g is None else g.clone() for _ in range(2))
+        ours.step()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(plain, clip)
+        if not bad:
+            eager.step()
+        params, states, *_ = adamw_reference.step(
+            params,
+            [None if g is None else _numpy(g) for g in grads],
+            states,
+            max_grad_norm=clip,
+            skip_nonfinite=bool(bad),
+            beta1=0.9,
+            beta2=0.95,
+            **scalars,
+        )
+
+    def flat(tensors):
+        return torch.cat([torch.as_tensor(t).detach().flatten().cpu() for t in tensors])
+
+    result = {"parameters": Quantity(flat(leaves), flat(params), flat(plain))}
+    for name, key in (("exp_avg", "m"), ("exp_avg_sq", "v")):
+        result[name] = Quantity(
+            flat([ours.state[p][name] for p in leaves]),
+            flat([state[key] for state in states]),
+            flat([eager.state[p][name] for p in plain]),
+        )
+    return result
+
+
+# ---- attention
+
+_BOUNDS = (0, 37, 37, 38, 101, 165)
+_T, _HEADS, _HEAD_DIM = 170, 4, 64
+_ATTENTION_FAMILIES = {
+    "causal": {},
+    "full": {"causal": False},
+    "GQA": {"key_heads": 2},
+    "MQA, full": {"key_heads": 1, "causal": False},
+    "window": {"window_size": (20, -1)},
+    "window, full": {"window_size": (9, 12), "causal": False},
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 2.0},
+    "softcap, window, GQA": {"softcap": 5.0, "window_size": (30, -1), "key_heads": 2},
+}
+
+
+def plain_packed_attention(query, key, value, cu_seqlens, *, causal, scale, window_size, softcap):
+    """The PyTorch code that a user would write: all scores of the row, masked; also their logsumexp."""
+    T = query.shape[0]
+    at = torch.arange(T, device=query.device)
+    bounds = torch.as_tensor(cu_seqlens, device=query.device)
+    segment = torch.bucketize(at, bounds[1:], right=True)
+    ahead = at[None] - at[:, None]
+    left, right = (size if size >= 0 else T for size in window_size)
+    seen = (segment[None] == segment[:, None]) & (ahead >= -left) & (ahead <= (min(right, 0) if causal else right))
+    group = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(group, 1) for t in (key, value))
+    scores = torch.einsum("ihd,jhd->hij", query, key) * (query.shape[2] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    out = torch.einsum("hij,jhd->ihd", scores.softmax(-1), value)
+    tail = (at >= bounds[-1])[:, None]
+    return out.masked_fill(tail[..., None], 0), scores.logsumexp(-1).masked_fill(tail.T, float("-inf"))
+
+
+def _attention_case(op, impl, dtype, device, options):
+    options = {"causal": True, "scale": None, "window_size": (-1, -1), "softcap": None} | options
+    key_heads = options.pop("key_heads", _HEADS)
+    random = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(_T, heads, _HEAD_DIM, generator=random).to(device, dtype)
+        for heads in (_HEADS, key_heads, key_heads)
+    ]
+    dout = torch.randn(_T, _HEADS, _HEAD_DIM, generator=random).to(device, dtype)
+    cu_seqlens = torch.tensor(_BOUNDS, dtype=torch.int32, device=device)
+    lse = {}
+
+    def ours(*leaves):
+        out, lse["x"] = packed_attention(*leaves, cu_seqlens, max(_BOUNDS), return_lse=True, impl=impl, **options)
+        return out
+
+    def plain(*leaves):
+        out, lse["eager"] = plain_packed_attention(*leaves, _BOUNDS, **options)
+        return out
+
+    found, eager = gradients(ours, tensors, dout), gradients(plain, tensors, dout)
+    ref = packed_attention_reference(*map(_numpy, tensors), _BOUNDS, _numpy(dout), **options)
+    refs = (ref.out, ref.dquery, ref.dkey, ref.dvalue)
+    names = ("out", "dquery", "dkey", "dvalue")
+    result = {name: Quantity(*each) for name, *each in zip(names, found, refs, eager, strict=True)}
+    return result | {"lse": Quantity(lse["x"], ref.lse, lse["eager"])}
+
+
+# ---- the table
+
+_OPS = {
+    "cross_entropy": ("softmax_grad", _loss_case, _LOSS_FAMILIES),
+    "linear_cross_entropy": ("softmax_grad", _loss_case, _LINEAR_FAMILIES),
+    "adamw": ("adamw", _adamw_case, _ADAMW_FAMILIES),
+    "packed_attention": ("packed_attention", _attention_case, _ATTENTION_FAMILIES),
+}
+
+
+def verify(ops=None, impls=None, dtypes=None, *, device="cpu", smoke=False):
+    """Yield a :class:`Row` for each op, implementation, dtype and family of options; ``smoke`` takes the first family.
+
+    ``None`` means all there are. An implementation that cannot run here is a row of its own, "absent", with the reason.
+    """
+    for op in ops or _OPS:
+        core, case, families = _OPS[op]
+        for impl in implementations(core):
+            if impls is not None and impl not in impls:
+                continue
+            if impl == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+                yield from _interpreted(op, dtypes, smoke)
+                continue
+            for dtype in dtypes or DTYPES:
+                for family in [*families][: 1 if smoke else None]:
+                    yield _row((op, impl, dtype, family), case, DTYPES[dtype], device, families[family])
+
+
+def _row(names, case, dtype, device, options):
+    op, impl, *_ = names
+    try:
+        quantities = case(op, impl, dtype, device, options)
+    except Unavailable as reason:
+        return Row(*names, "", *[float("nan")] * 3, "absent", str(reason))
+    except Exception as error:
+        return Row(*names, "", *[float("nan")] * 3, "FAIL", f"{type(error).__name__}: {error}")
+    worst = None
+    for quantity, (x, ref, eager) in quantities.items():
+        try:
+            found = compare(x, ref, eager, output_dtype=x.dtype)
+        except AssertionError as error:
+            return Row(*names, quantity, *[float("nan")] * 3, "FAIL", str(error))
+        ratio = found.error / found.allowed if found.allowed else (float("inf") if found.error else 0.0)
+        row = Row(*names, quantity, found.error, found.eager_error, ratio, "ok" if found.ok else "FAIL")
+        if worst is None or not row.ratio <= worst.ratio:
+            worst = row
+    return worst
+
+
+def _interpreted(op, dtypes, smoke):
+    """The rows of Triton's implementation of ``op`` on the CPU: a process imports triton interpreting, or compiling."""
+    command = [sys.executable, "-m", "sft_kernels.verify", "--ops", op, "--impls", "triton", "--json", "-"]
+    command += ["--dtypes", *(dtypes or DTYPES), *(["--smoke"] if smoke else [])]
+    done = subprocess.run(
+        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    try:
+        return [Row(**row) for row in json.loads(done.stdout)["rows"]]
+    except ValueError:
+        reason = f"the interpreting process ended with status {done.returncode}: {done.stderr.strip()[-300:]}"
+        return [Row(op, "triton", "", "", "", *[float("nan")] * 3, "FAIL", reason)]
+
+
+def main(argv=None):
+    """Print the table; returns 1 where a row fails, or where an implementation asked for by name is absent, else 0."""
+    parser = argparse.ArgumentParser(prog="sft-kernels verify", description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", choices=[*_OPS], help="all without it")
+    parser.add_argument("--impls", nargs="+", choices=["torch", "triton", "cuda", "flash"], help="all without it")
+    parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], help="all without it")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smoke", action="store_true", help="one family of options each")
+    parser.add_argument("--json", metavar="FILE", help="also write the rows; - writes nothing else to the output")
+    args = parser.parse_args(argv)
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        parser.error(f"--device {args.device}: {error}")
+
+    rows = []
+    with contextlib.redirect_stdout(open(os.devnull, "w") if args.json == "-" else sys.stdout):
+        print(
+            f"{'op':20} {'impl':6} {'dtype':8} {'options':22} {'furthest off':12} {'error':>9} {'plain':>9} {'budget':>7}"
+        )
+        for row in verify(args.ops, args.impls, args.dtypes, device=args.device, smoke=args.smoke):
+            rows.append(row)
+            print(_line(row), flush=True)
+        count = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("ok", "FAIL", "absent")}
+        print(f"\n{count['ok']} within the budget, {count['FAIL']} failed, {count['absent']} absent")
+    if args.json:
+        document = {"torch": torch.__version__, "device": args.device, "rows": [row._asdict() for row in rows]}
+        if args.json == "-":
+            print(json.dumps(document))
+        else:
+            Path(args.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    missing = set(args.impls or ()) - {row.impl for row in rows if row.verdict != "absent"}
+    for impl in sorted(missing):
+        print(f"sft-kernels verify: {impl} was asked for and runs nothing here", file=sys.stderr)
+    return 1 if count["FAIL"] or missing else 0
+
+
+def _line(row):
+    figures = " " * 29 if row.note else f"{row.error:9.1e} {row.eager_error:9.1e} {row.ratio:9.0%}"
+    line = f"{row.op:20} {row.impl:6} {row.dtype:8} {row.options:22} {row.quantity:12} {figures} {row.verdict}"
+    return f"{line}  {row.note}" if row.note else line
+
+
+def _numpy(tensor):
+    return tensor.detach().double().cpu().numpy()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
