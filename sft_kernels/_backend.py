@@ -11,7 +11,10 @@ IMPLS = ("torch", "triton", "cuda", "flash")
 _IMPLEMENTATIONS = {
     "softmax_grad": {"torch": "sft_kernels.ops.softmax_grad.torch_impl:softmax_grad"},
     "adamw": {"torch": "sft_kernels.ops.adamw.torch_impl:step"},
-    "packed_attention": {"torch": "sft_kernels.ops.packed_attention.torch_impl:packed_attention"},
+    "packed_attention": {
+        "torch": "sft_kernels.ops.packed_attention.torch_impl:packed_attention",
+        "flash": "sft_kernels.ops.packed_attention.flash_impl:packed_attention",
+    },
 }
 
 

@@ -132,7 +132,8 @@ def test_packed_attention(causal, window_size, softcap):
     options = {"causal": causal, "window_size": window_size, "softcap": softcap}
     out = packed_attention(*arrays, bounds, dout.numpy(), **options)
     np.testing.assert_allclose(out.out[: bounds[-1]], expected.detach(), **CLOSE)
-    np.testing.assert_allclose(out.lse[: bounds[-1]], scores.logsumexp(-1).T[: bounds[-1]].detach(), **CLOSE)
+    np.testing.assert_allclose(out.lse[:, : bounds[-1]], scores.logsumexp(-1)[:, : bounds[-1]].detach(), **CLOSE)
+    assert (out.lse[:, bounds[-1] :] == -np.inf).all()
     assert not out.out[bounds[-1] :].any()
     for gradient, leaf in zip(out[2:], (q, k, v), strict=True):
         np.testing.assert_allclose(gradient, leaf.grad, **CLOSE)

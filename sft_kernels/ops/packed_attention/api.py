@@ -1,5 +1,8 @@
 """``packed_attention``: attention over rows that hold many examples, each seeing itself alone."""
 
+import math
+import operator
+
 import torch
 
 from ..._backend import resolve
@@ -15,44 +18,82 @@ def packed_attention(
     causal=True,
     scale=None,
     window_size=(-1, -1),
+    softcap=None,
+    return_lse=False,
     impl="auto",
 ):
     """Scaled dot-product attention within each segment ``[cu_seqlens[i], cu_seqlens[i + 1])`` of a packed row.
 
     ::
 
-        out[i] = Σ_j softmax_j(scale · query[i] · key[j]) value[j],   j in the segment of i, within the window, j ≤ i if
-        causal
+        z[i, j] = scale · query[i] · key[j]           a = softcap · tanh(z / softcap), or z without a softcap
+        lse[i]  = log Σ_j exp a[i, j]                 j in the segment of i, within the window, j ≤ i if causal
+        out[i]  = Σ_j exp(a[i, j] − lse[i]) value[j]
 
     Args:
         query: ``[T, Hq, D]``, floating point.
         key, value: ``[T, Hkv, D]`` of the same dtype and device; Hq is a multiple of Hkv (GQA: query head h reads h //
             (Hq / Hkv)).
-        cu_seqlens: ``[B + 1]`` integers, starting at 0 and never decreasing. Segments of length zero are allowed; rows
-            from ``cu_seqlens[-1]`` on get zeros and zero gradients.
-        max_seqlen: a bound on the segments' lengths.
+        cu_seqlens: ``[B + 1]`` integers on the CPU or the device of ``query``, starting at 0 and never decreasing.
+            Segments of length zero are allowed; rows from ``cu_seqlens[-1]`` on get zeros and zero gradients.
+        max_seqlen: a bound on the segments' lengths. Without it ``impl="flash"`` reads it on the host, a sync a call.
         causal: whether a token sees only itself and what comes before.
         scale: of the scores; None means D^-½.
         window_size: ``(left, right)`` tokens seen on either side beside the token itself, -1 for no bound (flash-attn's
             convention); with ``causal`` nothing on the right is seen.
-        impl: ``"auto"`` or an implementation's name.
+        softcap: positive bound of the scores, or None; flash-attn's 0.0 for none is refused.
+        return_lse: whether to return the logsumexp too. It carries no gradient.
+        impl: ``"auto"``, which never picks ``"flash"``, or an implementation's name. ``"flash"`` takes fp16 and bf16 on
+            an NVIDIA GPU. Its gradients need not repeat to the bit but under ``torch.use_deterministic_algorithms``.
 
     Returns:
         ``[T, Hq, D]`` in the dtype of ``query``; under autocast all three are cast first, as torch does for its own.
+        With ``return_lse`` also ``[Hq, T]`` in fp32 (fp64 for fp64), −∞ in rows from ``cu_seqlens[-1]`` on.
 
     Raises:
-        ValueError, TypeError: an argument of a wrong shape, dtype or device, by name; boundaries that do not start at
-            0, that decrease, pass T or are further apart than ``max_seqlen``.
+        ValueError, TypeError: an argument of a wrong shape, dtype, device or range, by name; boundaries that do not
+            start at 0, that decrease, pass T or are further apart than ``max_seqlen``. ``impl="flash"`` reads
+            boundaries on a GPU only under ``SFT_KERNELS_CHECK=1`` or without ``max_seqlen``.
+        RuntimeError: a named implementation cannot run here, with what it lacks.
     """
     implementation = resolve("packed_attention", impl)
-    if query.dim() != 3:
-        raise ValueError(f"query: expected shape [T, H, D], got {tuple(query.shape)}")
-    if not query.is_floating_point():
-        raise TypeError(f"query: expected floating point, got {query.dtype}")
+    _check_tensors(query, key, value, cu_seqlens)
+    if max_seqlen is not None:
+        max_seqlen = _checked_length(max_seqlen)
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number or None, got {scale}")
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if len(window_size) != 2 or any(not isinstance(size, int) or size < -1 for size in window_size):
+        raise ValueError(f"window_size: expected (left, right), each -1 or more, got {window_size!r}")
+    if causal:
+        window_size = (window_size[0], 0)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         cast = torch.get_autocast_dtype(device)
         query, key, value = (t if t.dtype == torch.float64 else t.to(cast) for t in (query, key, value))
+    if scale is not None and scale <= 0:  # torch scales its mask of −∞, flash-attn takes the maximum before the scale
+        query, scale = (-query, -scale) if scale < 0 else (0 * query, 1.0)
+    with torch.autocast(device, enabled=False):
+        out, lse = implementation(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            max_seqlen,
+            scale=scale,
+            window_size=tuple(window_size),
+            softcap=softcap,
+            return_lse=return_lse,
+        )
+    return (out, lse.detach()) if return_lse else out
+
+
+def _check_tensors(query, key, value, cu_seqlens):
+    if query.dim() != 3 or query.shape[2] == 0:
+        raise ValueError(f"query: expected shape [T, H, D], got {tuple(query.shape)}")
+    if not query.is_floating_point():
+        raise TypeError(f"query: expected floating point, got {query.dtype}")
     T, Hq, D = query.shape
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() != 3 or tensor.shape[0] != T or tensor.shape[2] != D or tensor.shape[1] != key.shape[1]:
@@ -65,12 +106,19 @@ def packed_attention(
             raise ValueError(f"{name}: expected device {query.device} as query, got {tensor.device}")
     if key.shape[1] == 0 or Hq % key.shape[1]:
         raise ValueError(f"query: expected a multiple of the {key.shape[1]} key heads, got {Hq} heads")
-    if len(window_size) != 2 or any(not isinstance(size, int) or size < -1 for size in window_size):
-        raise ValueError(f"window_size: expected (left, right), each -1 or more, got {window_size!r}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
-    return implementation(
-        query, key, value, cu_seqlens, max_seqlen, causal=causal, scale=scale, window_size=window_size
-    )
+    if cu_seqlens.device != query.device and cu_seqlens.device.type != "cpu":
+        raise ValueError(f"cu_seqlens: expected device cpu or {query.device} as query, got {cu_seqlens.device}")
+
+
+def _checked_length(max_seqlen):
+    try:
+        length = operator.index(max_seqlen)
+    except TypeError as error:
+        raise TypeError(f"max_seqlen: expected an integer or None, got {max_seqlen!r}") from error
+    if length < 0:
+        raise ValueError(f"max_seqlen: expected at least 0, got {length}")
+    return length

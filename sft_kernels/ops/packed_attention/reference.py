@@ -19,7 +19,7 @@ class Attention(NamedTuple):
     """Output, its logsumexp (−∞ in tail rows), and the gradients of ``Σ out · dout``."""
 
     out: np.ndarray  # [T, Hq, D]
-    lse: np.ndarray  # [T, Hq]
+    lse: np.ndarray  # [Hq, T]
     dquery: np.ndarray  # [T, Hq, D]
     dkey: np.ndarray  # [T, Hkv, D]
     dvalue: np.ndarray  # [T, Hkv, D]
@@ -35,7 +35,7 @@ def packed_attention(
     scale = D**-0.5 if scale is None else scale
     result = Attention(
         np.zeros(query.shape),
-        np.full((T, Hq), -np.inf),
+        np.full((Hq, T), -np.inf),
         np.zeros(query.shape),
         np.zeros(key.shape),
         np.zeros(key.shape),
@@ -59,7 +59,7 @@ def packed_attention(
             dp = do @ v.T
             dz = p * (dp - (p * dp).sum(1, keepdims=True)) * cap
             result.out[s] = p @ v
-            result.lse[s] = lse[:, 0]
+            result.lse[h, start:end] = lse[:, 0]
             result.dquery[s] = scale * dz @ k
             result.dkey[kv] += scale * dz.T @ q
             result.dvalue[kv] += p.T @ do

@@ -1,57 +1,68 @@
-"""Packed attention, a segment at a time, over ``scaled_dot_product_attention``: work and memory go with Σ l², not
-T²."""
-
-from itertools import pairwise
+"""Packed attention in plain torch, a segment at a time: work and memory go with Σ l², not T²."""
 
 import torch
 import torch.nn.functional as F
 
+from .segments import attend_nothing, segment_lengths, unseen_lse
 
-def packed_attention(query, key, value, cu_seqlens, max_seqlen, *, causal, scale, window_size):
-    """See :func:`sft_kernels.packed_attention`. The boundaries are read on the host: for a GPU tensor one sync a
-    call."""
+
+def packed_attention(query, key, value, cu_seqlens, max_seqlen, *, scale, window_size, softcap, return_lse):
+    """See :func:`sft_kernels.packed_attention`; the lse is None unless asked for.
+
+    The boundaries are read on the host: for a GPU tensor one sync a call.
+    """
     T = query.shape[0]
-    lengths = _lengths(cu_seqlens.tolist(), T, max_seqlen)
+    lengths = [l for l in segment_lengths(cu_seqlens, T, max_seqlen) if l]
+    if not lengths:
+        return attend_nothing(query, key, value)
     tail = T - sum(lengths)
-    if scale is not None and scale <= 0:  # torch scales its mask of -inf too
-        query, scale = query * scale, 1.0
     # One split, so that the backward is one concatenation rather than a full-size gradient per segment.
     *segments, _ = zip(*(t.split([*lengths, tail]) for t in (query, key, value)), strict=True)
-    out = [_segment(*segment, causal, scale, window_size) for segment in segments]
-    return torch.cat([query[:0], *out, query.new_zeros(tail, *query.shape[1:])])
+    options = {"scale": scale, "window_size": window_size, "softcap": softcap}
+    out = torch.cat([*(_segment(*s, **options) for s in segments), query.new_zeros(tail, *query.shape[1:])])
+    if not return_lse:
+        return out, None
+    with torch.no_grad():
+        lse = [_scores(q, k, **options).logsumexp(-1) for q, k, _ in segments]
+    return out, torch.cat([*lse, unseen_lse(query, tail)], 1)
 
 
-def _lengths(bounds, T, max_seqlen):
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
-    if min(lengths, default=0) < 0:
-        raise ValueError(f"cu_seqlens: expected never to decrease, got {bounds}")
-    if bounds[-1] > T:
-        raise ValueError(f"cu_seqlens: ends at {bounds[-1]}, past the {T} tokens of query")
-    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
-        raise ValueError(f"max_seqlen: {max_seqlen} is less than the longest segment, {max(lengths)}")
-    return lengths
-
-
-def _segment(query, key, value, causal, scale, window_size):
-    l = query.shape[0]
-    if l == 0:
-        return query
-    left, right = (size if 0 <= size < l - 1 else None for size in window_size)  # None where the window bounds nothing
-    windowed = left is not None or (right is not None and not causal)
-    mask = _window_mask(l, left, 0 if causal else right, query.device) if windowed else None
+def _segment(query, key, value, *, scale, window_size, softcap):
+    """The output of one segment, [l, Hq, D]."""
+    (l, Hq, D), Hkv = query.shape, key.shape[1]
+    if softcap is not None:
+        p = _scores(query, key, scale=scale, window_size=window_size, softcap=softcap).softmax(-1)
+        out = p.view(Hkv, Hq // Hkv * l, l) @ value.transpose(0, 1).to(p.dtype)
+        return out.view(Hq, l, D).transpose(0, 1).to(query.dtype)
+    left, right = _binding(window_size, l)
+    mask = None if left is None and right in (None, 0) else _mask(l, left, right, query.device)
     out = F.scaled_dot_product_attention(
         *(t.transpose(0, 1)[None] for t in (query, key, value)),  # [1, H, l, D]
         attn_mask=mask,
-        is_causal=causal and mask is None,
+        is_causal=mask is None and right == 0,
         scale=scale,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=Hq != Hkv,
     )
     return out[0].transpose(0, 1)
 
 
-def _window_mask(l, left, right, device):
+def _scores(query, key, *, scale, window_size, softcap):
+    """Scaled, capped and masked scores of one segment, [Hq, l, l], in fp32 or fp64."""
+    (l, Hq, D), Hkv = query.shape, key.shape[1]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q = query.transpose(0, 1).reshape(Hkv, Hq // Hkv * l, D).to(dtype)  # the heads that read one key head in one product
+    scores = (q @ key.permute(1, 2, 0).to(dtype)).view(Hq, l, l) * (D**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores.masked_fill(~_mask(l, *_binding(window_size, l), query.device), -torch.inf)
+
+
+def _binding(window_size, l):
+    """The window of a segment of l tokens, None where it bounds nothing."""
+    return tuple(size if 0 <= size < l - 1 else None for size in window_size)
+
+
+def _mask(l, left, right, device):
     """Whether query i sees key j, ``i − left ≤ j ≤ i + right``: [l, l]."""
     i = torch.arange(l, device=device)
     ahead = i[None, :] - i[:, None]  # j − i

@@ -1,0 +1,31 @@
+"""What the boundaries of a packed row say, and the answer where they say nothing."""
+
+from itertools import pairwise
+
+import torch
+
+
+def segment_lengths(cu_seqlens, T, max_seqlen):
+    """The segments' lengths, a list of ints, read on the host; ``ValueError`` for boundaries that are none."""
+    bounds = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(bounds)]
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
+    if min(lengths, default=0) < 0:
+        raise ValueError(f"cu_seqlens: expected never to decrease, got {bounds}")
+    if bounds[-1] > T:
+        raise ValueError(f"cu_seqlens: ends at {bounds[-1]}, past the {T} tokens of query")
+    if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
+        raise ValueError(f"max_seqlen: {max_seqlen} is less than the longest segment, {max(lengths)}")
+    return lengths
+
+
+def attend_nothing(query, key, value):
+    """Output [T, Hq, D] and lse [Hq, T] of a row whose tokens are all tail; all three gradients are zeros."""
+    out = torch.zeros_like(query) + sum(t[:0].sum() for t in (query, key, value))
+    return out, unseen_lse(query, query.shape[0])
+
+
+def unseen_lse(query, tokens):
+    """The lse of ``tokens`` rows that see nothing: −∞, [Hq, tokens], fp32, or fp64 where ``query`` is."""
+    return query.new_full((query.shape[1], tokens), -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32))
