@@ -1,6 +1,4 @@
-"""``packed_attention`` against dense attention under an explicit block-diagonal mask."""
-
-import math
+"""``packed_attention`` against the NumPy oracle, and what holds to the bit."""
 
 import pytest
 import torch
@@ -8,7 +6,8 @@ import torch.nn.functional as F
 
 from sft_kernels import packed_attention
 
-from .helpers import DTYPES, Watch, check_against_plain, run, same_bits
+from .attention import check_case, differentiate
+from .helpers import DTYPES, Watch, run, same_bits
 
 BOUNDS = {
     "segments": [0, 5, 6, 17, 24],
@@ -29,34 +28,6 @@ def bounds(name="segments", dtype=torch.int32):
 
 def tensors(dtype=torch.float32, heads=4, key_heads=4, t=T):
     return tuple(torch.randn(t, h, D).to(dtype) for h in (heads, key_heads, key_heads))
-
-
-def mask(cu_seqlens, causal, window_size):
-    """Which keys a query sees, as the definition says it: [end, end]."""
-    i = torch.arange(int(cu_seqlens[-1]))
-    segment = torch.bucketize(i, cu_seqlens[1:].long(), right=True)
-    ahead = i[None, :] - i[:, None]
-    left, right = (size if size >= 0 else T for size in window_size)
-    return (segment[None, :] == segment[:, None]) & (ahead >= -left) & (ahead <= (0 if causal else right))
-
-
-def dense(query, key, value, cu_seqlens, *, causal=True, scale=None, window_size=(-1, -1)):
-    """All scores of the row at once, under that mask; zeros for the tail."""
-    end = int(cu_seqlens[-1])
-    groups = query.shape[1] // key.shape[1]
-    q, k, v = (t[:end].transpose(0, 1) for t in (query, *(t.repeat_interleave(groups, 1) for t in (key, value))))
-    scores = (q @ k.mT) * (D**-0.5 if scale is None else scale)
-    out = scores.masked_fill(~mask(cu_seqlens, causal, window_size), -math.inf).softmax(-1) @ v
-    return torch.cat([out.transpose(0, 1), torch.zeros_like(query[end:])])
-
-
-def check_case(given, cu_seqlens, **options):
-    return check_against_plain(
-        lambda *t: packed_attention(*t, cu_seqlens, **options),
-        lambda *t: dense(*t, cu_seqlens, **options),
-        given,
-        torch.randn(given[0].shape),
-    )
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -101,9 +72,47 @@ def test_a_window_of_the_token_itself_gives_its_value(causal, right):
         assert (gradient.abs() <= 4 * torch.finfo(torch.float32).eps * D**-0.5 * cancelled * other.abs()).all()
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.3, -1.0, 2])
-def test_scale(scale):
-    check_case(tensors(), bounds(), scale=scale)
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.0, 0.3, -0.3, -1.0, 2])
+def test_scale(scale, dtype, softcap):
+    check_case(tensors(dtype), bounds(), scale=scale, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("window_size", "causal"), [((-1, -1), True), ((-1, -1), False), ((3, 2), False), ((4, -1), True)]
+)
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_softcap(softcap, window_size, causal, dtype):
+    """Far below the scores, where it bends them all, and far above."""
+    check_case(tensors(dtype, 4, 2), bounds(), causal=causal, window_size=window_size, softcap=softcap)
+
+
+def test_a_softcap_bounds_the_scores():
+    """All of a huge score's weight would lie on one key; capped at c none has more than e^{2c} times another."""
+    query, key, value = tensors()
+    _, lse = packed_attention(1000 * query, 1000 * key, value, bounds("one"), softcap=1.0, return_lse=True)
+    seen = torch.arange(1, T + 1).log()
+    assert ((lse - seen).abs() <= 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_asking_for_the_lse_changes_no_bit_of_the_rest(dtype, softcap):
+    given, upstream = tensors(dtype), torch.randn(T, 4, D).to(dtype)
+    out, _, *gradients = differentiate(
+        lambda *t: packed_attention(*t, bounds("tail"), softcap=softcap, return_lse=True), given, upstream
+    )
+    without = run(lambda *t: packed_attention(*t, bounds("tail"), softcap=softcap), given, upstream)
+    assert same_bits((out, *gradients), without)
+
+
+def test_the_lse_carries_no_gradient():
+    given = [t.requires_grad_() for t in tensors()]
+    out, lse = packed_attention(*given, bounds(), return_lse=True)
+    assert out.requires_grad
+    assert not lse.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
@@ -131,6 +140,13 @@ def test_under_autocast_dtypes_and_bits_are_those_of_torchs_own_attention(dtype)
         ours, theirs = (run(f, given) for f in (lambda *t: packed_attention(*t, bounds("one")), torchs))
     assert [t.dtype for t in ours] == [t.dtype for t in theirs]
     assert same_bits(ours, theirs)
+
+
+def test_under_autocast_scores_are_capped_and_summed_in_fp32():
+    given, options = tensors(), {"softcap": 2.0, "return_lse": True}
+    cast = packed_attention(*(t.bfloat16() for t in given), bounds(), **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same_bits(packed_attention(*given, bounds(), **options), cast)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -167,35 +183,55 @@ def test_same_inputs_same_bits():
     assert same_bits(once, again)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("name", [[0], [0, 0], [0, 0, 0]], ids=str)
 @pytest.mark.parametrize("t", [0, 3])
-def test_nothing_but_tail_or_nothing_at_all_is_still_differentiable(name, t):
-    _, key, value = tensors(t=t)
-    out, gradient = run(lambda query: packed_attention(query, key, value, torch.tensor(name)), [key])
-    assert (out == 0).all()
-    assert (gradient == 0).all()
+def test_nothing_but_tail_or_nothing_at_all_is_still_differentiable(name, t, softcap):
+    given = tensors(t=t)
+    if t:
+        given[2][1] = float("nan")
+    out, lse, *gradients = differentiate(
+        lambda *t: packed_attention(*t, torch.tensor(name), softcap=softcap, return_lse=True),
+        given,
+        torch.ones(t, 4, D),
+    )
+    assert all((x == 0).all() for x in (out, *gradients))
+    assert lse.shape == (4, t)
+    assert (lse == -torch.inf).all()
 
 
+@pytest.mark.parametrize("return_lse", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("window_size", [(-1, -1), (50, -1)], ids=str)
-def test_work_and_memory_go_with_the_squares_of_the_lengths(window_size, monkeypatch):
+def test_work_and_memory_go_with_the_squares_of_the_lengths(window_size, softcap, return_lse, monkeypatch):
     lengths = [100] * 20
-    t = sum(lengths)
-    scores = []
-    attention = F.scaled_dot_product_attention
+    t, heads, squares = sum(lengths), 2, sum(l * l for l in lengths)
+    products, saved, attention = [], {}, F.scaled_dot_product_attention
 
     def spy(query, key, *args, **kwargs):
-        scores.append(query.shape[-2] * key.shape[-2])
+        products.append(query.shape[-2] * key.shape[-2])
         return attention(query, key, *args, **kwargs)
 
+    def save(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    given = [x.requires_grad_() for x in tensors(heads=2, key_heads=2, t=t)]
-    with Watch() as watch:
-        packed_attention(
-            *given, F.pad(torch.tensor(lengths).cumsum(0), (1, 0)), window_size=window_size
-        ).sum().backward()
-    assert sum(scores) == sum(l * l for l in lengths)
+    given = [x.requires_grad_() for x in tensors(heads=heads, key_heads=heads, t=t)]
+    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0))
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor), Watch() as watch:
+        out = packed_attention(*given, cu_seqlens, window_size=window_size, softcap=softcap, return_lse=return_lse)
+        (out[0] if return_lse else out).sum().backward()
     # All heads' scores of one segment in fp32, twice; a boolean mask over the whole row would already take t² bytes.
-    assert watch.largest <= max(2 * 4 * 2 * 100**2, given[0].nbytes) < t * t
+    assert watch.largest <= max(2 * 4 * heads * 100**2, given[0].nbytes) < t * t
+    product = 2 * D * heads * squares
+    if softcap is None:
+        assert sum(products) == squares
+        assert watch.flops == return_lse * product
+    else:  # two products and two gradients of each, and one more for the lse
+        assert watch.flops == (6 + return_lse) * product
+        # tanh and softmax in fp32 and the boolean mask, beside what is no larger than the inputs
+        assert sum(saved.values()) <= squares * (2 * 4 * heads + 1) + 8 * given[0].nbytes
 
 
 @pytest.mark.parametrize(
@@ -235,6 +271,16 @@ def test_bad_boundaries_are_named(cu_seqlens, error, match):
         ({"window_size": (-2, 0)}, ValueError, "window_size"),
         ({"window_size": (1, 2, 3)}, ValueError, "window_size"),
         ({"window_size": (1.5, 0)}, ValueError, "window_size"),
+        ({"max_seqlen": -1}, ValueError, "max_seqlen"),
+        ({"max_seqlen": 11.0}, TypeError, "max_seqlen"),
+        ({"scale": float("nan")}, ValueError, "scale"),
+        ({"scale": float("inf")}, ValueError, "scale"),
+        ({"softcap": 0.0}, ValueError, "softcap"),
+        ({"softcap": -1.0}, ValueError, "softcap"),
+        ({"softcap": float("inf")}, ValueError, "softcap"),
+        ({"softcap": float("nan")}, ValueError, "softcap"),
+        ({"cu_seqlens": torch.tensor([0, 24], device="meta")}, ValueError, "cu_seqlens.*device"),
+        ({"query": torch.randn(T, 2, 0)}, ValueError, "query"),
         ({"impl": "fast"}, ValueError, "impl"),
     ],
     ids=lambda change: "-".join(change) if isinstance(change, dict) else None,

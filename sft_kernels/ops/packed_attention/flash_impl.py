@@ -7,7 +7,7 @@ the gradients of rows that are in no segment.
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import NamedTuple
 
@@ -80,7 +80,7 @@ class Library(NamedTuple):
     name: str
     modules: tuple[str, ...]  # of which the first that imports is taken
     function: str
-    lacks: Callable  # (query, key, options, compute capability, parameters' names) → a reason, or None
+    lacks: Callable  # (query, key, options, compute capability, names of the function's parameters) → reason or None
     call: Callable  # (function, q, k, v, bounds, max_seqlen, options) → out, lse or None
 
 
@@ -96,10 +96,11 @@ def choose(query, key, options):
         raise Unavailable(f"impl='flash': query must be on an NVIDIA GPU, got {query.device}")
     reasons = []
     for library in LIBRARIES:
-        function, known = _load(library.modules, library.function)
-        reason = known if function is None else library.lacks(query, key, options, capability, known)
-        if reason is None:
-            return lambda *arguments: library.call(function, *arguments)
+        function, reason = _load(library.modules, library.function)
+        if function is not None:
+            reason = library.lacks(query, key, options, capability, _parameters(function))
+            if reason is None:
+                return partial(library.call, function)
         reasons.append(f"{library.name}: {reason}")
     raise Unavailable("impl='flash': no FlashAttention here computes this. " + "; ".join(reasons))
 
@@ -111,21 +112,24 @@ def compute_capability(device):
 
 @cache
 def _load(modules, name):
-    """The function and its parameters' names, or None and why it cannot be had."""
+    """The function and None, or None and why it cannot be had."""
     reasons = []
     for module in modules:
         try:
-            function = getattr(import_module(module), name)
+            return getattr(import_module(module), name), None
         except (ImportError, AttributeError) as error:
             reasons.append(str(error))
-        else:
-            return function, frozenset(inspect.signature(function).parameters)
     return None, f"not installed ({', '.join(reasons)})"
 
 
+@cache
+def _parameters(function):
+    return frozenset(inspect.signature(function).parameters)
+
+
 def _head_dim(query, largest):
-    D = query.shape[2]
-    return None if D % 8 == 0 and D <= largest else f"head dimensions are multiples of 8 up to {largest}, not {D}"
+    d = query.shape[2]
+    return f"head dimensions are multiples of 8 up to {largest}, not {d}" if d % 8 or d > largest else None
 
 
 def _flash_attn_4_lacks(query, key, options, capability, parameters):
@@ -208,7 +212,6 @@ def _varlen_attn(function, q, k, v, bounds, max_seqlen, options):
     """Deterministic where ``torch.use_deterministic_algorithms`` is: its backward asks for itself."""
     from torch.nn.attention.varlen import AuxRequest
 
-    known = inspect.signature(function).parameters
     words = {
         "window_size": options.window_size,
         "is_causal": options.causal,
@@ -216,7 +219,7 @@ def _varlen_attn(function, q, k, v, bounds, max_seqlen, options):
         "enable_gqa": q.shape[1] != k.shape[1],
         "return_aux": AuxRequest(lse=options.return_lse),
     }
-    words = {word: value for word, value in words.items() if word in known}
+    words = {word: value for word, value in words.items() if word in _parameters(function)}
     result = function(q, k, v, bounds, bounds, max_seqlen, max_seqlen, **words)
     return result if options.return_lse else (result, None)
 

@@ -50,7 +50,7 @@ def _scores(query, key, *, scale, window_size, softcap):
     """Scaled, capped and masked scores of one segment, [Hq, l, l], in fp32 or fp64."""
     (l, Hq, D), Hkv = query.shape, key.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    q = query.transpose(0, 1).reshape(Hkv, Hq // Hkv * l, D).to(dtype)  # the heads that read one key head in one product
+    q = query.transpose(0, 1).reshape(Hkv, Hq // Hkv * l, D).to(dtype)  # the heads of one key head in one product
     scores = (q @ key.permute(1, 2, 0).to(dtype)).view(Hq, l, l) * (D**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

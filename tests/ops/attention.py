@@ -1,0 +1,53 @@
+"""What the tests of packed attention share: the oracle, the plain code beside it, and the budget between them."""
+
+import torch
+
+from sft_kernels import packed_attention
+from sft_kernels._budget import check
+from sft_kernels.ops.packed_attention import reference
+from sft_kernels.verify import plain_packed_attention
+
+from .helpers import run
+
+DEFAULTS = {"causal": True, "scale": None, "window_size": (-1, -1), "softcap": None}
+NAMES = ("out", "lse", "dquery", "dkey", "dvalue")
+
+
+def differentiate(function, given, upstream):
+    """Of a ``function`` that returns ``(out, lse)``: out, lse and the three gradients."""
+    lse = []
+
+    def out_alone(*tensors):
+        out, second = function(*tensors)
+        lse.append(second)
+        return out
+
+    out, *gradients = run(out_alone, given, upstream)
+    return out, lse[0], *gradients
+
+
+def oracle(given, cu_seqlens, upstream, **options):
+    """The same five from the NumPy oracle, as float64 tensors."""
+    arrays = (t.detach().double().numpy() for t in given)
+    return [
+        *map(torch.from_numpy, reference.packed_attention(*arrays, cu_seqlens, upstream.double().numpy(), **options))
+    ]
+
+
+def check_case(given, cu_seqlens, max_seqlen=None, *, impl="auto", **options):
+    """Hold output, lse and gradients to the budget against the oracle, and what they are to what is promised."""
+    query, bounds = given[0], cu_seqlens.tolist()
+    upstream = torch.randn(query.shape).to(query.dtype)
+    results = differentiate(
+        lambda *t: packed_attention(*t, cu_seqlens, max_seqlen, return_lse=True, impl=impl, **options), given, upstream
+    )
+    eager = differentiate(lambda *t: plain_packed_attention(*t, bounds, **{**DEFAULTS, **options}), given, upstream)
+    for name, x, ref, e in zip(NAMES, results, oracle(given, bounds, upstream, **options), eager, strict=True):
+        check(name, x, ref, e)
+    out, lse, *gradients = results
+    assert [t.dtype for t in (out, *gradients)] == [query.dtype] * 4
+    assert lse.dtype == (torch.float64 if query.dtype == torch.float64 else torch.float32)
+    assert not lse.requires_grad
+    assert (lse[:, bounds[-1] :] == -torch.inf).all()
+    assert all((t[bounds[-1] :] == 0).all() for t in (out, *gradients))
+    return results
