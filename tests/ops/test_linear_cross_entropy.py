@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.linear_cross_entropy import peak_extra_bytes
+from bench.bench_linear_cross_entropy import peak_extra_bytes
 from sft_kernels import KeptTokens, linear_cross_entropy
 from sft_kernels._budget import check
 from sft_kernels.ops.linear_cross_entropy import api, matmul

@@ -1,0 +1,547 @@
+"""Ours and the others, one small adapter each, and whether each computes what plain PyTorch does.
+
+Every adapter is ``load(device)``, which imports what it needs and returns the callable that its table says, or raises:
+``ImportError`` where the peer is not installed, ``Absent`` where it cannot run here. Signatures are those of Liger
+0.8.5, cut-cross-entropy 25.1.1, QuACK 0.6.5 and TRL 1.16.0, and of flash-attn, apex, bitsandbytes and torchao as of
+2026; what needs a GPU has been read, not run.
+"""
+
+import inspect
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import sft_kernels
+from sft_kernels import _backend
+from sft_kernels._budget import compare
+
+from .timing import reason
+
+LINEAR_LOSSES = {}  # name → load(device) → loss(hidden [N, D], weight [V, D], labels [N])
+LOSSES = {}  # name → load(device) → Loss
+OPTIMIZERS = {}  # name → load(device) → make(params, state_dtype, max_grad_norm) → step()
+ATTENTIONS = {}  # name → load(device) → make(cu_seqlens, max_seqlen) → Attention
+
+
+class Absent(RuntimeError):
+    """A peer that cannot run here, or cannot do what a cell asks; the message says why."""
+
+
+class Loss(NamedTuple):
+    loss: Callable[..., torch.Tensor]  # of logits [N, V] and labels [N]
+    overwrites: bool = False  # leaves gradients where the logits were
+
+
+def _as_given(*tensors):
+    return tensors
+
+
+class Attention(NamedTuple):
+    """``pack(q, k, v)`` lays packed [T, H, D] tensors out as the peer wants them, which is not timed (a model would
+    hold them so); ``unpack`` brings an output or gradient back to [T, H, D]."""
+
+    attend: Callable[..., torch.Tensor]
+    pack: Callable[..., Any] = _as_given
+    unpack: Callable[[torch.Tensor], torch.Tensor] = lambda t: t
+    backward: bool = True
+
+
+def load(adapters, device):
+    """``({name: what its adapter returns}, {name: why it is absent})``."""
+    present, absent = {}, {}
+    for name, adapter in adapters.items():
+        try:
+            present[name] = adapter(device)
+        except (Absent, ImportError, OSError) as error:  # OSError: a library built for another system
+            absent[name] = str(error).splitlines()[0]
+    return present, absent
+
+
+def ours(op, adapt):
+    """Adapters of every implementation of ``op`` (a name in ``_backend``): ``adapt(impl)`` makes one.
+
+    What ``impl="auto"`` means here is called "ours".
+    """
+
+    def adapter(impl):
+        def load_implementation(device):
+            try:
+                _backend.resolve(op, impl)
+            except RuntimeError as error:
+                raise Absent(str(error)) from error
+            return adapt(impl)
+
+        return load_implementation
+
+    auto = _backend.resolve(op)
+    named = {}
+    for impl in _backend.implementations(op):
+        try:
+            default = _backend.resolve(op, impl) is auto
+        except (RuntimeError, ImportError):
+            default = False
+        named["ours" if default else f"ours ({impl})"] = adapter(impl)
+    return dict(sorted(named.items()))  # "ours" first
+
+
+def _peer(table, name):
+    def register(adapter):
+        table[name] = adapter
+        return adapter
+
+    return register
+
+
+def _needs_cuda(device):
+    if device.type != "cuda":
+        raise Absent("runs on CUDA alone")
+
+
+# Losses.
+
+
+@_peer(LINEAR_LOSSES, "unfused")
+def _(device):
+    return lambda x, w, y: F.cross_entropy(F.linear(x, w), y)
+
+
+@_peer(LINEAR_LOSSES, "torch chunked")
+def _(device):
+    if not hasattr(F, "linear_cross_entropy"):
+        raise Absent(f"torch {torch.__version__} has no linear_cross_entropy; 2.13 has")
+    options = torch.nn.LinearCrossEntropyOptions()  # without options torch makes all logits
+    return lambda x, w, y: F.linear_cross_entropy(x, w, y, options=options)
+
+
+@_peer(LINEAR_LOSSES, "torch.compile")
+def _(device):
+    # Also what torch.compile makes of F.linear_cross_entropy, whose chunked path it does not trace.
+    return torch.compile(lambda x, w, y: F.cross_entropy(F.linear(x, w), y), dynamic=False)
+
+
+@_peer(LINEAR_LOSSES, "Liger")
+def _(device):
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    _needs_cuda(device)
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda x, w, y: loss(w, x, y)
+
+
+@_peer(LINEAR_LOSSES, "cut-cross-entropy exact")
+def _(device):
+    from cut_cross_entropy import linear_cross_entropy
+
+    _needs_cuda(device)
+    return lambda x, w, y: linear_cross_entropy(x, w, y, filter_eps=None)
+
+
+@_peer(LINEAR_LOSSES, "cut-cross-entropy filtered")
+def _(device):
+    from cut_cross_entropy import linear_cross_entropy
+
+    _needs_cuda(device)
+    return lambda x, w, y: linear_cross_entropy(x, w, y)
+
+
+@_peer(LINEAR_LOSSES, "QuACK")
+def _(device):
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    _needs_cuda(device)
+    return chunked_linear_cross_entropy
+
+
+@_peer(LINEAR_LOSSES, "TRL chunked logprob")
+def _(device):
+    from trl.kernels import ChunkedLogProbFunction
+
+    def loss(x, w, y):
+        kept = y != -100
+        temperature, columns, softcap, scale = 1.0, 32768, None, 1.0
+        logprobs = ChunkedLogProbFunction.apply(x[kept], w, None, y[kept], temperature, columns, softcap, scale, ())[0]
+        return -logprobs.sum() / kept.sum()
+
+    return loss
+
+
+@_peer(LOSSES, "F.cross_entropy")
+def _(device):
+    return Loss(F.cross_entropy)
+
+
+@_peer(LOSSES, "torch.compile")
+def _(device):
+    return Loss(torch.compile(lambda x, y: F.cross_entropy(x, y), dynamic=False))
+
+
+@_peer(LOSSES, "Liger")
+def _(device):
+    from liger_kernel.transformers import LigerCrossEntropyLoss
+
+    _needs_cuda(device)
+    return Loss(LigerCrossEntropyLoss(), overwrites=True)
+
+
+@_peer(LOSSES, "QuACK")
+def _(device):
+    from quack.cross_entropy import cross_entropy
+
+    _needs_cuda(device)
+
+    def mean(x, y):  # its own mean divides by all rows
+        return cross_entropy(x, y, reduction="sum") / (y != -100).sum()
+
+    return Loss(mean)
+
+
+# Optimisers: β = (0.9, 0.95), ε = 1e-8, decay 0.1, and clip_grad_norm_ before the step where a norm is asked for.
+
+LR = 1e-4
+ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def _clipped(step, params, max_grad_norm):
+    if max_grad_norm is None:
+        return step
+
+    def clip_and_step():
+        torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
+        step()
+
+    return clip_and_step
+
+
+def _needs_state(params, state_dtype, only):
+    if state_dtype != only:
+        raise Absent(f"its moments are {only} for {params[0].dtype} parameters, not {state_dtype}")
+
+
+def _torch_adamw(**path):
+    def load_torch(device):
+        def make(params, state_dtype, max_grad_norm):
+            _needs_state(params, state_dtype, params[0].dtype)
+            return _clipped(torch.optim.AdamW(params, LR, **ADAMW, **path).step, params, max_grad_norm)
+
+        return make
+
+    return load_torch
+
+
+OPTIMIZERS["torch fused"] = _torch_adamw(fused=True)
+OPTIMIZERS["torch foreach"] = _torch_adamw(foreach=True)
+
+
+@_peer(OPTIMIZERS, "apex")
+def _(device):
+    from apex.optimizers import FusedAdam
+
+    _needs_cuda(device)
+
+    def make(params, state_dtype, max_grad_norm):
+        _needs_state(params, state_dtype, torch.float32)
+        return _clipped(FusedAdam(params, LR, adam_w_mode=True, **ADAMW).step, params, max_grad_norm)
+
+    return make
+
+
+@_peer(OPTIMIZERS, "bitsandbytes")
+def _(device):
+    from bitsandbytes.optim import AdamW32bit
+
+    _needs_cuda(device)
+
+    def make(params, state_dtype, max_grad_norm):
+        _needs_state(params, state_dtype, torch.float32)
+        return _clipped(AdamW32bit(params, LR, **ADAMW).step, params, max_grad_norm)
+
+    return make
+
+
+@_peer(OPTIMIZERS, "torchao")
+def _(device):
+    from torchao.optim import _AdamW  # the one whose moments are not quantised
+
+    _needs_cuda(device)
+
+    def make(params, state_dtype, max_grad_norm):
+        _needs_state(params, state_dtype, params[0].dtype)
+        return _clipped(_AdamW(params, LR, **ADAMW).step, params, max_grad_norm)
+
+    return make
+
+
+# Attention, causal.
+
+
+@_peer(ATTENTIONS, "padded SDPA")
+def _(device):
+    def make(cu_seqlens, max_seqlen):
+        lengths = cu_seqlens.diff()
+        inside = torch.arange(max_seqlen, device=device) < lengths[:, None]  # [B, max_seqlen]
+
+        def pad(t):
+            padded = t.new_zeros(*inside.shape, *t.shape[1:])
+            padded[inside] = t.detach()
+            return padded.transpose(1, 2).requires_grad_(t.requires_grad)  # [B, H, max_seqlen, D]
+
+        def attend(q, k, v):  # padding stands on the right, where the causal mask hides it
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+        return Attention(attend, lambda *qkv: tuple(map(pad, qkv)), lambda t: t.transpose(1, 2)[inside])
+
+    return make
+
+
+@_peer(ATTENTIONS, "torch varlen")
+def _(device):
+    from torch.nn.attention.varlen import varlen_attn
+
+    _needs_cuda(device)
+    known = inspect.signature(varlen_attn).parameters
+    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+
+    def make(cu_seqlens, max_seqlen):
+        def attend(q, k, v):
+            options = dict(causal)
+            if q.shape[1] != k.shape[1]:
+                if "enable_gqa" in known:
+                    options["enable_gqa"] = True
+                else:  # before torch 2.12 the caller repeats the heads
+                    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+
+        return Attention(attend)
+
+    return make
+
+
+def _flash(import_function, **options):
+    def load_flash(device):
+        function = import_function()
+        _needs_cuda(device)
+
+        def make(cu_seqlens, max_seqlen):
+            bounds = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+            bounds |= {"max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen}
+
+            def attend(q, k, v):
+                out = function(q, k, v, causal=True, **bounds, **options)
+                return out[0] if isinstance(out, tuple) else out
+
+            return Attention(attend)
+
+        return make
+
+    return load_flash
+
+
+def _flash_4():
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def _flash_3():
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+def _flash_2():
+    from flash_attn import flash_attn_varlen_func
+
+    return flash_attn_varlen_func
+
+
+ATTENTIONS["flash-attn 4"] = _flash(_flash_4)
+ATTENTIONS["flash-attn 3"] = _flash(_flash_3)
+ATTENTIONS["flash-attn 2"] = _flash(_flash_2)
+ATTENTIONS["flash-attn 2 deterministic"] = _flash(_flash_2, deterministic=True)
+
+
+@_peer(ATTENTIONS, "FlexAttention")
+def _(device):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def make(cu_seqlens, max_seqlen):
+        T = int(cu_seqlens[-1])
+        example = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1, device=device), cu_seqlens.diff())
+
+        def seen(b, h, i, j):
+            return (example[i] == example[j]) & (j <= i)
+
+        mask = create_block_mask(seen, None, None, T, T, device=device)  # once a batch, for every layer: not timed
+
+        def pack(*qkv):
+            return tuple(t.detach().transpose(0, 1)[None].requires_grad_(t.requires_grad and cuda) for t in qkv)
+
+        def attend(q, k, v):
+            return compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+        cuda = device.type == "cuda"  # on the CPU it has no backward, and refuses tensors that want one
+        return Attention(attend, pack, lambda t: t[0].transpose(0, 1), backward=cuda)
+
+    return make
+
+
+# Ours.
+
+
+def linear_losses():
+    """Ours and the peers of ``linear_cross_entropy``."""
+
+    def adapt(impl):
+        return lambda x, w, y: sft_kernels.linear_cross_entropy(x, w, y, impl=impl)
+
+    return ours("softmax_grad", adapt) | LINEAR_LOSSES
+
+
+def losses():
+    """Ours and the peers of ``cross_entropy``."""
+
+    def adapt(impl):
+        return Loss(lambda x, y: sft_kernels.cross_entropy(x, y, impl=impl))
+
+    return ours("softmax_grad", adapt) | LOSSES
+
+
+def optimizers():
+    """Ours and the peers of ``AdamW``."""
+
+    def adapt(impl):
+        def make(params, state_dtype, max_grad_norm):
+            state = {} if state_dtype == params[0].dtype else {"state_dtype": state_dtype}
+            return sft_kernels.AdamW(params, LR, **ADAMW, max_grad_norm=max_grad_norm, impl=impl, **state).step
+
+        return make
+
+    return ours("adamw", adapt) | OPTIMIZERS
+
+
+def attentions():
+    """Ours and the peers of ``packed_attention``."""
+
+    def adapt(impl):
+        def make(cu_seqlens, max_seqlen):
+            return Attention(
+                lambda q, k, v: sft_kernels.packed_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, impl=impl)
+            )
+
+        return make
+
+    return ours("packed_attention", adapt) | ATTENTIONS
+
+
+# Is it right? Each returns the worst error of a value or gradient, over what the error budget allows; over 1 is off.
+
+
+def _worst(results, reference, eager):
+    found = [compare(*each) for each in zip(results, reference, eager, strict=True)]
+    return max(0.0 if c.error == 0 else c.error / c.allowed if c.allowed else float("inf") for c in found)
+
+
+def value_and_gradients(function, *tensors):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    value = function(*leaves)
+    return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+
+def _against_plain(function, plain, tensors):
+    double = value_and_gradients(plain, *(t.double() for t in tensors))
+    return _worst(value_and_gradients(function, *tensors), double, value_and_gradients(plain, *tensors))
+
+
+def linear_loss_error(loss, device, dtype, N=256, D=128, V=1024):
+    """Of ``loss(hidden, weight, labels)``: half of the labels masked."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(N, D, generator=generator, device=device).to(dtype)
+    w = (torch.randn(V, D, generator=generator, device=device) * 2 / D**0.5).to(dtype)
+    y = torch.randint(V, (N,), generator=generator, device=device)
+    y[: N // 2] = -100
+    return _against_plain(lambda x, w: loss(x, w, y), lambda x, w: F.cross_entropy(F.linear(x, w), y), (x, w))
+
+
+def loss_error(loss, device, dtype, N=256, V=1024):
+    """Of a :class:`Loss`: half of the labels masked."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = (2 * torch.randn(N, V, generator=generator, device=device)).to(dtype)
+    y = torch.randint(V, (N,), generator=generator, device=device)
+    y[: N // 2] = -100
+
+    def of_copy(x):  # not a leaf, which Liger refuses to overwrite
+        return loss.loss(x.clone(), y)
+
+    return _against_plain(of_copy, lambda x: F.cross_entropy(x, y), (x,))
+
+
+def optimizer_error(make, device, dtype, state_dtype, max_grad_norm, steps=3):
+    """Of the parameters after some steps, against ``torch.optim.AdamW``, a tensor at a time."""
+
+    def stepped(build, dtype):
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = [(64, 33), (7,), (128, 16)]
+        params = [torch.randn(s, generator=generator, device=device).to(dtype).requires_grad_() for s in shapes]
+        step = build(params)
+        for _ in range(steps):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator, device=device).to(dtype)
+            step()
+        return [p.detach() for p in params]
+
+    def plain(params):
+        return _clipped(torch.optim.AdamW(params, LR, **ADAMW, foreach=False).step, params, max_grad_norm)
+
+    results = stepped(lambda params: make(params, state_dtype, max_grad_norm), dtype)
+    return _worst(results, stepped(plain, torch.float64), stepped(plain, dtype))
+
+
+def plain_attention(q, k, v, cu_seqlens):
+    """Causal attention of [T, H, D] tensors, an example at a time, with all its scores."""
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    out = []
+    for start, end in pairwise(cu_seqlens.tolist()):
+        query, key, value = (t[start:end].transpose(0, 1) for t in (q, k, v))
+        hidden = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
+        scores = (query @ key.transpose(1, 2) * q.shape[2] ** -0.5).masked_fill(hidden, float("-inf"))
+        out.append((scores.softmax(-1) @ value).transpose(0, 1))
+    return torch.cat(out)
+
+
+def attention_error(make, device, dtype, Hq=4, Hkv=2, D=64, lengths=(16, 70, 1, 41)):
+    """Of the output and, where there is a backward, the gradients of ``Σ out · dout``."""
+    generator = torch.Generator(device).manual_seed(0)
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    T = sum(lengths)
+    qkv = [torch.randn(T, H, D, generator=generator, device=device).to(dtype) for H in (Hq, Hkv, Hkv)]
+    dout = torch.randn(T, Hq, D, generator=generator, device=device).to(dtype)
+    attention = make(bounds, max(lengths))
+
+    def plain(q, k, v):
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = plain_attention(*leaves, bounds)
+        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
+
+    leaves = attention.pack(*(t.requires_grad_() for t in qkv))
+    out = attention.attend(*leaves)
+    results = [attention.unpack(out).detach()]
+    if attention.backward:
+        padded_dout = attention.pack(dout, dout, dout)[0]
+        results += map(attention.unpack, torch.autograd.grad(out, leaves, padded_dout))
+    n = len(results)
+    return _worst(results, plain(*(t.double() for t in qkv))[:n], plain(*qkv)[:n])
+
+
+def checked(error_of, adapter, *arguments):
+    """``(error over budget, None)`` or ``(None, why it raised)``: nobody is timed who has not been compared."""
+    try:
+        return error_of(adapter, *arguments), None
+    except Absent as error:
+        return None, str(error)
+    except Exception as error:
+        return None, reason(error)

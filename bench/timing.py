@@ -1,0 +1,208 @@
+"""How everything here is measured: seconds, peak memory, and what the machine itself can do.
+
+Rivals take turns within one process, in an order that changes every round, each turn on the next of several input sets
+that together exceed the last-level cache. So a slow minute of the machine is shared by all, and nobody finds its inputs
+in the cache.
+"""
+
+import gc
+import importlib
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+class Rival(NamedTuple):
+    """One way to do the work: ``run(prepare(*inputs))``, of which ``run`` is timed."""
+
+    run: Callable[[Any], Any]
+    prepare: Callable[..., Any] = lambda *inputs: inputs
+
+
+class Clock:
+    """A clock that stands still until it is told how long something took.
+
+    As the ``timer`` of a pytest-benchmark it lets event times of a GPU, and samples that were taken in turns, enter
+    that plugin's statistics.
+    """
+
+    __name__ = __qualname__ = "Clock"
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def advance(self, seconds):
+        self.now += seconds
+
+
+CLOCK = Clock()
+
+
+def seconds(function, device):
+    """How long ``function()`` took: by events on CUDA, launch gaps included, by the wall clock on the CPU."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def interleaved(rivals, sets, device, *, budget, rounds=(3, 25)):
+    """Samples of rivals that take turns: ``({name: [seconds, …]}, {name: why it failed})``.
+
+    Args:
+        rivals: ``{name: Rival}``.
+        sets: input sets, each the arguments of ``prepare``.
+        budget: seconds of wall clock to spend on the timed rounds, within the bounds ``rounds``.
+
+    The first round warms up, compiles and is not counted. Who raises in it takes no further part.
+    """
+    taken = {name: [] for name in rivals}
+    failed = {}
+    shuffle = random.Random(0).shuffle
+    turn = 0
+
+    def one_round(warm_up):
+        nonlocal turn
+        order = [name for name in rivals if name not in failed]
+        shuffle(order)
+        for name in order:
+            turn += 1
+            try:
+                prepared = rivals[name].prepare(*sets[turn % len(sets)])
+                sample = seconds(lambda: rivals[name].run(prepared), device)  # noqa: B023, called here
+            except Exception as error:
+                if not warm_up:
+                    raise
+                failed[name] = reason(error)
+                continue
+            finally:
+                prepared = None
+            if not warm_up:
+                taken[name].append(sample)
+
+    one_round(warm_up=True)
+    gc.collect()
+    gc.disable()  # a collection would be charged to whoever is running
+    try:
+        deadline = time.perf_counter() + budget
+        for done in range(rounds[1]):
+            if done >= rounds[0] and time.perf_counter() > deadline:
+                break
+            one_round(warm_up=False)
+    finally:
+        gc.enable()
+    return {name: samples for name, samples in taken.items() if name not in failed}, failed
+
+
+def reason(error):
+    """An exception in one short line."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:200]
+
+
+def last_level_cache(device):
+    """Bytes of the largest cache before memory: L2 on CUDA; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    units = {"K": 1 << 10, "M": 1 << 20}
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [file.read_text().strip() for file in files]
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes), default=0)
+
+
+def sets_beyond_cache(nbytes, device):
+    """How many input sets of ``nbytes`` to rotate, so that between two turns on one set the others fill the cache."""
+    return 1 + max(1, math.ceil(last_level_cache(device) / nbytes))
+
+
+def nbytes(tensors):
+    return sum(t.nbytes for t in tensors)
+
+
+def copy(size, device):
+    """A copy of ``size`` bytes: it reads and writes each, so its bandwidth is ``2 · size`` over its time."""
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Rival(lambda _: target.copy_(source))
+
+
+def matmul(n, dtype, device):
+    """The product of two random square matrices: ``2 n³`` FLOPs. (Zeros would run faster than data does.)"""
+    a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
+    return Rival(lambda _: a @ b)
+
+
+def spread(samples):
+    """Median and quartiles of seconds."""
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return middle, low, high
+
+
+def peak_extra_bytes_cuda(rival, inputs):
+    """Growth of the allocated memory over one run, above what stood before it, inputs and parameters included."""
+    prepared = rival.prepare(*inputs)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rival.run(prepared)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_extra_bytes(case, *arguments):
+    """Growth of the peak resident set over one call, in a process of its own.
+
+    ``case`` is ``"module:function"``; called with ``arguments`` (what JSON can carry), it returns ``prepare`` and
+    ``run``, of which ``run(prepare())`` is measured after one to warm up, and ``prepare`` not counted. Raises
+    ``RuntimeError`` with the last line of a process that fails, as it does where the system lets no process reset its
+    own peak.
+    """
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves the resident set
+    command = [sys.executable, "-m", "bench.timing", case, json.dumps(arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{case}{arguments}: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+    return int(done.stdout.split()[-1])
+
+
+def _growth(case, arguments):
+    module, name = case.split(":")
+    prepare, run = getattr(importlib.import_module(module), name)(*arguments)
+    run(prepare())
+    gc.collect()
+    prepared = prepare()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
+    before = _high_water_mark()
+    run(prepared)
+    return _high_water_mark() - before
+
+
+def _high_water_mark():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    print(_growth(sys.argv[1], json.loads(sys.argv[2])))
