@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import peers, timing
+from . import peers, right, timing
 from .suite import Suite
 
 
@@ -37,7 +37,7 @@ class AdamWStep(Suite):
 
     def error(self, adapter, p):
         dtypes = getattr(torch, p["dtype"]), getattr(torch, p["state_dtype"])
-        return peers.checked(peers.optimizer_error, adapter, self.device, *dtypes, p["clip"])
+        return right.checked(right.optimizer_error, adapter, self.device, *dtypes, p["clip"])
 
     def sets(self, p):
         # One set is enough: parameters, gradients and everybody's own moments are many times the cache.

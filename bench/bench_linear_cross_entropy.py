@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from . import peers, timing
+from . import peers, right, timing
 from .suite import Suite, confident, labels, sweep
 
 
@@ -21,7 +21,7 @@ class LinearCrossEntropy(Suite):
         return {name: shape | cell for name, cell in sweep(cuda, self.tiny)}
 
     def error(self, adapter, p):
-        return peers.checked(peers.linear_loss_error, adapter, self.device, getattr(torch, p["dtype"]))
+        return right.checked(right.linear_loss_error, adapter, self.device, getattr(torch, p["dtype"]))
 
     def sets(self, p):
         N, D, V, dtype = p["N"], p["D"], p["V"], getattr(torch, p["dtype"])

@@ -10,7 +10,7 @@ import random
 import pytest
 import torch
 
-from . import peers, timing
+from . import peers, right, timing
 from .suite import Suite
 
 
@@ -43,7 +43,7 @@ class PackedAttention(Suite):
         return cells
 
     def error(self, adapter, p):
-        return peers.checked(peers.attention_error, adapter, self.device, getattr(torch, p["dtype"]))
+        return right.checked(right.attention_error, adapter, self.device, getattr(torch, p["dtype"]))
 
     def sets(self, p):
         T, D, dtype = p["T"], p["D"], getattr(torch, p["dtype"])

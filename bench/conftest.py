@@ -53,15 +53,16 @@ def cell(request):
 
 @pytest.fixture
 def row(benchmark, cell, name):
-    """Hands one rival's samples to pytest-benchmark; ours must be right, a peer that is off is named in the table."""
+    """Hands one rival's samples to pytest-benchmark. Ours must run and be right; the table names a peer that is not."""
 
     def hand_over():
         benchmark.group = cell["cell"]
         found = cell["rows"][name]
-        if "seconds" not in found:
-            pytest.skip(found["absent"])
         if name.startswith("ours"):
-            assert found["error"] <= 1, f"{name} is off by {found['error']:.3g} times the error budget"
+            assert "raised" not in found, found["raised"]
+            assert found.get("error", 0) <= 1, f"{name} is off by {found['error']:.3g} times the error budget"
+        if "seconds" not in found:
+            pytest.skip(found.get("absent") or f"raised {found['raised']}")
         benchmark.extra_info.update({key: value for key, value in found.items() if key != "seconds"})
         benchmark.extra_info["floor_seconds"] = cell["floor_seconds"]
         samples = iter(found["seconds"])

@@ -1,4 +1,4 @@
-"""Ours and the others, one small adapter each, and whether each computes what plain PyTorch does.
+"""Ours and the others, one small adapter each.
 
 Every adapter is ``load(device)``, which imports what it needs and returns the callable that its table says, or raises:
 ``ImportError`` where the peer is not installed, ``Absent`` where it cannot run here. Signatures are those of Liger
@@ -8,7 +8,6 @@ Every adapter is ``load(device)``, which imports what it needs and returns the c
 
 import inspect
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +15,6 @@ import torch.nn.functional as F
 
 import sft_kernels
 from sft_kernels import _backend
-from sft_kernels._budget import compare
-
-from .timing import reason
 
 LINEAR_LOSSES = {}  # name → load(device) → loss(hidden [N, D], weight [V, D], labels [N])
 LOSSES = {}  # name → load(device) → Loss
@@ -70,7 +66,7 @@ def ours(op, adapt):
         def load_implementation(device):
             try:
                 _backend.resolve(op, impl)
-            except RuntimeError as error:
+            except _backend.Unavailable as error:
                 raise Absent(str(error)) from error
             return adapt(impl)
 
@@ -81,7 +77,7 @@ def ours(op, adapt):
     for impl in _backend.implementations(op):
         try:
             default = _backend.resolve(op, impl) is auto
-        except (RuntimeError, ImportError):
+        except (_backend.Unavailable, ImportError):
             default = False
         named["ours" if default else f"ours ({impl})"] = adapter(impl)
     return dict(sorted(named.items()))  # "ours" first
@@ -204,7 +200,7 @@ LR = 1e-4
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def _clipped(step, params, max_grad_norm):
+def clipped(step, params, max_grad_norm):
     if max_grad_norm is None:
         return step
 
@@ -224,7 +220,7 @@ def _torch_adamw(**path):
     def load_torch(device):
         def make(params, state_dtype, max_grad_norm):
             _needs_state(params, state_dtype, params[0].dtype)
-            return _clipped(torch.optim.AdamW(params, LR, **ADAMW, **path).step, params, max_grad_norm)
+            return clipped(torch.optim.AdamW(params, LR, **ADAMW, **path).step, params, max_grad_norm)
 
         return make
 
@@ -243,7 +239,7 @@ def _(device):
 
     def make(params, state_dtype, max_grad_norm):
         _needs_state(params, state_dtype, torch.float32)
-        return _clipped(FusedAdam(params, LR, adam_w_mode=True, **ADAMW).step, params, max_grad_norm)
+        return clipped(FusedAdam(params, LR, adam_w_mode=True, **ADAMW).step, params, max_grad_norm)
 
     return make
 
@@ -256,7 +252,7 @@ def _(device):
 
     def make(params, state_dtype, max_grad_norm):
         _needs_state(params, state_dtype, torch.float32)
-        return _clipped(AdamW32bit(params, LR, **ADAMW).step, params, max_grad_norm)
+        return clipped(AdamW32bit(params, LR, **ADAMW).step, params, max_grad_norm)
 
     return make
 
@@ -269,7 +265,7 @@ def _(device):
 
     def make(params, state_dtype, max_grad_norm):
         _needs_state(params, state_dtype, params[0].dtype)
-        return _clipped(_AdamW(params, LR, **ADAMW).step, params, max_grad_norm)
+        return clipped(_AdamW(params, LR, **ADAMW).step, params, max_grad_norm)
 
     return make
 
@@ -436,112 +432,3 @@ def attentions():
         return make
 
     return ours("packed_attention", adapt) | ATTENTIONS
-
-
-# Is it right? Each returns the worst error of a value or gradient, over what the error budget allows; over 1 is off.
-
-
-def _worst(results, reference, eager):
-    found = [compare(*each) for each in zip(results, reference, eager, strict=True)]
-    return max(0.0 if c.error == 0 else c.error / c.allowed if c.allowed else float("inf") for c in found)
-
-
-def value_and_gradients(function, *tensors):
-    leaves = [t.detach().clone().requires_grad_() for t in tensors]
-    value = function(*leaves)
-    return [value.detach(), *torch.autograd.grad(value, leaves)]
-
-
-def _against_plain(function, plain, tensors):
-    double = value_and_gradients(plain, *(t.double() for t in tensors))
-    return _worst(value_and_gradients(function, *tensors), double, value_and_gradients(plain, *tensors))
-
-
-def linear_loss_error(loss, device, dtype, N=256, D=128, V=1024):
-    """Of ``loss(hidden, weight, labels)``: half of the labels masked."""
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(N, D, generator=generator, device=device).to(dtype)
-    w = (torch.randn(V, D, generator=generator, device=device) * 2 / D**0.5).to(dtype)
-    y = torch.randint(V, (N,), generator=generator, device=device)
-    y[: N // 2] = -100
-    return _against_plain(lambda x, w: loss(x, w, y), lambda x, w: F.cross_entropy(F.linear(x, w), y), (x, w))
-
-
-def loss_error(loss, device, dtype, N=256, V=1024):
-    """Of a :class:`Loss`: half of the labels masked."""
-    generator = torch.Generator(device).manual_seed(0)
-    x = (2 * torch.randn(N, V, generator=generator, device=device)).to(dtype)
-    y = torch.randint(V, (N,), generator=generator, device=device)
-    y[: N // 2] = -100
-
-    def of_copy(x):  # not a leaf, which Liger refuses to overwrite
-        return loss.loss(x.clone(), y)
-
-    return _against_plain(of_copy, lambda x: F.cross_entropy(x, y), (x,))
-
-
-def optimizer_error(make, device, dtype, state_dtype, max_grad_norm, steps=3):
-    """Of the parameters after some steps, against ``torch.optim.AdamW``, a tensor at a time."""
-
-    def stepped(build, dtype):
-        generator = torch.Generator(device).manual_seed(0)
-        shapes = [(64, 33), (7,), (128, 16)]
-        params = [torch.randn(s, generator=generator, device=device).to(dtype).requires_grad_() for s in shapes]
-        step = build(params)
-        for _ in range(steps):
-            for p in params:
-                p.grad = torch.randn(p.shape, generator=generator, device=device).to(dtype)
-            step()
-        return [p.detach() for p in params]
-
-    def plain(params):
-        return _clipped(torch.optim.AdamW(params, LR, **ADAMW, foreach=False).step, params, max_grad_norm)
-
-    results = stepped(lambda params: make(params, state_dtype, max_grad_norm), dtype)
-    return _worst(results, stepped(plain, torch.float64), stepped(plain, dtype))
-
-
-def plain_attention(q, k, v, cu_seqlens):
-    """Causal attention of [T, H, D] tensors, an example at a time, with all its scores."""
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-    out = []
-    for start, end in pairwise(cu_seqlens.tolist()):
-        query, key, value = (t[start:end].transpose(0, 1) for t in (q, k, v))
-        hidden = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).triu(1)
-        scores = (query @ key.transpose(1, 2) * q.shape[2] ** -0.5).masked_fill(hidden, float("-inf"))
-        out.append((scores.softmax(-1) @ value).transpose(0, 1))
-    return torch.cat(out)
-
-
-def attention_error(make, device, dtype, Hq=4, Hkv=2, D=64, lengths=(16, 70, 1, 41)):
-    """Of the output and, where there is a backward, the gradients of ``Σ out · dout``."""
-    generator = torch.Generator(device).manual_seed(0)
-    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    T = sum(lengths)
-    qkv = [torch.randn(T, H, D, generator=generator, device=device).to(dtype) for H in (Hq, Hkv, Hkv)]
-    dout = torch.randn(T, Hq, D, generator=generator, device=device).to(dtype)
-    attention = make(bounds, max(lengths))
-
-    def plain(q, k, v):
-        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-        out = plain_attention(*leaves, bounds)
-        return [out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))]
-
-    leaves = attention.pack(*(t.requires_grad_() for t in qkv))
-    out = attention.attend(*leaves)
-    results = [attention.unpack(out).detach()]
-    if attention.backward:
-        padded_dout = attention.pack(dout, dout, dout)[0]
-        results += map(attention.unpack, torch.autograd.grad(out, leaves, padded_dout))
-    n = len(results)
-    return _worst(results, plain(*(t.double() for t in qkv))[:n], plain(*qkv)[:n])
-
-
-def checked(error_of, adapter, *arguments):
-    """``(error over budget, None)`` or ``(None, why it raised)``: nobody is timed who has not been compared."""
-    try:
-        return error_of(adapter, *arguments), None
-    except Absent as error:
-        return None, str(error)
-    except Exception as error:
-        return None, reason(error)

@@ -109,7 +109,7 @@ def table(document):
         lines += ["", f"{cell['cell']} ({shape})", head, f"{'floor':<28}{floor * 1e3:>11.3f}  {cell['floor']}"]
         for name, row in rows.items():
             if "seconds" not in row:
-                absent.setdefault((name, row["absent"]), []).append(cell["cell"])
+                absent.setdefault((name, row.get("absent") or f"raised {row['raised']}"), []).append(cell["cell"])
                 continue
             middle, low, high = spread(row["seconds"])
             ratio = f"{middle / ours:.2f}×" if ours else ""

@@ -33,7 +33,7 @@ class Suite:
         raise NotImplementedError
 
     def error(self, adapter, parameters):
-        """The adapter's worst error over the budget, on small inputs of the cell's dtypes, as ``peers.checked``."""
+        """What ``right.checked`` says of the adapter, in the cell's dtypes."""
         raise NotImplementedError
 
     def sets(self, parameters):
@@ -69,22 +69,21 @@ class Suite:
         parameters = self.cells()[cell]
         rivals, rows = {}, {name: {"absent": why} for name, why in self.absent.items()}
         for name, adapter in self.present.items():
-            rows[name] = row = {}
-            row["error"], why = self._error(name, parameters)
-            if why is None:
+            rows[name] = row = dict(self._error(name, parameters))
+            if "error" in row:
                 try:
                     rivals[name] = self.rival(adapter, parameters)
                 except peers.Absent as error:
-                    why = str(error)
-            if why is not None:
-                row["absent"] = why
+                    row["absent"] = str(error)
         machine = self.machine(parameters)
         sets = self.sets(parameters)
         samples, failed = timing.interleaved(
             rivals | machine, sets, self.device, budget=self.budget(), rounds=(2, 2) if self.tiny else (3, 25)
         )
         for name, why in failed.items():
-            rows[name]["absent"] = why
+            if name in machine:
+                raise RuntimeError(f"{cell}: the floor's {name} raised {why}")
+            rows[name]["raised"] = why
         for name in rivals:
             if name in samples:
                 rows[name]["seconds"] = samples[name]
