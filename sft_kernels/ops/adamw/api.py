@@ -19,12 +19,20 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm: clip the global 2-norm of all gradients to this, as ``torch.nn.utils.clip_grad_norm_`` would
             before the step. ``float("inf")`` clips nothing and still measures. The gradients are left clipped.
         skip_nonfinite: where the norm is not finite, leave parameters, moments and step as they are and count it.
+        master_weights: ``"float32"``: an fp16 or bf16 parameter has an fp32 copy in its state, under ``"master"``,
+            which is updated in its place, and the parameter is its rounding. Without it, updates smaller than half a
+            unit in the parameter's last place are lost. What else writes to the parameter, the next step overwrites.
+        state_dtype: the floating dtype of the moments; None for the parameter's, as in torch.
         impl: ``"auto"`` or an implementation's name.
 
     Attributes:
         last_grad_norm: fp32 0-d tensor on the device, the norm before clipping; None before the first step, and where
             neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. Reading it is the only sync.
         skipped_steps: int64 0-d tensor on the device.
+
+    torch's kernels want parameter, gradient and moments of one dtype. Where any differs, or there is a master, every
+    parameter is updated on its own: in fp32 (fp64 for fp64), each tensor that is written rounded once, on a GPU without
+    a sync.
 
     Raises:
         ValueError: an option out of range, a combination that means nothing.
@@ -47,20 +55,37 @@ class AdamW(torch.optim.AdamW):
         fused=None,
         max_grad_norm=None,
         skip_nonfinite=False,
+        master_weights=None,
+        state_dtype=None,
         impl="auto",
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if impl not in ("auto", "torch") and (foreach is not None or fused is not None):
             raise ValueError(f"foreach and fused are options of impl='torch'; got impl={impl!r}")
-        if differentiable and (max_grad_norm is not None or skip_nonfinite):
-            raise ValueError("differentiable=True takes neither max_grad_norm nor skip_nonfinite")
-        if capturable and skip_nonfinite and (foreach or fused is False):
-            raise ValueError("skip_nonfinite reads a flag back outside the fused path, which capturable=True forbids")
+        if master_weights == "split":
+            raise ValueError("master_weights: 'split' needs the Triton kernel, which is not here yet; use 'float32'")
+        if master_weights not in (None, "float32"):
+            raise ValueError(f"master_weights: expected None or 'float32', got {master_weights!r}")
+        if state_dtype not in (None, torch.float32, torch.float64, *_HALF):
+            raise ValueError(f"state_dtype: expected None or a floating dtype, got {state_dtype!r}")
+        ours = {
+            "max_grad_norm": max_grad_norm,
+            "skip_nonfinite": skip_nonfinite or None,
+            "master_weights": master_weights,
+            "state_dtype": state_dtype,
+        }
+        asked = [name for name, value in ours.items() if value is not None]
+        if differentiable and asked:
+            raise ValueError(f"differentiable=True does not take {' or '.join(asked)}")
+        if capturable and skip_nonfinite and foreach:
+            raise ValueError("skip_nonfinite reads a flag back with foreach=True, which capturable=True forbids")
         self._impl = "torch" if foreach is not None or fused is not None else impl
         resolve("adamw", self._impl)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
+        self.master_weights = master_weights
+        self.state_dtype = state_dtype
         super().__init__(
             params,
             lr,
@@ -74,6 +99,7 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        self._choose_path()  # again: torch has set _step_supports_amp_scaling from ``fused`` alone
         self.last_grad_norm = None
         first = next((p for group in self.param_groups for p in group["params"]), torch.empty(0))
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=first.device)
@@ -82,10 +108,51 @@ class AdamW(torch.optim.AdamW):
         """As in torch; a group that asks for neither ``foreach`` nor ``fused`` takes the fused path where it can."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         if group["foreach"] is None and group["fused"] is None and not group["differentiable"]:
-            group["fused"] = all(map(_fusible, group["params"]))
+            # torch's fused kernel reads betas that are tensors back, which no graph can capture.
+            captured = group["capturable"] and isinstance(group["betas"][0], torch.Tensor)
+            group["fused"] = all(map(_fusible, group["params"])) and not captured
+        self._choose_path()
+
+    def _check_group(self, group):
+        for name in ("max_grad_norm", "skip_nonfinite", "master_weights", "state_dtype", "impl"):
+            if name in group:
+                raise ValueError(f"{name} holds for all parameters: an option of AdamW, not of a group")
+        one_dtype = next((name for name in ("fused", "foreach") if group[name]), None)
+        for p in group["params"]:
+            if self.state_dtype is not None and p.is_complex():
+                raise ValueError(f"state_dtype: expected floating-point parameters, got one of {p.dtype}")
+            if one_dtype and (self.state_dtype not in (None, p.dtype) or self._wants_master(p)):
+                raise ValueError(
+                    f"{one_dtype}=True updates tensors of one dtype; a {p.dtype} parameter is to have "
+                    f"state_dtype={self.state_dtype}, master_weights={self.master_weights!r}"
+                )
+
+    def _wants_master(self, p):
+        return self.master_weights is not None and p.dtype in _HALF
+
+    def _is_mixed(self, p):
+        """Whether torch's kernels cannot update ``p``: its state has, or is to have, another dtype, or a master."""
+        state = self.state.get(p, {})
+        if "exp_avg" in state:
+            return "master" in state or self._wants_master(p) or state["exp_avg"].dtype != p.dtype
+        return self._wants_master(p) or self.state_dtype not in (None, p.dtype)
+
+    def _choose_path(self):
+        """To be called when parameters or state come in: looked up at each step, it would cost as much as a step."""
+        fused = all(group["fused"] for group in self.param_groups)
+        captured = any(group["capturable"] for group in self.param_groups)
+        # Outside torch's fused kernel skipping reads a flag back; the mixed path does not.
+        self._mixed = (self.skip_nonfinite and captured and not fused) or any(
+            self._is_mixed(p) for group in self.param_groups for p in group["params"]
+        )
         # torch.amp.GradScaler then leaves unscaling to the step.
-        self._step_supports_amp_scaling = all(group["fused"] for group in self.param_groups)
+        self._step_supports_amp_scaling = self._mixed or fused
 
     def step(self, closure=None):
         """One optimiser step; returns the closure's loss, if there is one."""
@@ -97,23 +164,83 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def load_state_dict(self, state_dict):
-        """As in torch. How a group is computed (``foreach``, ``fused``) is not state: this optimiser's choice stays."""
-        groups = state_dict["param_groups"]
-        if len(groups) == len(self.param_groups):
-            mine = [{key: group[key] for key in ("foreach", "fused")} for group in self.param_groups]
-            groups = [{**group, **choice} for group, choice in zip(groups, mine, strict=True)]
-        super().load_state_dict({**state_dict, "param_groups": groups})
+        """As in torch, but nothing is lost: moments keep the dtype they come with, unless ``state_dtype`` asks for one.
+
+        A half-precision parameter keeps an fp32 ``"master"`` that comes, whatever ``master_weights`` says; where it is
+        to have one and none comes, it starts from the parameter. A master of another dtype went through torch's AdamW,
+        which casts it and then leaves it behind: it does not count. How a group is computed (``foreach``, ``fused``,
+        ``capturable``, ``differentiable``) is not state: this optimiser's choice stays.
+
+        Raises:
+            ValueError: groups or shapes unlike this optimiser's; moments of another dtype with ``differentiable``.
+        """
+        held = []
+
+        def hold(_, state_dict):
+            """Keep from torch what it would cast to the parameter's dtype."""
+            groups, state = state_dict["param_groups"], dict(state_dict["state"])
+            if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
+                return None  # torch says so
+            choices = ("foreach", "fused", "capturable", "differentiable")
+            for theirs, ours in zip(groups, self.param_groups, strict=True):
+                for i, p in zip(theirs["params"], ours["params"], strict=True):
+                    if i in state:
+                        held.append((p, self._lossless(p, state[i])))
+                        state[i] = {name: value for name, value in state[i].items() if name not in _LOSSLESS}
+            groups = [
+                {**theirs, **{name: ours[name] for name in choices}}
+                for theirs, ours in zip(groups, self.param_groups, strict=True)
+            ]
+            return {**state_dict, "state": state, "param_groups": groups}
+
+        def give_back(_):
+            for p, tensors in held:
+                self.state[p].update(tensors)
+            self._choose_path()
+
+        # After and before what users registered: their hooks see whole dicts and whole states.
+        hooks = (
+            self.register_load_state_dict_pre_hook(hold),
+            self.register_load_state_dict_post_hook(give_back, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _lossless(self, p, entry):
+        """Moments and master of ``p`` out of the ``entry`` of a state dict, as its state is to have them."""
+        tensors = {name: entry[name].to(p.device) for name in _LOSSLESS if name in entry}
+        for name, tensor in tensors.items():
+            if tensor.shape != p.shape:
+                raise ValueError(f"state_dict: expected {name} of shape {tuple(p.shape)}, got {tuple(tensor.shape)}")
+        master = tensors.pop("master", None)
+        if self.state_dtype is not None:
+            tensors = {name: tensor.to(self.state_dtype) for name, tensor in tensors.items()}
+        if master is not None and p.dtype in _HALF and master.dtype == torch.float32:
+            tensors["master"] = master
+        if self.defaults["differentiable"] and any(tensor.dtype != p.dtype for tensor in tensors.values()):
+            raise ValueError(f"state_dict: differentiable=True takes moments of {p.dtype} alone")
+        return tensors
 
     def __getstate__(self):
         own = (
             "_impl",
             "max_grad_norm",
             "skip_nonfinite",
+            "master_weights",
+            "state_dtype",
             "last_grad_norm",
             "skipped_steps",
+            "_mixed",
             "_step_supports_amp_scaling",
         )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
+
+
+_HALF = (torch.float16, torch.bfloat16)
+_LOSSLESS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
 
 
 def _fusible(p):
