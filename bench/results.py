@@ -28,7 +28,7 @@ def device_facts(device):
             "name": properties.name,
             "memory_bytes": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
-            "driver": _output(query),
+            "driver": first_line(query),
             "cuda": torch.version.cuda,
         }
     info = Path("/proc/cpuinfo")
@@ -47,7 +47,8 @@ def versions():
     return found
 
 
-def _output(command):
+def first_line(command):
+    """The first line that a command prints, run in the repository; None where it is missing, fails or says nothing."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
@@ -78,8 +79,8 @@ class Results:
             "sample": suite.passes,
             "rehearsal": suite.tiny,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "commit": _output(["git", "rev-parse", "HEAD"]),
-            "uncommitted_changes": _output(["git", "status", "--porcelain", "--untracked-files=no"]) is not None,
+            "commit": first_line(["git", "rev-parse", "HEAD"]),
+            "uncommitted_changes": first_line(["git", "status", "--porcelain", "--untracked-files=no"]) is not None,
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "device": {"type": suite.device.type, **device_facts(suite.device)},
             "versions": versions(),
