@@ -66,7 +66,7 @@ def parts(out, device, smoke=False, tiny=False):
     quiet = ("-q", "-p", "no:cacheprovider")
     tests = python("pytest", "tests", "-m", "gpu", "--continue-on-collection-errors", *quiet)
     found.append(Part("tests", 8, tests, nothing_to_do=NO_TESTS))
-    found.append(verify("verify", 6, *(("--smoke",) if tiny else ())))
+    found.append(verify("verify", 6))
     found += sanitizer(python("sft_kernels.cli", "verify", "--smoke", "--device", device, "--impls", "cuda"))
     for op in SUITES:
         options = ("--benchmark-quiet", "--device", device, "--results", out, "--plots", out)
