@@ -116,7 +116,7 @@ class AdamW(torch.optim.AdamW):
         if group["foreach"] is None and group["fused"] is None and not group["differentiable"]:
             # torch's fused kernel reads betas that are tensors back, which no graph can capture.
             captured = group["capturable"] and isinstance(group["betas"][0], torch.Tensor)
-            group["fused"] = all(map(_fusible, group["params"])) and not captured
+            group["fused"] = (all(map(_fusible, group["params"])) and not captured) or None  # None: torch chooses
         self._choose_path()
 
     def _check_group(self, group):
@@ -139,9 +139,8 @@ class AdamW(torch.optim.AdamW):
     def _is_mixed(self, p):
         """Whether torch's kernels cannot update ``p``: its state has, or is to have, another dtype, or a master."""
         state = self.state.get(p, {})
-        if "exp_avg" in state:
-            return "master" in state or self._wants_master(p) or state["exp_avg"].dtype != p.dtype
-        return self._wants_master(p) or self.state_dtype not in (None, p.dtype)
+        dtype = state["exp_avg"].dtype if "exp_avg" in state else self.state_dtype or p.dtype
+        return dtype != p.dtype or "master" in state or self._wants_master(p)
 
     def _choose_path(self):
         """To be called when parameters or state come in: looked up at each step, it would cost as much as a step."""

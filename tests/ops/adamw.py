@@ -1,0 +1,111 @@
+"""What the tests of AdamW share: parameters, a training loop, the oracle, and the budget between them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sft_kernels._budget import check
+from sft_kernels.ops.adamw import reference
+
+PATHS = pytest.mark.parametrize("path", [{}, {"foreach": True}, {"foreach": False}], ids=["fused", "foreach", "single"])
+HYPER = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}
+SHAPES = [(7, 5), (5,), (3, 2, 4), ()]
+BAD = [float("nan"), float("inf"), -float("inf")]
+HALF = [torch.bfloat16, torch.float16]
+MOMENTS = {"exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "v_max"}  # torch's names, and the oracle's
+# What takes the mixed path, by the dtype of the parameters.
+MIXED = [
+    (torch.bfloat16, {"state_dtype": torch.float32}),
+    (torch.float16, {"state_dtype": torch.float32}),
+    (torch.float32, {"state_dtype": torch.bfloat16}),
+    (torch.float32, {"state_dtype": torch.float64}),
+    (torch.float64, {"state_dtype": torch.float32}),
+    (torch.bfloat16, {"master_weights": "float32"}),
+    (torch.bfloat16, {"master_weights": "float32", "state_dtype": torch.float32}),
+    (torch.float16, {"master_weights": "float32", "state_dtype": torch.float32}),
+]
+
+
+def parameters(dtype=torch.float32):
+    return [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in SHAPES]
+
+
+def twins(params, dtype=None):
+    return [nn.Parameter(p.detach().clone().to(dtype or p.dtype)) for p in params]
+
+
+def gradients(steps, dtype=torch.float32):
+    """Of very different sizes from step to step, so that a clip at 1 sometimes bites."""
+    return [[(torch.randn(shape) * 10.0 ** (i % 4 - 2)).to(dtype) for shape in SHAPES] for i in range(steps)]
+
+
+def train(optimizer, params, steps, before_step=lambda params: None):
+    for grads in steps:
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = None if grad is None else grad.clone().to(p.dtype)
+        before_step(params)
+        optimizer.step()
+    return params
+
+
+def clipped(max_grad_norm):
+    """For ``train``: torch's own clip."""
+    if max_grad_norm is None:
+        return lambda params: None
+    return lambda params: nn.utils.clip_grad_norm_(params, max_grad_norm)
+
+
+def snapshot(optimizer):
+    """Parameters, and state where there is any."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return copy.deepcopy(
+        [[p.detach() for p in params], [dict(optimizer.state[p]) for p in params if p in optimizer.state]]
+    )
+
+
+def flat(tensors):
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def in_two_groups(params):
+    return [{"params": params[:2], "lr": 3e-2, "weight_decay": 0.3}, {"params": params[2:], "betas": (0.5, 0.9)}]
+
+
+def oracle(params, steps, groups, states=None, **options):
+    """Parameters and states, float64, after ``steps``, with the hyperparameters of a torch optimiser's ``groups``."""
+    each = [
+        {
+            "lr": float(group["lr"]),
+            "beta1": float(group["betas"][0]),
+            "beta2": float(group["betas"][1]),
+            **{name: group[name] for name in ("eps", "weight_decay", "amsgrad", "maximize")},
+        }
+        for group in groups
+        for _ in group["params"]
+    ]
+    params = [p.detach().double().numpy() for p in params]
+    states = states or [{} for _ in params]
+    for grads in steps:
+        grads = [None if g is None else g.double().numpy() for g in grads]
+        stepped = [reference.step(params, grads, states, **options, **hyper) for hyper in each]
+        params = [all_params[i] for i, (all_params, *_) in enumerate(stepped)]
+        states = [all_states[i] for i, (_, all_states, *_) in enumerate(stepped)]
+    return [torch.as_tensor(np.asarray(p)) for p in params], [
+        {name: torch.as_tensor(np.asarray(x)) for name, x in state.items()} for state in states
+    ]
+
+
+def check_state(optimizer, states, eager):
+    """The moments and the count of ``optimizer`` against the oracle's ``states``, beside an ``eager`` optimiser's."""
+    ours, theirs = (
+        [o.state.get(p, {}) for group in o.param_groups for p in group["params"]] for o in (optimizer, eager)
+    )
+    for name, symbol in (*MOMENTS.items(), ("step", "t")):
+        found = [(a[name], ref[symbol], b[name]) for a, ref, b in zip(ours, states, theirs, strict=True) if name in b]
+        for each in found:
+            check(name, *each)
+    for a, b in zip(ours, theirs, strict=True):
+        assert {*a} - {"master"} == {*b}

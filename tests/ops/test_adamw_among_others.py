@@ -1,0 +1,87 @@
+"""``AdamW`` among others: closures, hooks, schedulers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from sft_kernels import AdamW
+
+from .adamw import PATHS, gradients, parameters, snapshot, train
+from .helpers import same_bits
+
+
+@PATHS
+def test_a_closure_is_run_once_with_gradients_and_its_loss_returned(path):
+    p = nn.Parameter(torch.ones(2))
+    optimizer = AdamW([p], max_grad_norm=1.0, **path)
+    calls = []
+
+    def closure():
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        assert optimizer.step(closure) == 2
+    assert calls == [True]
+    assert (p < 1).all()
+
+
+def test_a_closure_that_raises_changes_nothing():
+    params, steps = parameters(), gradients(2)
+    optimizer = AdamW(params, max_grad_norm=1.0, skip_nonfinite=True)
+    train(optimizer, params, steps)
+    before = snapshot(optimizer)
+
+    def closure():
+        raise ArithmeticError("from the closure")
+
+    with pytest.raises(ArithmeticError, match="from the closure"):
+        optimizer.step(closure)
+    assert same_bits(snapshot(optimizer), before)
+
+
+@PATHS
+@pytest.mark.parametrize("torch_first", [False, True])
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}], ids=str)
+def test_step_hooks_run_once(path, options, torch_first, monkeypatch):
+    """torch wraps a class's step when its first instance is made; ours inherits from a class that may be wrapped."""
+    for cls in (torch.optim.Adam, torch.optim.AdamW, AdamW):
+        step = cls.__dict__.get("step")
+        while getattr(step, "hooked", False):
+            step = step.__wrapped__
+        if step is not None:
+            monkeypatch.setattr(cls, "step", step)
+    if torch_first:
+        torch.optim.Adam(parameters())
+        torch.optim.AdamW(parameters())
+    params, seen = parameters(), []
+    optimizer = AdamW(params, **path, **options)
+    if not torch_first:
+        torch.optim.AdamW(parameters())
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    everywhere = register_optimizer_step_post_hook(lambda *_: seen.append("everywhere"))
+    try:
+        train(optimizer, params, gradients(2))
+    finally:
+        everywhere.remove()
+    assert seen.count("before") == seen.count("after") == seen.count("everywhere") == 2
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scheduler_sets_the_rate_of_the_next_step():
+    p = nn.Parameter(torch.zeros(1))
+    optimizer = AdamW([p], lr=1.0, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0 if step == 1 else 1.0)
+    values = []
+    for _ in range(3):
+        train(optimizer, [p], [[torch.ones(1)]])
+        scheduler.step()
+        values.append(p.item())
+    assert values[0] == pytest.approx(-1)
+    assert values[1] == values[0]
+    assert values[2] == pytest.approx(-2)
