@@ -135,10 +135,6 @@ def sets_beyond_cache(nbytes, device):
     return 1 + max(1, math.ceil(last_level_cache(device) / nbytes))
 
 
-def nbytes(tensors):
-    return sum(t.nbytes for t in tensors)
-
-
 def copy(size, device):
     """A copy of ``size`` bytes: it reads and writes each, so its bandwidth is ``2 · size`` over its time."""
     source = torch.ones(size, dtype=torch.uint8, device=device)

@@ -1,0 +1,225 @@
+"""Every peer is right or named: the installed ones against plain PyTorch, the others by their recorded signatures."""
+
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import peers, right
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda")  # asked of adapters only for its type; the tensors stay on the CPU
+FP32 = torch.float32
+TABLES = {
+    "linear_losses": (peers.linear_losses, right.linear_loss_error, ()),
+    "losses": (peers.losses, right.loss_error, ()),
+    "optimizers": (peers.optimizers, right.optimizer_error, (FP32, 1.0)),
+    "attentions": (peers.attentions, right.attention_error, ()),
+}
+HERE = {  # what any CPU has
+    "linear_losses": {"ours", "unfused", "torch.compile"},
+    "losses": {"ours", "F.cross_entropy", "torch.compile"},
+    "optimizers": {"ours", "torch fused", "torch foreach"},
+    "attentions": {"ours", "padded SDPA", "FlexAttention"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _not_compiled(monkeypatch):
+    """The adapters' own code: compiling takes longer than all of these tests, and a rehearsal does it."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_everyone_is_present_or_absent_for_a_reason(table):
+    adapters = TABLES[table][0]()
+    present, absent = peers.load(adapters, CPU)
+    assert next(iter(adapters)) == "ours"
+    assert present.keys() | absent.keys() == adapters.keys()
+    assert not present.keys() & absent.keys()
+    assert HERE[table] <= present.keys()
+    assert all(len(why) > 5 and "\n" not in why for why in absent.values())
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_who_runs_here_agrees_with_plain_pytorch(table, dtype):
+    adapters, error_of, options = TABLES[table]
+    if options:
+        options = (dtype, *options[1:])
+    for name, adapter in peers.load(adapters(), CPU)[0].items():
+        found = right.checked(error_of, adapter, CPU, dtype, *options)
+        assert "absent" in found or found["error"] <= 1, (name, found)
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    _, absent = peers.load(peers.LINEAR_LOSSES, CUDA)
+    assert "liger_kernel" in absent["Liger"]
+
+
+def test_what_needs_cuda_says_so_on_a_cpu(monkeypatch):
+    installed(monkeypatch, "flash_attn", flash_attn_varlen_func=None)
+    _, absent = peers.load(peers.ATTENTIONS, CPU)
+    assert absent["flash-attn 2"] == "runs on CUDA alone"
+
+
+def test_moments_that_a_peer_does_not_have_are_named():
+    make = peers.OPTIMIZERS["torch fused"](CPU)
+    found = right.checked(right.optimizer_error, make, CPU, torch.bfloat16, FP32, None)
+    assert "its moments are torch.bfloat16" in found["absent"]
+
+
+# A wrong peer is not timed as if it were right.
+
+
+def test_a_wrong_loss_a_wrong_gradient_and_nan_are_off():
+    def value_off(x, w, y):
+        return 1.001 * F.cross_entropy(F.linear(x, w), y)
+
+    def gradient_off(x, w, y):
+        loss = F.cross_entropy(F.linear(x, w), y)
+        return loss + 0.01 * (w.sum() - w.sum().detach())
+
+    def nan(x, w, y):
+        return F.cross_entropy(F.linear(x, w), y) * float("nan")
+
+    for wrong in (value_off, gradient_off, nan):
+        assert right.checked(right.linear_loss_error, wrong, CPU, FP32)["error"] > 1
+
+
+def test_what_raises_is_told_from_what_cannot_run():
+    def broken(x, w, y):
+        raise IndexError("off the end")
+
+    def elsewhere(x, w, y):
+        raise peers.Absent("needs another machine")
+
+    assert right.checked(right.linear_loss_error, broken, CPU, FP32) == {"raised": "IndexError: off the end"}
+    assert right.checked(right.linear_loss_error, elsewhere, CPU, FP32) == {"absent": "needs another machine"}
+
+
+def test_steps_that_do_not_clip_or_leak_across_examples_are_off():
+    def unclipped(params, state_dtype, max_grad_norm):
+        return torch.optim.AdamW(params, peers.LR * 2, **peers.ADAMW).step
+
+    assert right.checked(right.optimizer_error, unclipped, CPU, FP32, FP32, 1.0)["error"] > 1
+
+    def leaking(cu_seqlens, max_seqlen):
+        whole = torch.tensor([0, int(cu_seqlens[-1])])
+        return peers.Attention(lambda q, k, v: right.plain_attention(q, k, v, whole))
+
+    assert right.checked(right.attention_error, leaking, CPU, FP32)["error"] > 1
+
+
+# Peers that are not here, by the signatures they publish: each stand-in takes what the peer takes and is plain inside.
+
+
+def installed(monkeypatch, name, **contents):
+    for end in [i for i, letter in enumerate(name) if letter == "."]:
+        monkeypatch.setitem(sys.modules, name[:end], types.ModuleType(name[:end]))
+    module = types.ModuleType(name)
+    vars(module).update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+class LigerLinear(torch.nn.Module):
+    def forward(self, lin_weight, _input, target, bias=None):
+        return F.cross_entropy(F.linear(_input, lin_weight, bias), target)
+
+
+class Liger(torch.nn.Module):
+    def forward(self, _input, target):
+        assert not (_input.is_leaf and _input.requires_grad)  # it writes its gradient there
+        return F.cross_entropy(_input, target)
+
+
+def cut(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high"):
+    return F.cross_entropy(e @ c.T, targets)
+
+
+def quack_linear(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True):
+    return F.cross_entropy(F.linear(x, weight), target)
+
+
+def quack(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean", inplace_backward=False):
+    losses = F.cross_entropy(x, target, reduction="none")
+    return losses.sum() if reduction == "sum" else losses.mean()
+
+
+class Trl:
+    @staticmethod
+    def apply(hidden, weight, bias, targets, temperature, chunk_size, softcap=None, logit_scale=1.0, outputs=()):
+        assert (bias, temperature, softcap, logit_scale) == (None, 1.0, None, 1.0)
+        logprobs = F.linear(hidden, weight).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        return logprobs, None, None, None, None
+
+
+def apex(params, lr=1e-3, bias_correction=True, betas=None, eps=1e-8, adam_w_mode=True, weight_decay=0.0):
+    assert bias_correction
+    assert adam_w_mode
+    return torch.optim.AdamW(params, lr, betas, eps, weight_decay)
+
+
+def adamw(params, lr=1e-3, betas=None, eps=1e-8, weight_decay=1e-2, amsgrad=False):
+    return torch.optim.AdamW(params, lr, betas, eps, weight_decay)
+
+
+def flash(q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, causal=False, **more):
+    assert causal
+    assert not more.keys() - {"deterministic"}
+    assert int(cu_seqlens_k.diff().max()) == max_seqlen_q == max_seqlen_k
+    return right.plain_attention(q, k, v, cu_seqlens_q)
+
+
+def flash_with_lse(*args, **kwargs):
+    return flash(*args, **kwargs), None
+
+
+@pytest.mark.parametrize(
+    ("table", "name", "module", "contents"),
+    [
+        ("linear_losses", "Liger", "liger_kernel.transformers", {"LigerFusedLinearCrossEntropyLoss": LigerLinear}),
+        ("linear_losses", "cut-cross-entropy exact", "cut_cross_entropy", {"linear_cross_entropy": cut}),
+        ("linear_losses", "cut-cross-entropy filtered", "cut_cross_entropy", {"linear_cross_entropy": cut}),
+        ("linear_losses", "QuACK", "quack.linear_cross_entropy", {"chunked_linear_cross_entropy": quack_linear}),
+        ("linear_losses", "TRL chunked logprob", "trl.kernels", {"ChunkedLogProbFunction": Trl}),
+        ("losses", "Liger", "liger_kernel.transformers", {"LigerCrossEntropyLoss": Liger}),
+        ("losses", "QuACK", "quack.cross_entropy", {"cross_entropy": quack}),
+        ("optimizers", "apex", "apex.optimizers", {"FusedAdam": apex}),
+        ("optimizers", "bitsandbytes", "bitsandbytes.optim", {"AdamW32bit": adamw}),
+        ("optimizers", "torchao", "torchao.optim", {"_AdamW": adamw}),
+        ("attentions", "flash-attn 4", "flash_attn.cute", {"flash_attn_varlen_func": flash_with_lse}),
+        ("attentions", "flash-attn 3", "flash_attn_interface", {"flash_attn_varlen_func": flash}),
+        ("attentions", "flash-attn 2", "flash_attn", {"flash_attn_varlen_func": flash}),
+        ("attentions", "flash-attn 2 deterministic", "flash_attn", {"flash_attn_varlen_func": flash}),
+    ],
+)
+def test_adapters_call_what_the_peers_publish(monkeypatch, table, name, module, contents):
+    adapters, error_of, options = TABLES[table]
+    installed(monkeypatch, module, **contents)
+    found = right.checked(error_of, adapters()[name](CUDA), CPU, FP32, *options)
+    assert found.get("error", 2) <= 1, found
+
+
+def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert query.shape[1] == key.shape[1]
+    return flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=is_causal)
+
+
+def varlen_2_12(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert query.shape[1] == key.shape[1] or enable_gqa
+    return flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=window_size == (-1, 0))
+
+
+@pytest.mark.parametrize("varlen", [varlen_2_10, varlen_2_12])
+def test_varlen_of_old_and_new_torch(monkeypatch, varlen):
+    installed(monkeypatch, "torch.nn.attention.varlen", varlen_attn=varlen)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "torch.nn", torch.nn)
+    found = right.checked(right.attention_error, peers.ATTENTIONS["torch varlen"](CUDA), CPU, FP32)
+    assert found.get("error", 2) <= 1, found

@@ -1,0 +1,183 @@
+"""What a run leaves: names, contents, the table's arithmetic; and what the suites say their cells are."""
+
+import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bench import bench_adamw, bench_cross_entropy, bench_linear_cross_entropy, bench_packed_attention, results, timing
+from bench.suite import labels
+
+CPU = torch.device("cpu")
+SUITE = SimpleNamespace(op="adamw", passes="one step", device=CPU, tiny=False)
+SUITES = [
+    bench_linear_cross_entropy.LinearCrossEntropy,
+    bench_cross_entropy.CrossEntropy,
+    bench_adamw.AdamWStep,
+    bench_packed_attention.PackedAttention,
+]
+
+
+def cell(kept=None):
+    parameters = {"N": 8, "dtype": "float32"}
+    if kept:
+        parameters |= {"kept": kept, "pattern": "prompt", "logits": "uniform"}
+    return {
+        "cell": f"kept {kept}",
+        "parameters": parameters,
+        "floor_seconds": 0.001,
+        "floor": "bytes at copy bandwidth",
+        "machine": {"copy": [0.001]},
+        "rows": {
+            "ours": {"error": 0.5, "seconds": [0.002, 0.001, 0.003], "peak_extra_bytes": 5_000_000},
+            "filtered": {"error": 3.25, "seconds": [0.004] * 3, "peak_extra_bytes": None},
+            "elsewhere": {"absent": "No module named 'elsewhere'"},
+            "broken": {"raised": "IndexError: off the end"},
+        },
+    }
+
+
+def test_a_file_names_op_device_torch_and_day():
+    assert re.fullmatch(r"adamw_cpu_\d+\.\d+\.\w+_\d{8}\.json", results.file_name("adamw", CPU))
+    assert results.file_name("adamw", CPU, tiny=True).endswith("_rehearsal.json")
+
+
+def test_a_run_never_overwrites_an_earlier_one(tmp_path):
+    for _ in range(3):
+        results.Results(SUITE, tmp_path).add(cell())
+    names = sorted(path.stem for path in tmp_path.iterdir())
+    assert len(names) == 3
+    assert names[1:] == [names[0] + "_2", names[0] + "_3"]
+
+
+def test_a_file_holds_what_is_needed_to_judge_it_after_every_cell(tmp_path):
+    run = results.Results(SUITE, tmp_path)
+    for count in (1, 2):
+        run.add(cell())
+        document = json.loads(run.path.read_text())
+        assert len(document["cells"]) == count
+    assert document["versions"]["torch"] == torch.__version__
+    assert document["device"]["threads"] == torch.get_num_threads()
+    assert re.fullmatch("[0-9a-f]{40}", document["commit"])
+    assert document["cells"][0]["rows"]["ours"]["seconds"] == [0.002, 0.001, 0.003]
+
+
+def test_the_table_shows_ratio_floor_peak_and_who_is_off_or_absent(tmp_path):
+    run = results.Results(SUITE, tmp_path)
+    run.add(cell())
+    lines = {line.split("  ")[0]: line for line in results.table(run.document).splitlines()}
+    assert re.search(r" 2\.000 .* 1\.00× +50\.0% +5  yes$", lines["ours"])
+    assert re.search(r" 4\.000 .* 2\.00× +25\.0% +OFF: 3\.25 × the error budget$", lines["filtered"])
+    assert "not measured: elsewhere: No module named 'elsewhere'" in lines
+    assert "not measured: broken: raised IndexError: off the end" in lines
+    assert "Shapes and sweep are thinned for the CPU." in lines
+
+
+@pytest.mark.parametrize("kept", [(None,), (1.0, 0.2)])
+def test_plots_are_drawn_for_sweeps_and_for_single_cells(tmp_path, kept):
+    pytest.importorskip("matplotlib")
+    run = results.Results(SUITE, tmp_path)
+    for share in kept:
+        run.add(cell(share))
+    path = results.plot(run.document, tmp_path / "plots" / "adamw.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("suite", SUITES[:2] + SUITES[3:])
+def test_the_input_sets_together_exceed_the_cache(suite, monkeypatch):
+    monkeypatch.setattr(timing, "last_level_cache", lambda device: 1 << 20)
+    suite = suite("cpu", tiny=True)
+    sets = suite.sets(next(iter(suite.cells().values())))
+    sizes = [sum(t.nbytes for t in tensors) for tensors in sets]
+    assert sum(sizes) - max(sizes) >= 1 << 20
+    assert len({tensors[0].data_ptr() for tensors in sets}) == len(sets)
+
+
+@pytest.mark.parametrize("kept", [1.0, 0.5, 0.35, 0.2, 0.05])
+def test_labels_keep_their_share_where_they_should(kept):
+    N, example = 1024, 256
+    prompt, scattered = (
+        labels(N, 100, kept, pattern, torch.Generator().manual_seed(0)) for pattern in ("prompt", "scattered")
+    )
+    count = int((prompt != -100).sum())
+    assert count == int((scattered != -100).sum()) == round(kept * example) * (N // example)
+    steps = (prompt.view(-1, example) != -100).int().diff(dim=1)
+    assert (steps >= 0).all()  # masked first, then kept
+    if kept < 1:
+        assert ((scattered != -100).int().diff() != 0).sum() > 20
+
+
+def test_sweep_has_the_shares_masks_and_logits_of_the_design():
+    suite = bench_linear_cross_entropy.LinearCrossEntropy("cpu")
+    suite.device = torch.device("cuda")
+    cells = [(p["kept"], p["pattern"], p["logits"]) for p in suite.cells().values()]
+    shares = (1.0, 0.5, 0.35, 0.2, 0.05)
+    assert {(share, "prompt", logits) for share in shares for logits in ("uniform", "peaked")} <= set(cells)
+    assert {(share, "scattered", "uniform") for share in shares[1:]} <= set(cells)
+    assert all((p["N"], p["D"], p["V"]) == (8192, 4096, 128256) for p in suite.cells().values())
+
+
+def test_peaked_logits_are_those_of_a_model_that_mostly_knows():
+    for suite in (s("cpu", tiny=True) for s in SUITES[:2]):
+        p = next(p for p in suite.cells().values() if p["logits"] == "peaked")
+        *operands, y = suite.sets(p)[0]
+        logits = operands[0] if len(operands) == 1 else operands[0] @ operands[1].T
+        kept = y != -100
+        sure = logits[kept].softmax(-1).gather(1, y[kept][:, None])
+        assert 0.5 < sure.mean().item() < 0.98
+
+
+def test_the_optimiser_steps_a_model_of_a_billion_in_291_tensors():
+    suite = bench_adamw.AdamWStep("cpu")
+    suite.device = torch.device("cuda")
+    p = next(iter(suite.cells().values()))
+    assert len(bench_adamw.llama_shapes(p)) == 291
+    assert 0.95e9 < bench_adamw.numel(p) < 1.05e9
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state", "clip", "each"),
+    [("float32", "float32", None, 28), ("float32", "float32", 1.0, 32), ("bfloat16", "float32", 1.0, 24),
+     ("bfloat16", "bfloat16", 1.0, 16)],
+)  # fmt: skip
+def test_the_optimisers_floor_counts_its_bytes(dtype, state, clip, each):
+    suite = bench_adamw.AdamWStep("cpu", tiny=True)
+    p = next(iter(suite.cells().values())) | {"dtype": dtype, "state_dtype": state, "clip": clip}
+    seconds, _ = suite.floor(p, {"copy": 0.001})
+    bandwidth = 2 * suite._copied(p) / 0.001
+    assert seconds == pytest.approx(bench_adamw.numel(p) * each / bandwidth)
+
+
+def test_a_mix_fills_the_row_and_useful_flops_are_those_of_the_live_pairs():
+    lengths = bench_packed_attention.lengths_of("mix", 65536)
+    assert sum(lengths) == 65536
+    assert all(16 <= l <= 4096 for l in lengths[:-1])
+    assert 250 < 65536 / len(lengths) < 500
+    assert bench_packed_attention.lengths_of(512, 2048) == [512] * 4
+    p = {"layout": 4, "T": 8, "Hq": 3, "D": 5, "pass": "forward"}
+    pairs = 2 * sum(i + 1 for i in range(4))  # two examples, token i sees i + 1
+    assert bench_packed_attention.useful_flops(p) == 2 * 2 * 5 * 3 * pairs
+    assert bench_packed_attention.useful_flops(p | {"pass": "backward"}) == 2.5 * 2 * 2 * 5 * 3 * pairs
+
+
+def test_a_suite_from_end_to_end(tmp_path):
+    """The plugin's statistics are those of the samples in the file: taken in turns, handed over by the clock."""
+    report = tmp_path / "plugin.json"
+    command = [sys.executable, "-m", "pytest", "bench/bench_adamw.py", "--tiny", "-q", "-p", "no:cacheprovider"]
+    command += ["--device", "cpu", "--results", tmp_path / "r", "--plots", tmp_path / "p", f"--benchmark-json={report}"]
+    done = subprocess.run(command, cwd=timing.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    (file,) = (tmp_path / "r").iterdir()
+    rows = json.loads(file.read_text())["cells"][0]["rows"]
+    plugin = {test["name"]: test["stats"]["data"] for test in json.loads(report.read_text())["benchmarks"]}
+    measured = [name for name, row in rows.items() if "seconds" in row]
+    assert {"ours", "torch fused", "torch foreach"} <= set(measured)
+    for name in measured:
+        (data,) = (data for test, data in plugin.items() if test.endswith(f"{name}]"))
+        assert data == pytest.approx(rows[name]["seconds"])
+    assert rows["ours"]["peak_extra_bytes"] is not None
+    assert "A rehearsal with tiny shapes: no figure." in done.stdout
