@@ -5,7 +5,7 @@ from ..ops.packed_attention.api import packed_attention
 NAME = "sft_kernels"
 
 # What a model may ask of its attention that packed_attention does not compute: refused, never ignored.
-_UNSUPPORTED = ("softcap", "s_aux", "sinks", "position_bias")
+_UNSUPPORTED = ("s_aux", "sinks", "position_bias")
 
 
 def register():
@@ -32,6 +32,7 @@ def attention_forward(
     dropout=0.0,
     is_causal=None,
     sliding_window=None,
+    softcap=None,
     cu_seq_lens_q=None,
     max_length_q=None,
     **kwargs,
@@ -39,7 +40,7 @@ def attention_forward(
     """The attention of one layer over one packed row: (1, H, T, D) in, (1, T, H, D) out.
 
     The model must be called with ``cu_seq_lens_q``, the boundaries of the row's examples. ``sliding_window`` counts the
-    token itself, as in transformers. A padding mask, dropout, a softcap or attention sinks raise ``ValueError``.
+    token itself, as in transformers. A padding mask, dropout or attention sinks raise ``ValueError``.
     """
     if cu_seq_lens_q is None:
         raise ValueError(
@@ -65,5 +66,6 @@ def attention_forward(
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, -1),
+        softcap=softcap,
     )
     return out[None], None
