@@ -4,7 +4,13 @@ import functools
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
+# The same examples every time: a run that fails can be repeated, and none takes longer than the last.
+settings.register_profile(
+    "same", derandomize=True, database=None, deadline=None, max_examples=100, suppress_health_check=[*HealthCheck]
+)
+settings.load_profile("same")
 # On a busy machine threads wait for each other: with two, these small tests took ten times as long as with one.
 torch.set_num_threads(1)
 

@@ -3,12 +3,12 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sft_kernels import cross_entropy, linear_cross_entropy
 from sft_kernels._budget import check
+from sft_kernels.verify import loss_oracle, plain_cross_entropy, plain_linear_cross_entropy
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 N, D, V = 67, 24, 101  # primes, so that chunks are ragged
@@ -22,22 +22,11 @@ def labels(n=N, v=V, masked=0.6):
     return y
 
 
-def plain_cross_entropy(logits, target, *, reduction="mean", num_items=None, token_weight=None):
-    """The PyTorch code that a user would write, in the dtype of its inputs."""
-    if num_items is None and token_weight is None:
-        return F.cross_entropy(logits, target.long(), reduction=reduction)
-    losses = F.cross_entropy(logits, target.long(), reduction="none")
-    if token_weight is not None:
-        losses = losses * token_weight.to(losses.dtype)
-    if reduction == "none":
-        return losses
-    if reduction == "sum":
-        return losses.sum()
-    return losses.sum() / ((target != -100).sum() if num_items is None else num_items)
-
-
 class Loss:
-    """One of the losses: what it differentiates, how it is called, and the plain code that means the same."""
+    """One of the losses: what it differentiates, how it is called, and the plain code that means the same.
+
+    ``ours`` and ``plain`` take the tensors of ``shapes`` and the target; the linear ones with or without a bias.
+    """
 
     def __init__(self, name, ours, plain, shapes):
         self.name, self.ours, self.plain, self.shapes = name, ours, plain, shapes
@@ -46,24 +35,40 @@ class Loss:
         """Logits that spread over about ±6: neither uniform nor one-hot."""
         return tuple(t.to(dtype) for t in self.shapes(n, v))
 
+    def check(self, tensors, y, upstream=1.0, **options):
+        """Hold value and gradients to the budget against the oracle; returns them."""
+        results, eager = (
+            run(lambda *t: function(*t, y, **options), tensors, upstream)  # noqa: B023
+            for function in (self.ours, self.plain)
+        )
+        ref = loss_oracle(tensors, y, upstream=upstream, **options)
+        for i, (x, r, e) in enumerate(zip(results, ref, eager, strict=True)):
+            check(f"gradient {i}" if i else "value", x, r, e)
+        return results
 
-def _linear(name, **fixed):
-    def ours(hidden, weight, target, **options):
-        return linear_cross_entropy(hidden, weight, target, **{**fixed, **options})
 
-    def plain(hidden, weight, target, **options):
-        return plain_cross_entropy(F.linear(hidden, weight), target, **options)
+def _linear(name, bias=False, **fixed):
+    def ours(hidden, head, *rest, **options):
+        *b, target = rest
+        return linear_cross_entropy(hidden, head, target, linear_bias=b[0] if b else None, **{**fixed, **options})
 
-    return Loss(name, ours, plain, lambda n, v: (torch.randn(n, D), torch.randn(v, D) * 2 / D**0.5))
+    def plain(hidden, head, *rest, **options):
+        *b, target = rest
+        return plain_linear_cross_entropy(hidden, head, b[0] if b else None, target, **options)
+
+    def shapes(n, v):
+        return torch.randn(n, D), torch.randn(v, D) * 2 / D**0.5, *([torch.randn(v)] if bias else [])
+
+    return Loss(name, ours, plain, shapes)
 
 
 CROSS_ENTROPY = Loss("cross_entropy", cross_entropy, plain_cross_entropy, lambda n, v: (2 * torch.randn(n, v),))
 LINEAR = [
     _linear("linear-auto"),
     _linear("linear-tokens", chunking="tokens"),
-    _linear("linear-tokens-chunked", chunking="tokens", max_logits_bytes=5 * V * 8),
-    _linear("linear-vocab", chunking="vocab"),
-    _linear("linear-vocab-chunked", chunking="vocab", max_logits_bytes=7 * N * 8),
+    _linear("linear-tokens-chunked", bias=True, chunking="tokens", max_logits_bytes=5 * V * 8),
+    _linear("linear-vocab", bias=True, chunking="vocab"),
+    _linear("linear-vocab-chunked", bias=True, chunking="vocab", max_logits_bytes=7 * N * 8),
 ]
 LOSSES = [CROSS_ENTROPY, *LINEAR]
 
@@ -85,15 +90,18 @@ def check_against_plain(ours, plain, tensors, upstream=1.0):
     results = run(ours, tensors, upstream)
     reference = run(plain, [t.double() for t in tensors], upstream)
     if tensors[0].dtype == torch.float64:
-        # Here the oracle is the plain code itself; its error is that of fp32, in the ratio of the epsilons.
-        ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-        single = run(plain, [t.float() for t in tensors], upstream)
-        eager = [ref + (x - ref) * ratio for x, ref in zip(single, reference, strict=True)]
+        eager = as_in_float64(run(plain, [t.float() for t in tensors], upstream), reference)
     else:
         eager = run(plain, tensors, upstream)
     for i, (x, ref, e) in enumerate(zip(results, reference, eager, strict=True)):
         check(f"gradient {i}" if i else "value", x, ref, e)
     return results
+
+
+def as_in_float64(single, reference):
+    """The errors of fp64 code that is itself the reference: those of its fp32 run, in the ratio of the epsilons."""
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return [ref + (x - ref) * ratio for x, ref in zip(single, reference, strict=True)]
 
 
 def same_bits(a, b):

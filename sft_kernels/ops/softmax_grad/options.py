@@ -38,3 +38,11 @@ class LossOptions(NamedTuple):
         if self.logit_scale is not None:
             x = x * self.logit_scale
         return x if self.softcap is None else torch.tanh(x / self.softcap) * self.softcap
+
+    def slope(self, x):
+        """∂u/∂x of logits ``x`` for a ``softcap``, but for the factor ``logit_scale``.
+
+        1 − tanh² is 4 e / (1 + e)² with e = exp(−2 |s x / c|), which keeps its digits where the cap is reached.
+        """
+        e = torch.exp(x.abs() * (-2 * (self.logit_scale or 1.0) / self.softcap))
+        return 4 * e / (1 + e).square_()

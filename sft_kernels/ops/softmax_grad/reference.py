@@ -10,7 +10,7 @@ For one row of logits x with target distribution t (one-hot at y, or probabiliti
 
     ∂loss/∂u_v = (Σ_k q_k + 2 ζ f lse) p_v − q_v
     ∂loss/∂t_v = (1 − ε) w_v (lse − u_v) + ζ lse² ∂f/∂t_v
-    ∂u/∂x      = s (1 − (u / c)²)                (s without a softcap)
+    ∂u/∂x      = s (1 − tanh²(s x / c))          (s without a softcap)
 """
 
 from typing import NamedTuple
@@ -48,8 +48,9 @@ def softmax_grad(
     u = s * x
     du_dx = np.full_like(x, s)
     if softcap is not None:
+        e = np.exp(-2 * np.abs(u / softcap))
+        du_dx *= 4 * e / (1 + e) ** 2  # 1 − tanh² loses its digits where the cap is reached
         u = softcap * np.tanh(u / softcap)
-        du_dx *= 1 - (u / softcap) ** 2
 
     largest = u.max(1, keepdims=True)
     lse = largest + np.log(np.exp(u - largest).sum(1, keepdims=True))

@@ -40,7 +40,8 @@ def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False):
 
 def _block(logits, target, options, scale, lse, stats):
     V = logits.shape[1]
-    u = options.shape(logits if logits.dtype == torch.float64 else logits.float())  # [N, V]
+    x = logits if logits.dtype == torch.float64 else logits.float()  # [N, V]
+    u = options.shape(x)
     here = (target >= 0) & (target < V)
     index = target.clamp(0, V - 1)[:, None]  # [N, 1]
     target_logit = u.gather(1, index)[:, 0].where(here, float("-inf"))
@@ -51,7 +52,8 @@ def _block(logits, target, options, scale, lse, stats):
         below = u - base[:, None]
         sum_logit = base.double() * V + below.sum(1) if options.label_smoothing else None
         e = below.exp() if stats else below.exp_()
-        total = e.sum(1)
+        # In fp64: where the model is sure the sum is 1 and what p_y − 1 is made of.
+        total = e.sum(1, dtype=torch.float64)
         row_lse = base.double() + total.log()
         mean_logit = None
         if stats:  # a logit of -inf has p = 0 and contributes nothing
@@ -61,7 +63,7 @@ def _block(logits, target, options, scale, lse, stats):
         row_lse, row_stats = lse, None
         near = lse.to(u.dtype)
         e = (u - near[:, None]).exp_()
-        total = (lse - near).exp().to(u.dtype)
+        total = (lse - near).exp()
 
     if scale is not None:
         # ∂loss/∂u_v = (1 + 2 ζ lse) p_v − (1 − ε) [v = y] − ε / V. At the target p − 1 comes from a difference in fp64
@@ -76,6 +78,6 @@ def _block(logits, target, options, scale, lse, stats):
             e -= (scale * (smoothing / options.classes))[:, None]
         e.scatter_(1, index, (at_target.to(u.dtype) * scale).where(here, e.gather(1, index)[:, 0])[:, None])
         if options.softcap is not None:
-            e *= 1 - (u / options.softcap).square_()
+            e *= options.slope(x)
         logits.copy_(e)
     return row_stats
