@@ -25,4 +25,4 @@ verify: install
 	$(BIN)/sft-kernels verify
 
 bench: install
-	$(BIN)/python -m bench.linear_cross_entropy
+	$(BIN)/python -m pytest bench/bench_*.py -q -rfE --benchmark-quiet
