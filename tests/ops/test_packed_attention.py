@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_kernels import packed_attention
+from sft_kernels.ops.packed_attention import api
 
 from .attention import check_case, differentiate
 from .helpers import DTYPES, Watch, run, same_bits
@@ -234,6 +236,13 @@ def test_work_and_memory_go_with_the_squares_of_the_lengths(window_size, softcap
         assert sum(saved.values()) <= squares * (2 * 4 * heads + 1) + 8 * given[0].nbytes
 
 
+class NoLaunch(TorchDispatchMode):
+    """Fails where anything is computed."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} was launched")
+
+
 @pytest.mark.parametrize(
     ("cu_seqlens", "error", "match"),
     [
@@ -248,9 +257,19 @@ def test_work_and_memory_go_with_the_squares_of_the_lengths(window_size, softcap
     ],
     ids=["start", "decrease", "past the end", "past the end and back", "2-d", "empty", "0-d", "float"],
 )
-def test_bad_boundaries_are_named(cu_seqlens, error, match):
-    with pytest.raises(error, match=match):
-        packed_attention(*tensors(), cu_seqlens)
+def test_bad_boundaries_are_named_before_anything_is_launched(cu_seqlens, error, match):
+    given = tensors()
+    with pytest.raises(error, match=match), NoLaunch():
+        packed_attention(*given, cu_seqlens, scale=-1.0)
+
+
+def test_boundaries_that_cost_a_sync_to_check_are_read_once_by_the_implementation(monkeypatch):
+    given = tensors()
+    expected = packed_attention(*given, bounds("tail"))
+    monkeypatch.setattr(api, "checks_enabled", lambda device: False)
+    assert same_bits(packed_attention(*given, bounds("tail")), expected)
+    with pytest.raises(ValueError, match="max_seqlen.*6"):
+        packed_attention(*given, bounds("tail"), 6)
 
 
 @pytest.mark.parametrize(
@@ -285,9 +304,10 @@ def test_bad_boundaries_are_named(cu_seqlens, error, match):
     ],
     ids=lambda change: "-".join(change) if isinstance(change, dict) else None,
 )
-def test_a_bad_argument_is_named(change, error, match):
+def test_a_bad_argument_is_named_before_anything_is_launched(change, error, match):
     arguments = dict(zip(("query", "key", "value"), tensors(heads=2, key_heads=2), strict=True)) | {
-        "cu_seqlens": bounds()
+        "cu_seqlens": bounds(),
+        "scale": -1.0,
     }
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=match), NoLaunch():
         packed_attention(**{**arguments, **change})

@@ -12,7 +12,7 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_kernels import packed_attention
-from sft_kernels.ops.packed_attention import flash_impl
+from sft_kernels.ops.packed_attention import api, flash_impl
 
 from . import flash_signatures
 from .attention import check_case, differentiate
@@ -120,8 +120,9 @@ class NoSync(TorchDispatchMode):
 def test_boundaries_on_a_device_are_not_read_on_the_host(library, name, max_seqlen, monkeypatch):
     given, upstream = tensors(4, 4), torch.randn(T, 4, D).bfloat16()
     expected = differentiate(lambda *t: flash(*t, bounds(name), return_lse=True), given, upstream)
-    monkeypatch.setattr(flash_impl, "checks_enabled", lambda device: False)
-    monkeypatch.delattr(flash_impl, "segment_lengths")
+    monkeypatch.setattr(api, "checks_enabled", lambda device: False)
+    for module in (api, flash_impl):
+        monkeypatch.delattr(module, "segment_lengths")
     with NoSync():
         results = differentiate(lambda *t: flash(*t, bounds(name), max_seqlen, return_lse=True), given, upstream)
     assert same_bits(results, expected)
@@ -135,7 +136,7 @@ def test_wrong_boundaries_on_a_device_lead_no_library_out_of_the_row(library, wr
         with pytest.raises(ValueError, match="cu_seqlens"):
             flash(*tensors(4, 4), cu_seqlens, max_seqlen)
     assert not calls
-    monkeypatch.setattr(flash_impl, "checks_enabled", lambda device: False)
+    monkeypatch.setattr(api, "checks_enabled", lambda device: False)
     flash(*tensors(4, 4), cu_seqlens, 24)
     assert len(calls) == 1
 
@@ -146,7 +147,7 @@ def test_the_bound_is_the_longest_segment_where_that_is_known(library, monkeypat
     singles = torch.arange(T + 1)
     for cu_seqlens, max_seqlen in ((bounds(), None), (bounds(), 20), (singles, None), (singles, 1)):
         flash(*tensors(4, 4), cu_seqlens, max_seqlen)
-    monkeypatch.setattr(flash_impl, "checks_enabled", lambda device: False)
+    monkeypatch.setattr(api, "checks_enabled", lambda device: False)
     for cu_seqlens, max_seqlen in ((bounds(), None), (bounds(), 20), (singles, 1)):
         flash(*tensors(4, 4), cu_seqlens, max_seqlen)
     assert [call.get("max_seqlen_q", call.get("max_q")) for call in calls] == [11, 11, 2, 2, 11, 20, 2]

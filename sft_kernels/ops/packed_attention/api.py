@@ -5,7 +5,8 @@ import operator
 
 import torch
 
-from ..._backend import resolve
+from ..._backend import checks_enabled, resolve
+from .segments import segment_lengths
 
 
 def packed_attention(
@@ -66,6 +67,8 @@ def packed_attention(
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     if len(window_size) != 2 or any(not isinstance(size, int) or size < -1 for size in window_size):
         raise ValueError(f"window_size: expected (left, right), each -1 or more, got {window_size!r}")
+    # Where reading them costs nothing or is asked for, else left to the implementation.
+    lengths = segment_lengths(cu_seqlens, len(query), max_seqlen) if checks_enabled(cu_seqlens.device) else None
     if causal:
         window_size = (window_size[0], 0)
     device = query.device.type
@@ -81,6 +84,7 @@ def packed_attention(
             value,
             cu_seqlens,
             max_seqlen,
+            lengths,
             scale=scale,
             window_size=tuple(window_size),
             softcap=softcap,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..._backend import Unavailable, checks_enabled
+from ..._backend import Unavailable
 from .segments import attend_nothing, segment_lengths
 
 
@@ -30,19 +30,20 @@ class Options(NamedTuple):
         return self.window_size[1] == 0
 
 
-def packed_attention(query, key, value, cu_seqlens, max_seqlen, **options):
+def packed_attention(query, key, value, cu_seqlens, max_seqlen, lengths, **options):
     """See :func:`sft_kernels.packed_attention`; the lse is None unless asked for.
 
-    Boundaries on a GPU are read on the host, a sync, where ``max_seqlen`` is None or ``SFT_KERNELS_CHECK=1``;
-    elsewhere they are forced into the row, so that no library reads past it.
+    ``lengths`` are the segments', None where the boundaries were not read. Then without ``max_seqlen`` they are read on
+    the host, a sync; with it they are forced into the row, so that no library reads past it.
     """
     options = Options(**options)
     attend = choose(query, key, options)
     T = query.shape[0]
     ragged = True  # whether there may be rows behind the last segment
     bounds = cu_seqlens.to(query.device, torch.int32).contiguous()
-    if max_seqlen is None or checks_enabled(cu_seqlens.device):
+    if lengths is None and max_seqlen is None:
         lengths = segment_lengths(cu_seqlens, T, max_seqlen)
+    if lengths is not None:
         max_seqlen, ragged = max(lengths, default=0), sum(lengths) < T
     elif bounds.numel() > 1:
         bounds = bounds.cummax(0).values.clamp(0, T)

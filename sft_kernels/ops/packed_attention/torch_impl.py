@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from .segments import attend_nothing, segment_lengths, unseen_lse
 
 
-def packed_attention(query, key, value, cu_seqlens, max_seqlen, *, scale, window_size, softcap, return_lse):
+def packed_attention(query, key, value, cu_seqlens, max_seqlen, lengths, *, scale, window_size, softcap, return_lse):
     """See :func:`sft_kernels.packed_attention`; the lse is None unless asked for.
 
-    The boundaries are read on the host: for a GPU tensor one sync a call.
+    ``lengths`` are the segments', None where the boundaries are still to be read on the host: for a GPU tensor one sync
+    a call.
     """
     T = query.shape[0]
-    lengths = [l for l in segment_lengths(cu_seqlens, T, max_seqlen) if l]
+    lengths = [l for l in (segment_lengths(cu_seqlens, T, max_seqlen) if lengths is None else lengths) if l]
     if not lengths:
         return attend_nothing(query, key, value)
     tail = T - sum(lengths)
