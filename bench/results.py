@@ -172,9 +172,11 @@ def plot(document, path):
             axes.minorticks_off()
         else:
             axes.set_xticks(range(len(cells)), [cell["cell"].replace(", ", "\n") for cell in cells], fontsize=7)
-    ratio.set_yscale("log")
+    if swept:
+        ratio.set_yscale("log")
+        ratio.yaxis.set_major_formatter("{x:g}")
     share.set_ylim(bottom=0)
-    share.legend(fontsize=8)
+    figure.legend(*share.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
     figure.suptitle(f"{document['op']}, {document['device']['name']}, torch {document['versions']['torch']}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)

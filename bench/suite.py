@@ -56,7 +56,7 @@ class Suite:
         """Seconds of timed rounds a cell."""
         if self.tiny:
             return 0.2
-        return 20 if self.device.type == "cuda" else 12
+        return 20 if self.device.type == "cuda" else 6
 
     def one_run(self, name, parameters):
         """``prepare`` and ``run`` of one adapter's work: what ``timing.peak_extra_bytes`` asks for."""
@@ -78,7 +78,7 @@ class Suite:
         machine = self.machine(parameters)
         sets = self.sets(parameters)
         samples, failed = timing.interleaved(
-            rivals | machine, sets, self.device, budget=self.budget(), rounds=(2, 2) if self.tiny else (3, 25)
+            rivals | machine, sets, self.device, budget=self.budget(), rounds=(2, 2) if self.tiny else (5, 25)
         )
         for name, why in failed.items():
             if name in machine:

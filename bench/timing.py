@@ -136,8 +136,14 @@ def sets_beyond_cache(nbytes, device):
 
 
 def copy(size, device):
-    """A copy of ``size`` bytes: it reads and writes each, so its bandwidth is ``2 · size`` over its time."""
-    source = torch.ones(size, dtype=torch.uint8, device=device)
+    """Reads ``size`` bytes (a multiple of 4) and writes as many: the bandwidth is ``2 · size`` over its time.
+
+    A copy on CUDA, in place on the CPU, where a write elsewhere first fetches what it overwrites, uncounted: an
+    in-place update, which does not, would beat such a floor.
+    """
+    source = torch.ones(size // 4, device=device)
+    if device.type == "cpu":
+        return Rival(lambda _: source.neg_())
     target = torch.empty_like(source)
     return Rival(lambda _: target.copy_(source))
 
