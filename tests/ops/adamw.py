@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sft_kernels._budget import check
+from sft_kernels._budget import check, compute_dtype_of
 from sft_kernels.ops.adamw import reference
 
 PATHS = pytest.mark.parametrize("path", [{}, {"foreach": True}, {"foreach": False}], ids=["fused", "foreach", "single"])
@@ -109,3 +109,54 @@ def check_state(optimizer, states, eager):
             check(name, *each)
     for a, b in zip(ours, theirs, strict=True):
         assert {*a} - {"master"} == {*b}
+
+
+def check_step(optimizer, grads):
+    """Let ``optimizer`` step, and hold what it wrote to the oracle from the state that was there.
+
+    So no rounding of an earlier step hides an error. The plain code is torch's for-loop: in the parameters' dtype, but
+    where the path is the mixed one in the dtype of its arithmetic, so that nothing is allowed but one rounding.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    states = [dict(optimizer.state.get(p, {})) for p in params]
+    before = [state.get("master", p).detach().clone() for p, state in zip(params, states, strict=True)]
+    known = [
+        {"t": float(s["step"])} | {m: s[name].double().numpy() for name, m in MOMENTS.items() if name in s} if s else {}
+        for s in states
+    ]
+
+    double = torch.float64 in (params[0].dtype, optimizer.state_dtype)
+    compute = (torch.float64 if double else torch.float32) if optimizer._mixed else params[0].dtype
+    plain = twins(before, compute)
+    left = iter(plain)
+    names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+    eager = torch.optim.AdamW(
+        [
+            {"params": [next(left) for _ in group["params"]]} | {name: group[name] for name in names}
+            for group in optimizer.param_groups
+        ],
+        foreach=False,
+    )
+    for p, state in zip(plain, states, strict=True):
+        if state:
+            eager.state[p] = {"step": state["step"].clone()} | {
+                name: state[name].to(compute, copy=True) for name in MOMENTS if name in state
+            }
+    options = {"max_grad_norm": optimizer.max_grad_norm, "skip_nonfinite": optimizer.skip_nonfinite}
+    ref, ref_states = oracle(before, [grads], eager.param_groups, known, **options)
+    train(eager, plain, [grads], clipped(optimizer.max_grad_norm))
+    train(optimizer, params, [grads])
+
+    # The norm that clips is fp32 where the gradients are not fp64.
+    clips = optimizer.max_grad_norm is not None and params[0].dtype != torch.float64
+    judged = {"compute_dtype": torch.float32 if clips else compute_dtype_of(compute)}
+    for p, q, r, ref_state in zip(params, plain, ref, ref_states, strict=True):
+        state = optimizer.state.get(p, {})
+        check("parameter", state.get("master", p), r, q, **judged)
+        for name, m in MOMENTS.items():
+            if name in eager.state.get(q, {}):
+                # Stored, as anyone would have to: fp16 has no relative precision for a v below 6e-5.
+                check(name, state[name], ref_state[m], eager.state[q][name].to(state[name].dtype), **judged)
+        assert state.get("step") == eager.state.get(q, {}).get("step")
+        if "master" in state:
+            assert torch.equal(p, state["master"].to(p.dtype))
