@@ -235,15 +235,23 @@ def test_without_gradients_nothing_but_the_logits_is_computed(chunking):
 
 
 @CHUNKING
-@pytest.mark.parametrize("frozen", [0, 1])
+@pytest.mark.parametrize("asked", [0, 1, 2])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_frozen_input_leaves_the_other_gradient_as_it_is(chunking, frozen, reduction):
-    y, leaves = labels(), tensors()
-    both = run(lambda *t: linear_cross_entropy(*t, y, chunking=chunking, reduction=reduction), leaves)
-    leaf = leaves[1 - frozen].requires_grad_()
-    leaves[frozen].requires_grad_(False)
-    linear_cross_entropy(*leaves, y, chunking=chunking, reduction=reduction).sum().backward()
-    assert torch.equal(leaf.grad, both[2 - frozen])
+def test_one_gradient_alone_is_that_of_all_together(chunking, asked, reduction):
+    y, leaves = labels(), [*tensors(), torch.randn(V)]
+
+    def loss(hidden, weight, bias):
+        options = {"linear_bias": bias, "chunking": chunking, "reduction": reduction}
+        return linear_cross_entropy(hidden, weight, y, **options)
+
+    together = run(loss, leaves)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i == asked)
+    with Watch() as watch:
+        loss(*leaves).sum().backward()
+    assert torch.equal(leaves[asked].grad, together[1 + asked])
+    recomputed = chunking == "vocab" or reduction == "none"
+    assert watch.flops == 2 * int((y != -100).sum()) * D * V * (1 + (asked < 2) + recomputed)
 
 
 @pytest.mark.parametrize("chunking", ["tokens", "vocab", "auto"])
