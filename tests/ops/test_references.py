@@ -23,11 +23,16 @@ OPTIONS = [
 ]
 
 
-def torch_losses(logits, target, *, label_smoothing=0.0, softcap=None, logit_scale=1.0, z_loss=0.0):
+def torch_losses(logits, target, weight=None, *, label_smoothing=0.0, softcap=None, logit_scale=1.0, z_loss=0.0):
     u = logit_scale * logits
     u = u if softcap is None else softcap * torch.tanh(u / softcap)
-    losses = F.cross_entropy(u, target, reduction="none", label_smoothing=label_smoothing)
-    return losses + z_loss * u.logsumexp(1) ** 2 * (target != -100)
+    losses = F.cross_entropy(u, target, weight, reduction="none", label_smoothing=label_smoothing)
+    factor = torch.ones_like(losses)
+    if weight is not None:
+        factor = target @ weight if target.dim() == 2 else weight[target.clamp(min=0)]
+    if target.dim() == 1:
+        factor = factor * (target != -100)
+    return losses + z_loss * factor * u.logsumexp(1) ** 2
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
@@ -46,6 +51,35 @@ def test_losses(options, reduction):
     np.testing.assert_allclose(out.loss, reduced.detach(), **CLOSE)
     for gradient, leaf in zip(out[1:], (x, w, b), strict=True):
         np.testing.assert_allclose(gradient, leaf.grad, **CLOSE)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_losses_with_class_weights_and_probabilities(options, reduction, soft, weighted):
+    x = torch.randn(30, 17, dtype=torch.float64, requires_grad=True)
+    target = torch.randn(30, 17, dtype=torch.float64).softmax(1).requires_grad_() if soft else labels(30, 17)
+    weight = torch.rand(17, dtype=torch.float64) if weighted else None
+    upstream = torch.randn(30 if reduction == "none" else (), dtype=torch.float64)
+    losses = torch_losses(x, target, weight, **options)
+    if soft:
+        divisor = 30
+    else:
+        divisor = (torch.ones(17) if weight is None else weight)[target[target != -100]].sum()
+    reduced = {"mean": losses.sum() / divisor, "sum": losses.sum(), "none": losses}[reduction]
+    reduced.backward(upstream)
+
+    common = {
+        "upstream": upstream.numpy(),
+        "reduction": reduction,
+        "weight": None if weight is None else weight.numpy(),
+    }
+    out = masked_loss(x.detach().numpy(), target.detach().numpy(), **common, **options)
+    np.testing.assert_allclose(out.loss, reduced.detach(), **CLOSE)
+    np.testing.assert_allclose(out.dlogits, x.grad, **CLOSE)
+    if soft:
+        np.testing.assert_allclose(out.rows.dtarget, target.grad, **CLOSE)
 
 
 def test_row_statistics():
