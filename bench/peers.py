@@ -20,6 +20,7 @@ LINEAR_LOSSES = {}  # name → load(device) → loss(hidden [N, D], weight [V, D
 LOSSES = {}  # name → load(device) → Loss
 OPTIMIZERS = {}  # name → load(device) → make(params, state_dtype, max_grad_norm) → step()
 ATTENTIONS = {}  # name → load(device) → make(cu_seqlens, max_seqlen) → Attention
+COMPILED = {"torch.compile", "FlexAttention"}
 
 
 class Absent(RuntimeError):
