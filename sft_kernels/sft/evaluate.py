@@ -6,7 +6,7 @@ import torch
 from tqdm import tqdm
 
 from .. import linear_cross_entropy
-from .model import head_weight, hidden_states, stock_attention
+from .model import head, hidden_states, stock_attention
 
 
 class Loss(NamedTuple):
@@ -27,7 +27,7 @@ def masked_loss(model, batches, device):
     for batch in batches:
         moved = batch.to(device)
         hidden = hidden_states(model, moved)
-        _, stats = linear_cross_entropy(hidden, head_weight(model), shift=True, kept=moved.kept, return_stats=True)
+        _, stats = linear_cross_entropy(hidden, **head(model), shift=True, kept=moved.kept, return_stats=True)
         sums = torch.stack([stats.nll_sum.double(), stats.correct.double(), stats.entropy_sum.double()])
         totals = sums if totals is None else totals + sums
     model.train(was_training)

@@ -99,14 +99,23 @@ def check_vocabulary(model, tokenizer):
         raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, the model embeds {rows}")
 
 
-def head_weight(model):
-    """``[V, D]``, the weight that turns hidden states into logits."""
-    head = model.get_output_embeddings()
-    if head is None:
+def head(model):
+    """What :func:`sft_kernels.linear_cross_entropy` has to know of the model's head, as its keyword arguments.
+
+    Weight and bias, and from the config the scale of the logits (Cohere multiplies, Granite divides) and their softcap
+    (Gemma 2). That this is all the model does to them is for :mod:`.stock` to find out.
+    """
+    layer = model.get_output_embeddings()
+    if layer is None:
         raise ValueError(f"model: {type(model).__name__} has no output embeddings, so it is no causal LM")
-    if getattr(head, "bias", None) is not None:
-        raise ValueError(f"model: the head of {type(model).__name__} has a bias, which the loss does not carry")
-    return head.weight
+    config = model.config.get_text_config()
+    scale, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
+    return {
+        "linear_weight": layer.weight,
+        "linear_bias": getattr(layer, "bias", None),
+        "logit_scale": 1 / divisor if divisor else scale,
+        "softcap": getattr(config, "final_logit_softcapping", None),
+    }
 
 
 def hidden_states(model, batch):
@@ -128,7 +137,8 @@ def stock_attention(model):
     after."""
     was_training, implementation = model.training, model.config._attn_implementation
     model.eval()
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which sdpa leaves out
+    model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
     try:
         yield
     finally:

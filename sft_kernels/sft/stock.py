@@ -6,16 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from .. import linear_cross_entropy
-from .model import head_weight, hidden_states, stock_attention
+from .model import head, hidden_states, stock_attention
 
 _TOLERANCE = 1e-3  # relative; fp32 rounding stays far below, a leak or a changed logit far above
-_SUSPECTS = (
-    "final_logit_softcapping",
-    "logits_scaling",
-    "logit_scale",
-    "logits_scale",
-    "lm_head_multiplier",
-)
+_SUSPECTS = ("logits_scale", "lm_head_multiplier")  # what else configs say of logits
 
 
 class NotStock(ValueError):
@@ -39,7 +33,7 @@ def check_against_stock(model, batch):
     except (AttributeError, KeyError, TypeError) as error:
         raise NotStock(f"model: {type(model).__name__} does not take packed rows ({error!r})") from error
     model.eval()
-    ours = linear_cross_entropy(hidden_states(model, batch), head_weight(model), shift=True, kept=batch.kept)
+    ours = linear_cross_entropy(hidden_states(model, batch), **head(model), shift=True, kept=batch.kept)
     ours.backward()
     gradients = _take_gradients(model)
     with stock_attention(model):
@@ -59,7 +53,7 @@ def check_against_stock(model, batch):
 
 
 def _check_head(model, batch):
-    """Whether the model's logits are ``hidden @ head.T`` and nothing else."""
+    """Whether the model's logits are those of :func:`~.model.head` and nothing else."""
     seen = {}
 
     def enlarge(module, args, output):
@@ -75,7 +69,7 @@ def _check_head(model, batch):
                 raise NotStock(
                     f"model: {type(model).__name__} does not compute its logits from its base model's output"
                 )
-            expected = F.linear(seen["hidden"], head_weight(model))
+            expected = _logits(seen["hidden"], **head(model))
     finally:
         hook.remove()
     if logits.shape != expected.shape or not float((logits - expected).norm()) <= _TOLERANCE * float(expected.norm()):
@@ -83,9 +77,16 @@ def _check_head(model, batch):
         found = {name: getattr(config, name) for name in _SUSPECTS if getattr(config, name, None) is not None}
         hint = f" (its config says {', '.join(f'{k}={v}' for k, v in found.items())})" if found else ""
         raise NotStock(
-            f"model: {type(model).__name__} does something else to its logits than hidden @ head.T{hint}; "
+            f"model: {type(model).__name__} does something else to its logits than scale and cap them{hint}; "
             "this trainer's loss would leave that out"
         )
+
+
+def _logits(hidden, linear_weight, linear_bias, logit_scale, softcap):
+    logits = F.linear(hidden, linear_weight, linear_bias)
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _stock_backward(model, batch):

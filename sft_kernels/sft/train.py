@@ -164,7 +164,7 @@ def train(recipe, *, model=None, tokenizer=None):
                 with _autocast(device, recipe.precision):
                     part = linear_cross_entropy(
                         models.hidden_states(model, moved),
-                        models.head_weight(model),
+                        **models.head(model),
                         shift=True,
                         kept=moved.kept,
                         token_weight=moved.token_weight,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sft_kernels.sft import model as models
+from sft_kernels.sft import stock
 from sft_kernels.sft.data import DataError
 from sft_kernels.sft.lr import cosine_factor
 from sft_kernels.sft.masking import Encoder
@@ -169,16 +170,24 @@ def test_every_epoch_sees_every_example_once(recipe, small_model, tokenizer):
     assert sum(row["examples"] for row in steps_of(recipe.out)) == 80
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
-def test_models_whose_logits_are_plain_pass_the_check(kind, small_model, tokenizer, chats):
-    options = (
-        {"sliding_window": 8}
-        if kind == "mistral"
-        else {"attn_pdrop": 0.0, "n_positions": 512}
-        if kind == "gpt2"
-        else {}
-    )
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("qwen2", {}),
+        ("mistral", {"sliding_window": 8}),
+        ("gpt2", {"attn_pdrop": 0.0, "n_positions": 512}),
+        ("gemma2", {"final_logit_softcapping": 0.05, "attn_logit_softcapping": 0.02, "head_dim": 8}),
+        ("cohere", {"logit_scale": 0.0625}),
+        ("granite", {"logits_scaling": 8.0}),
+        ("phi", {"partial_rotary_factor": 0.5}),  # a head with a bias
+    ],
+)
+def test_models_that_the_losses_and_the_attention_carry_pass_the_check(kind, options, small_model, tokenizer, chats):
     model = small_model(kind, **options)
+    for name, p in model.named_parameters():
+        if "bias" in name:  # they start at zero
+            torch.nn.init.normal_(p, std=0.5)
     examples, _ = load_examples([chats], Encoder(tokenizer), 128)
     check_against_stock(model, collate([examples[:6], examples[6:9]], 400, 0))
     assert model.config._attn_implementation == "sft_kernels"
@@ -186,22 +195,35 @@ def test_models_whose_logits_are_plain_pass_the_check(kind, small_model, tokeniz
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "reason"),
+    ("kind", "options", "left_out"),
     [
-        (
-            "gemma2",
-            {"final_logit_softcapping": 30.0, "attn_logit_softcapping": None, "head_dim": 8},
-            "final_logit_softcapping=30.0",
-        ),
-        ("cohere", {"logit_scale": 0.0625}, "logit_scale=0.0625"),
-        ("granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
+        ("gemma2", {"final_logit_softcapping": 0.05, "attn_logit_softcapping": None, "head_dim": 8}, "softcap"),
+        ("cohere", {"logit_scale": 0.0625}, "logit_scale"),
+        ("granite", {"logits_scaling": 8.0}, "logit_scale"),
+        ("phi", {"partial_rotary_factor": 0.5}, "linear_bias"),
     ],
 )
-def test_a_model_that_changes_its_logits_stops_the_run_with_the_reason(
-    kind, options, reason, recipe, small_model, tokenizer, tmp_path
+def test_a_trainer_that_left_out_what_a_head_does_would_be_found_out(
+    kind, options, left_out, small_model, tokenizer, chats, monkeypatch
 ):
-    with pytest.raises(NotStock, match=f"does something else to its logits.*{reason}"):
-        train(recipe, model=small_model(kind, **options), tokenizer=tokenizer)
+    model = small_model(kind, **options)
+    for name, p in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.normal_(p, std=0.5)
+    monkeypatch.setattr(stock, "head", lambda model: models.head(model) | {left_out: None})
+    examples, _ = load_examples([chats], Encoder(tokenizer), 128)
+    with pytest.raises(NotStock):
+        check_against_stock(model, collate([examples[:6]], 400, 0))
+
+
+def test_a_model_that_does_something_else_to_its_logits_stops_the_run_with_the_reason(
+    recipe, small_model, tokenizer, tmp_path
+):
+    model = small_model()
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits * 2)
+    model.config.lm_head_multiplier = 2.0
+    with pytest.raises(NotStock, match=r"does something else to its logits.*lm_head_multiplier=2.0"):
+        train(recipe, model=model, tokenizer=tokenizer)
     assert not (tmp_path / "run").exists()
 
 
@@ -221,7 +243,6 @@ def test_a_model_whose_examples_see_each_other_stops_the_run(recipe, small_model
     ("kind", "options", "reason"),
     [
         ("llama", {"attention_dropout": 0.1}, "dropout"),
-        ("phi", {"partial_rotary_factor": 0.5}, "bias"),
         ("mixtral", {"output_router_logits": True, "num_local_experts": 2}, "output_router_logits"),
         ("opt", {"word_embed_proj_dim": 32, "ffn_dim": 64, "dropout": 0.0}, "OPTForCausalLM|attn|cu_seq_lens_q"),
     ],
