@@ -32,7 +32,7 @@ class PackedAttention(Suite):
             layouts, heads, D = [("mix", 4096), (512, 4096)], [(8, 2)], 64
         cells = {}
         for Hq, Hkv in heads:
-            for layout, T in layouts:
+            for layout, T in layouts if Hq == heads[0][0] else layouts[1:4:2]:
                 for which in ("forward", "backward"):
                     lengths = f"mix of {T}" if layout == "mix" else f"{T // layout} × {layout}"
                     cells[f"{lengths}, {Hq}/{Hkv} heads, {which}"] = {

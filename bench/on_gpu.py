@@ -71,7 +71,7 @@ def parts(out, device, smoke=False, tiny=False):
     for op in SUITES:
         options = ("--benchmark-quiet", "--device", device, "--results", out, "--plots", out)
         options += ("--tiny",) if tiny else ()
-        found.append(Part(f"bench_{op}", 5, python("pytest", f"bench/bench_{op}.py", *quiet, *options)))
+        found.append(Part(f"bench_{op}", 6, python("pytest", f"bench/bench_{op}.py", *quiet, *options)))
     return found
 
 

@@ -201,7 +201,7 @@ LR = 1e-4
 ADAMW = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
-def clipped(step, params, max_grad_norm):
+def _clipped(step, params, max_grad_norm):
     if max_grad_norm is None:
         return step
 
@@ -221,7 +221,7 @@ def _torch_adamw(**path):
     def load_torch(device):
         def make(params, state_dtype, max_grad_norm):
             _needs_state(params, state_dtype, params[0].dtype)
-            return clipped(torch.optim.AdamW(params, LR, **ADAMW, **path).step, params, max_grad_norm)
+            return _clipped(torch.optim.AdamW(params, LR, **ADAMW, **path).step, params, max_grad_norm)
 
         return make
 
@@ -240,7 +240,7 @@ def _(device):
 
     def make(params, state_dtype, max_grad_norm):
         _needs_state(params, state_dtype, torch.float32)
-        return clipped(FusedAdam(params, LR, adam_w_mode=True, **ADAMW).step, params, max_grad_norm)
+        return _clipped(FusedAdam(params, LR, adam_w_mode=True, **ADAMW).step, params, max_grad_norm)
 
     return make
 
@@ -253,7 +253,7 @@ def _(device):
 
     def make(params, state_dtype, max_grad_norm):
         _needs_state(params, state_dtype, torch.float32)
-        return clipped(AdamW32bit(params, LR, **ADAMW).step, params, max_grad_norm)
+        return _clipped(AdamW32bit(params, LR, **ADAMW).step, params, max_grad_norm)
 
     return make
 
@@ -266,7 +266,7 @@ def _(device):
 
     def make(params, state_dtype, max_grad_norm):
         _needs_state(params, state_dtype, params[0].dtype)
-        return clipped(_AdamW(params, LR, **ADAMW).step, params, max_grad_norm)
+        return _clipped(_AdamW(params, LR, **ADAMW).step, params, max_grad_norm)
 
     return make
 
@@ -364,9 +364,9 @@ ATTENTIONS["flash-attn 2 deterministic"] = _flash(_flash_2, deterministic=True)
 def _(device):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    compiled = torch.compile(flex_attention, dynamic=False)
-
     def make(cu_seqlens, max_seqlen):
+        torch.compiler.reset()  # every mask compiles anew, and past a handful Dynamo would go on uncompiled, unsaid
+        compiled = torch.compile(flex_attention, dynamic=False)
         T = int(cu_seqlens[-1])
         example = torch.repeat_interleave(torch.arange(len(cu_seqlens) - 1, device=device), cu_seqlens.diff())
 

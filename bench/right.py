@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sft_kernels import _backend
 from sft_kernels._budget import compare
 
-from .peers import ADAMW, LR, Absent, clipped
+from .peers import ADAMW, LR, Absent
 from .timing import reason
 
 
@@ -55,22 +55,32 @@ def loss_error(loss, device, dtype, N=256, V=1024):
     return _against_plain(of_copy, lambda x: F.cross_entropy(x, y), (x,))
 
 
-def optimizer_error(make, device, dtype, state_dtype, max_grad_norm, steps=3):
-    """Of the parameters after some steps, against ``torch.optim.AdamW``, a tensor at a time."""
+def optimizer_error(make, device, dtype, state_dtype, max_grad_norm):
+    """Of the parameters after some steps, against ``torch.optim.AdamW``, a tensor at a time.
+
+    The gradients' scale changes from step to step: Adam does not see a constant one, nor, then, a missing clip.
+    """
 
     def stepped(build, dtype):
         generator = torch.Generator(device).manual_seed(0)
         shapes = [(64, 33), (7,), (128, 16)]
         params = [torch.randn(s, generator=generator, device=device).to(dtype).requires_grad_() for s in shapes]
         step = build(params)
-        for _ in range(steps):
+        for scale in (1.0, 30.0, 0.01):
             for p in params:
-                p.grad = torch.randn(p.shape, generator=generator, device=device).to(dtype)
+                p.grad = scale * torch.randn(p.shape, generator=generator, device=device).to(dtype)
             step()
         return [p.detach() for p in params]
 
     def plain(params):
-        return clipped(torch.optim.AdamW(params, LR, **ADAMW, foreach=False).step, params, max_grad_norm)
+        optimizer = torch.optim.AdamW(params, LR, **ADAMW, foreach=False)
+
+        def step():
+            if max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(params, max_grad_norm)
+            optimizer.step()
+
+        return step
 
     results = stepped(lambda params: make(params, state_dtype, max_grad_norm), dtype)
     return _worst(results, stepped(plain, torch.float64), stepped(plain, dtype))

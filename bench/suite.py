@@ -60,7 +60,7 @@ class Suite:
         """Seconds of timed rounds a cell."""
         if self.tiny:
             return 0.2
-        return 20 if self.device.type == "cuda" else 6
+        return 5 if self.device.type == "cuda" else 6
 
     def one_run(self, name, parameters):
         """``prepare`` and ``run`` of one adapter's work: what ``timing.peak_extra_bytes`` asks for."""
