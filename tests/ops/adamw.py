@@ -114,8 +114,9 @@ def check_state(optimizer, states, eager):
 def check_step(optimizer, grads):
     """Let ``optimizer`` step, and hold what it wrote to the oracle from the state that was there.
 
-    So no rounding of an earlier step hides an error. The plain code is torch's for-loop: in the parameters' dtype, but
-    where the path is the mixed one in the dtype of its arithmetic, so that nothing is allowed but one rounding.
+    So no rounding of an earlier step hides an error. The plain code is torch's for-loop, or foreach where that
+    is asked for: in the parameters' dtype, but for the mixed path in the dtype of its arithmetic, so that nothing is
+    allowed but one rounding.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = [dict(optimizer.state.get(p, {})) for p in params]
@@ -135,7 +136,7 @@ def check_step(optimizer, grads):
             {"params": [next(left) for _ in group["params"]]} | {name: group[name] for name in names}
             for group in optimizer.param_groups
         ],
-        foreach=False,
+        foreach=bool(optimizer.param_groups[0]["foreach"]),
     )
     for p, state in zip(plain, states, strict=True):
         if state:

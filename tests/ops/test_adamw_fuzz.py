@@ -48,10 +48,14 @@ class Case(NamedTuple):
         """Groups, parameters and gradients by step: the same ones each time."""
         generator = torch.Generator().manual_seed(self.seed)
 
-        def values(shape, layout):
-            return LAYOUTS[layout](torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype))
+        # The budget is relative to a result. So that nothing cancels in a tensor of one element, parameters stand far
+        # from zero, and the gradients of an element have the same sign at every step.
+        def values(shape, layout, shift=0.0):
+            signs = torch.ones(shape).flatten().index_fill(0, torch.arange(0, torch.Size(shape).numel(), 2), -1)
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64).abs() + shift
+            return LAYOUTS[layout]((drawn * signs.view(shape)).to(self.dtype))
 
-        params = [nn.Parameter(values(shape, layout)) for shape, layout, _ in self.params]
+        params = [nn.Parameter(values(shape, layout, shift=2.0)) for shape, layout, _ in self.params]
         steps = [
             [values(shape, layout) if here else None for (shape, _, layout), here in zip(self.params, row, strict=True)]
             for row in self.given
