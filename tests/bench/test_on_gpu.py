@@ -145,6 +145,7 @@ def test_the_exit_status_says_whether_every_part_passed(tmp_path, monkeypatch, o
 )
 def test_a_wrong_call_and_a_machine_without_gpu_are_refused(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(on_gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(on_gpu, "parts", lambda *args, **kwargs: [])  # so that a call that is let through ends
     with pytest.raises(SystemExit) as stopped:
         on_gpu.main(["--out", str(tmp_path / "out"), *arguments])
     assert stopped.value.code == 2
