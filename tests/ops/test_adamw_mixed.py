@@ -97,6 +97,29 @@ def test_every_step_is_the_oracles_from_where_it_began(dtype, options, extra, ma
         check_step(optimizer, grads)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF], ids=str)
+def test_skipping_under_capture_outside_the_fused_kernel_is_the_oracles_too(dtype):
+    params = parameters(dtype)
+    options = {"capturable": True, "skip_nonfinite": True, "fused": False, "max_grad_norm": 1.0}
+    optimizer = AdamW(in_two_groups(params), **HYPER, **options)
+    for grads in gradients(4, dtype):
+        check_step(optimizer, grads)
+    assert optimizer._mixed
+    assert all(state["exp_avg"].dtype == dtype for state in optimizer.state.values())
+
+
+def test_a_0d_parameter_has_the_bits_of_its_only_element():
+    """The scalars of the formula are fp64 and 0-d: beside a 0-d parameter they would decide the dtype."""
+    values = torch.randn(50)
+    params = [nn.Parameter(x) for x in values.clone()]
+    together = nn.Parameter(values.clone())
+    options = {**HYPER, "lr": torch.tensor(1e-2).double(), "state_dtype": torch.bfloat16}
+    for grads in torch.randn(3, 50):
+        train(AdamW(params, **options), params, [[*grads]])
+        train(AdamW([together], **options), [together], [[grads]])
+    assert same_bits(torch.stack([p.detach() for p in params]), together.detach())
+
+
 @DTYPES_AND_OPTIONS
 def test_the_state_has_the_dtypes_asked_for(dtype, options):
     params = parameters(dtype)

@@ -71,11 +71,12 @@ def test_overflows_growth_and_backoff_as_torch(path, dtype, clip, skip_nonfinite
 @pytest.mark.parametrize(("dtype", "options"), MIXED, ids=str)
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
-def test_overflows_growth_and_backoff_on_the_mixed_path(dtype, options, clip, skip_nonfinite):
+@pytest.mark.parametrize("path", [{}, {"foreach": False}], ids=str)
+def test_overflows_growth_and_backoff_on_the_mixed_path(dtype, options, clip, skip_nonfinite, path):
     """A scale is a power of two: the bits are those without a scaler, over the steps that did not overflow."""
     params, steps = parameters(dtype), gradients(9, dtype)
     mine, unscaled, other = twins(params), twins(params), twins(params)
-    options = {**HYPER, **options, "max_grad_norm": clip}
+    options = {**HYPER, **options, **path, "max_grad_norm": clip}
     optimizer, reference = AdamW(mine, skip_nonfinite=skip_nonfinite, **options), AdamW(unscaled, **options)
     eager = torch.optim.AdamW(other, **HYPER, fused=True)
     scales = train_scaled(optimizer, mine, steps)

@@ -97,7 +97,7 @@ def test_a_step_can_be_differentiated(options, tensors):
     assert same_bits(differentiated(AdamW), differentiated(torch.optim.AdamW))
 
 
-@pytest.mark.parametrize("lr", [torch.tensor(0.01), torch.tensor([0.01]), torch.tensor(0.01).double()], ids=str)
+@pytest.mark.parametrize("lr", [torch.tensor(0.01), torch.tensor([[0.01]]), torch.tensor(0.01).double()], ids=str)
 @pytest.mark.parametrize("flags", ["chosen", "for-loop", "mixed"])
 def test_a_scheduler_may_write_into_a_tensor_of_a_rate(lr, flags):
     params, steps = parameters(), gradients(4)
@@ -117,6 +117,15 @@ def test_a_scheduler_may_write_into_a_tensor_of_a_rate(lr, flags):
         ref, found = oracle(ref, [grads], groups, states)
         states = [{name: x.numpy() for name, x in state.items()} for state in found]
     check("parameters", flat(mine), flat(ref), flat(other))
+
+
+def test_betas_that_a_graph_cannot_read_keep_off_the_fused_kernel():
+    betas = torch.tensor(0.9), torch.tensor(0.99)
+    fused = [
+        AdamW(parameters(), **options).param_groups[0]["fused"]
+        for options in ({"capturable": True, "betas": betas}, {"betas": betas}, {"capturable": True})
+    ]
+    assert fused == [None, True, True]
 
 
 def test_named_parameters_are_taken():

@@ -27,15 +27,16 @@ class AdamW(torch.optim.AdamW):
 
     Attributes:
         last_grad_norm: fp32 0-d tensor on the device, the norm before clipping; None before the first step, and where
-            neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. Reading it is the only sync.
+            neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. The step does not wait for it.
         skipped_steps: int64 0-d tensor on the device.
 
     torch's kernels want parameter, gradient and moments of one dtype. Where any differs, or there is a master, every
-    parameter is updated on its own: in fp32 (fp64 for fp64), each tensor that is written rounded once, on a GPU without
-    a sync.
+    parameter is updated on its own: in fp32 (fp64 for fp64), each tensor that is written rounded once, without a sync.
 
     Raises:
-        ValueError: an option out of range, a combination that means nothing.
+        ValueError: an option out of range, or a combination that cannot work: ``differentiable`` with an option that
+            torch's lacks; ``foreach`` or ``fused`` where dtypes are to differ; ``foreach`` with ``capturable`` and
+            ``skip_nonfinite``.
         RuntimeError: sparse gradients, as in torch.
     """
 
