@@ -372,7 +372,8 @@ _OPS = {
 def verify(ops=None, impls=None, dtypes=None, *, device="cpu", smoke=False):
     """Yield a :class:`Row` for each op, implementation, dtype and family of options; ``smoke`` takes the first family.
 
-    ``None`` means all there are. An implementation that cannot run here is a row of its own, "absent", with the reason.
+    ``None`` means all there are. An implementation that cannot do here what is asked is a row of its own, "absent", one
+    for each reason.
     """
     for op in ops or _OPS:
         core, case, families = _OPS[op]
@@ -382,9 +383,14 @@ def verify(ops=None, impls=None, dtypes=None, *, device="cpu", smoke=False):
             if impl == "triton" and device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
                 yield from _interpreted(op, dtypes, smoke)
                 continue
+            reasons = set()
             for dtype in dtypes or DTYPES:
                 for family in [*families][: 1 if smoke else None]:
-                    yield _row((op, impl, dtype, family), case, DTYPES[dtype], device, families[family])
+                    row = _row((op, impl, dtype, family), case, DTYPES[dtype], device, families[family])
+                    if row.verdict != "absent" or row.note not in reasons:
+                        yield row
+                    if row.verdict == "absent":
+                        reasons.add(row.note)
 
 
 def _row(names, case, dtype, device, options):

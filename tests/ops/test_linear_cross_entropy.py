@@ -279,13 +279,29 @@ def test_peak_memory_at_three_quarters_masked_is_at_most_a_third_of_plain_pytorc
 @pytest.mark.parametrize("bound", [None, 2 * V])  # a token at a time, a few columns at a time
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_half_precision_products_stay_within_the_budget(half_products, chunking, dtype, bound, reduction):
-    y = labels()
+    loss = next(loss for loss in LINEAR if loss.name == f"linear-{chunking}-chunked")  # which has a bias
+    y, options = labels(), {"reduction": reduction}
     check_against_plain(
-        lambda h, w: linear_cross_entropy(h, w, y, chunking=chunking, max_logits_bytes=bound, reduction=reduction),
-        lambda h, w: plain_cross_entropy(F.linear(h, w), y, reduction=reduction),
-        tensors(dtype),
+        lambda *t: loss.ours(*t, y, max_logits_bytes=bound, **options),
+        lambda *t: loss.plain(*t, y, **options),
+        loss.tensors(dtype),
         1 if reduction == "mean" else torch.rand(N),
     )
+
+
+@CHUNKING
+def test_the_bias_gradient_is_summed_in_fp32(half_products, chunking):
+    """Thousands of bf16 terms of one sign: summed in bf16 they would stop growing at 256 times the first."""
+    n = 4096
+    y, hidden, weight, bias = (
+        torch.zeros(n, dtype=torch.int64),
+        *tensors(torch.bfloat16, n=n),
+        torch.zeros(V).bfloat16(),
+    )
+    bias.requires_grad_()
+    linear_cross_entropy(hidden * 0, weight, y, linear_bias=bias, chunking=chunking, max_logits_bytes=2 * n).backward()
+    terms = torch.full((V,), 1 / V).index_fill(0, torch.tensor(0), 1 / V - 1)
+    torch.testing.assert_close(bias.grad, terms.bfloat16(), rtol=2 * torch.finfo(torch.bfloat16).eps, atol=0)
 
 
 @CHUNKING
@@ -306,7 +322,7 @@ def test_a_half_precision_weight_under_fp32_products_in_small_slices(monkeypatch
     monkeypatch.setattr(matmul, "_SLICE", 7)
     y = labels()
     for loss in LINEAR:
-        check_against_plain(lambda h, w: loss.ours(h, w, y), lambda h, w: loss.plain(h, w, y), tensors(dtype))  # noqa: B023
+        loss.check(loss.tensors(dtype), y)
 
 
 @CHUNKING

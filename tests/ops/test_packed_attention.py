@@ -144,6 +144,16 @@ def test_under_autocast_dtypes_and_bits_are_those_of_torchs_own_attention(dtype)
     assert same_bits(ours, theirs)
 
 
+@pytest.mark.parametrize("lower", [0, 1, 2])
+def test_under_autocast_the_three_may_be_of_different_dtypes(lower):
+    """As in a model whose rotary embedding leaves query and key in fp32 and value in autocast's dtype."""
+    given = [t.bfloat16() if i == lower else t for i, t in enumerate(tensors())]
+    with torch.autocast("cpu", torch.bfloat16):
+        out, *gradients = run(lambda *t: packed_attention(*t, bounds()), given)
+    assert torch.equal(out, packed_attention(*(t.bfloat16() for t in given), bounds()))
+    assert [gradient.dtype for gradient in gradients] == [t.dtype for t in given]
+
+
 def test_under_autocast_scores_are_capped_and_summed_in_fp32():
     given, options = tensors(), {"softcap": 2.0, "return_lse": True}
     cast = packed_attention(*(t.bfloat16() for t in given), bounds(), **options)

@@ -104,7 +104,9 @@ def _check_tensors(query, key, value, cu_seqlens):
             raise ValueError(
                 f"{name}: expected shape [{T}, Hkv, {D}] as query, one for key and value, got {tuple(tensor.shape)}"
             )
-        if tensor.dtype != query.dtype:
+        if not tensor.is_floating_point() or (
+            tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type)
+        ):
             raise TypeError(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected device {query.device} as query, got {tensor.device}")

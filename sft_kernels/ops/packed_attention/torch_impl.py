@@ -1,7 +1,10 @@
 """Packed attention in plain torch, a segment at a time: work and memory go with Σ l², not T²."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .segments import attend_nothing, segment_lengths, unseen_lse
 
@@ -37,13 +40,16 @@ def _segment(query, key, value, *, scale, window_size, softcap):
         return out.view(Hq, l, D).transpose(0, 1).to(query.dtype)
     left, right = _binding(window_size, l)
     mask = None if left is None and right in (None, 0) else _mask(l, left, right, query.device)
-    out = F.scaled_dot_product_attention(
-        *(t.transpose(0, 1)[None] for t in (query, key, value)),  # [1, H, l, D]
-        attn_mask=mask,
-        is_causal=mask is None and right == 0,
-        scale=scale,
-        enable_gqa=Hq != Hkv,
-    )
+    # In fp32 torch's flash kernel for the CPU takes a fast exponential: twice the error budget where scores are large.
+    exact = query.device.type == "cpu" and query.dtype == torch.float32
+    with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+        out = F.scaled_dot_product_attention(
+            *(t.transpose(0, 1)[None] for t in (query, key, value)),  # [1, H, l, D]
+            attn_mask=mask,
+            is_causal=mask is None and right == 0,
+            scale=scale,
+            enable_gqa=Hq != Hkv,
+        )
     return out[0].transpose(0, 1)
 
 
