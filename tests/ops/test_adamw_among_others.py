@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sft_kernels import AdamW
 
-from .adamw import PATHS, gradients, parameters, snapshot, train
+from .adamw import HYPER, PATHS, gradients, parameters, snapshot, train
 from .helpers import same_bits
 
 
@@ -85,3 +88,25 @@ def test_a_scheduler_sets_the_rate_of_the_next_step():
     assert values[0] == pytest.approx(-1)
     assert values[1] == values[0]
     assert values[2] == pytest.approx(-2)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"master_weights": "float32"}], ids=str)
+def test_sharded_parameters_step_as_whole_ones(options, one_rank):
+    """What FSDP2 hands an optimiser; here on one rank."""
+    values, steps = torch.randn(5, 3).bfloat16(), torch.randn(3, 5, 3).bfloat16()
+    whole, sharded = nn.Parameter(values), nn.Parameter(distribute_tensor(values, one_rank, [Shard(0)]))
+    mine, other = (AdamW([p], **HYPER, max_grad_norm=1.0, skip_nonfinite=True, **options) for p in (sharded, whole))
+    for grad in steps:
+        sharded.grad, whole.grad = distribute_tensor(grad, one_rank, [Shard(0)]), grad.clone()
+        mine.step()
+        other.step()
+    assert same_bits(sharded.detach().full_tensor(), whole.detach())
+    assert mine.last_grad_norm == other.last_grad_norm
+    assert mine.skipped_steps == 0

@@ -71,7 +71,8 @@ def global_norm(grads):
         for (_, double), g in by_device.items()
         for norm in torch._foreach_norm(g, 2, torch.float64 if double else torch.float32)
     ]
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor: reduced over the ranks
 
 
 def adamw(p, g, m, v, v_max=None, *, step, lr, beta1, beta2, eps, weight_decay):
