@@ -14,7 +14,7 @@ from .helpers import DTYPES, LOSSES, N, V, Watch, labels, run, same_bits
 
 @pytest.fixture(params=LOSSES, ids=lambda loss: loss.name)
 def loss(request, monkeypatch):
-    monkeypatch.setattr(cross_entropy_api, "_BLOCK_BYTES", 4 * V * 11)  # a few blocks of copied rows
+    monkeypatch.setitem(cross_entropy_api._BLOCK_BYTES, "cpu", 4 * V * 11)  # a few blocks of copied rows
     return request.param
 
 
