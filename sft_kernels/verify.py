@@ -140,12 +140,16 @@ _LOSS_FAMILIES = {
     "softcap": {"softcap": 4.0},
     "logit_scale": {"logit_scale": 0.25},
     "z_loss": {"z_loss": 1e-2},
+    "softcap, logit_scale": {"softcap": 6.0, "logit_scale": 1.5},
+    "softcap, z_loss": {"softcap": 6.0, "z_loss": 1e-2},
+    "smoothing, z_loss": {"label_smoothing": 0.2, "z_loss": 1e-2},
     "scalars together": {"label_smoothing": 0.2, "softcap": 6.0, "logit_scale": 1.5, "z_loss": 1e-3},
     "weight": {"weight": torch.linspace(0, 2, _V)},
     "weight, smoothing": {"weight": torch.linspace(0, 2, _V), "label_smoothing": 0.1},
     "probabilities": {"probabilities": True, "label_smoothing": 0.1},
     "nothing kept": {"masked": 1.0},
     "everything kept": {"masked": 0.0},
+    "ignore_index": {"ignore_index": 3},
     "return_stats": {"stats": True},
 }
 _LINEAR_FAMILIES = _LOSS_FAMILIES | {
@@ -155,6 +159,7 @@ _LINEAR_FAMILIES = _LOSS_FAMILIES | {
     "tokens, one chunk": {"chunking": "tokens"},
     "tokens, chunks": {"chunking": "tokens", "max_logits_bytes": 25 * _V * 4, "bias": True},
     "vocab, one chunk": {"chunking": "vocab", "max_logits_bytes": _N * _V * 4},
+    "vocab, return_stats": {"chunking": "vocab", "max_logits_bytes": _N * 301 * 4, "stats": True},
     "vocab, chunks": {"chunking": "vocab", "max_logits_bytes": _N * 301 * 4, "bias": True, "label_smoothing": 0.1},
 }
 _LOOP = ("chunking", "max_logits_bytes")
@@ -165,11 +170,13 @@ def _loss_case(op, impl, dtype, device, options):
     options = dict(options)
     stats, bias, kept, probabilities = (options.pop(name, False) for name in ("stats", "bias", "kept", "probabilities"))
     masked, upstream = options.pop("masked", 0.6), options.pop("upstream", 1.0)
+    ignore_index = options.pop("ignore_index", -100)
     loops = {name: options.pop(name) for name in _LOOP if name in options}
 
     random = torch.Generator().manual_seed(0)
     target = torch.randint(0, _V, (_N,), generator=random)
     target[torch.rand(_N, generator=random) < masked] = -100
+    target[target == ignore_index] = -100
     if probabilities:
         target = torch.randn(_N, _V, generator=random).softmax(1)
     if options.get("reduction") == "none":
@@ -188,10 +195,13 @@ def _loss_case(op, impl, dtype, device, options):
     def ours(*leaves):
         nonlocal statistics
         call = {**options, "return_stats": stats, "impl": impl}
+        labels = target
+        if ignore_index != -100:
+            call["ignore_index"], labels = ignore_index, target.where(target != -100, ignore_index)
         if linear:
-            loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2] if bias else None, **loops, **call)
+            loss = linear_cross_entropy(*leaves[:2], labels, linear_bias=leaves[2] if bias else None, **loops, **call)
         else:
-            loss = cross_entropy(*leaves, target, **call)
+            loss = cross_entropy(*leaves, labels, **call)
         if stats:
             loss, statistics = loss
         return loss
@@ -205,6 +215,9 @@ def _loss_case(op, impl, dtype, device, options):
     ref = loss_oracle(tensors, target, upstream=upstream, **options)
     names = ("loss", "dinput", "dweight", "dbias")
     result = {name: Quantity(*each) for name, *each in zip(names, found, ref, eager, strict=False)}
+    if not linear and not probabilities:  # the target's entries are so large that they would hide all others
+        off = torch.ones_like(found[1]).scatter(1, target.clamp(min=0)[:, None], 0)
+        result["off target"] = Quantity(found[1] * off, ref[1] * _numpy(off), eager[1] * off)
     if stats:
         result |= _statistics(statistics, tensors, target)
     return result
@@ -217,6 +230,7 @@ def _statistics(found, tensors, target):
                        target.cpu().numpy()).rows  # fmt: skip
     return {
         "kept": Quantity(found.kept.double(), float(rows.nll.size), torch.tensor(float(rows.nll.size))),
+        "correct": Quantity(found.correct.double(), float(rows.correct.sum()), torch.tensor(float(rows.correct.sum()))),
         "nll_sum": Quantity(found.nll_sum, rows.nll.sum(), F.nll_loss(log_p, target[target != -100], reduction="sum")),
         "entropy_sum": Quantity(found.entropy_sum, rows.entropy.sum(), -(log_p.exp() * log_p).sum()),
         "max_lse": Quantity(found.max_lse, rows.lse.max(), logits[target != -100].logsumexp(1).amax()),

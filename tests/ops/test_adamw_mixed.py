@@ -280,3 +280,81 @@ def test_a_group_that_needs_the_mixed_path_may_join():
     train(optimizer, [first, second], [[torch.randn(3), torch.randn(3)]])
     assert (optimizer.state[first]["step"], optimizer.state[second]["step"]) == (2, 1)
     assert "master" in optimizer.state[second]
+
+
+# ---- a model that changes between steps
+
+
+def trained(make, change=None):
+    """A convolution's weight after four steps, ``change`` of the model in the middle."""
+    torch.manual_seed(0)
+    model, x = torch.nn.Conv2d(3, 4, 2), torch.randn(2, 3, 5, 5)
+    optimizer = make(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1)
+    for step in range(4):
+        if step == 2 and change is not None:
+            change(model)
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    return model.weight.detach().clone()
+
+
+def test_a_model_laid_out_anew_between_steps_is_updated_rightly():
+    def change(model):
+        model.to(memory_format=torch.channels_last)
+
+    torch.testing.assert_close(trained(AdamW, change), trained(torch.optim.AdamW))
+
+
+def test_moments_of_another_layout_than_the_parameter_are_loaded_into_its_own():
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+    start, grads = torch.randn(5, 3), torch.randn(4, 5, 3)
+    results = []
+    for make, layout in ((AdamW, lambda t: t.mT.contiguous().mT), (torch.optim.AdamW, lambda t: t)):
+        p = start.clone().requires_grad_()
+        optimizer = make([p], **options)
+        for step, g in enumerate(grads):
+            if step == 2:
+                saved = optimizer.state_dict()
+                p = layout(p.detach().clone()).requires_grad_()
+                optimizer = make([p], **options)
+                optimizer.load_state_dict(saved)
+            p.grad = g.clone()
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_options_hold_for_a_model_that_is_cast_after_the_optimiser_was_made():
+    model = torch.nn.Linear(3, 3)
+    optimizer = AdamW(model.parameters(), lr=1e-6, master_weights="float32", state_dtype=torch.float32)
+    model.bfloat16()
+    model(torch.randn(2, 3).bfloat16()).sum().backward()
+    optimizer.step()
+    state = optimizer.state[model.weight]
+    assert {name: state[name].dtype for name in ("exp_avg", "exp_avg_sq", "master")} == dict.fromkeys(
+        ("exp_avg", "exp_avg_sq", "master"), torch.float32
+    )
+
+
+def test_a_model_cast_between_steps_goes_on():
+    model = torch.nn.Linear(3, 3)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    model(torch.randn(2, 3)).sum().backward()
+    optimizer.step()
+    model.bfloat16()
+    optimizer.zero_grad()
+    model(torch.randn(2, 3).bfloat16()).sum().backward()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+    assert optimizer.state[model.weight]["exp_avg"].dtype == torch.float32
+
+
+def test_an_infinite_bound_on_the_norm_clips_nothing_even_where_the_norm_overflows():
+    params = [torch.ones(3, requires_grad=True) for _ in range(2)]
+    optimizer = AdamW(params, lr=0.1, max_grad_norm=float("inf"))
+    params[0].grad, params[1].grad = torch.full((3,), 1e25), torch.ones(3)
+    optimizer.step()
+    assert optimizer.last_grad_norm == float("inf")
+    assert all(p.isfinite().all() for p in params)

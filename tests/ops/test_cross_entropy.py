@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from sft_kernels import cross_entropy
 from sft_kernels._budget import check
 from sft_kernels.ops.cross_entropy import api
+from sft_kernels.verify import loss_oracle
 
 from .helpers import CROSS_ENTROPY, DTYPES, N, V, check_against_plain, labels, run, same_bits
 
@@ -71,3 +72,16 @@ def test_a_label_that_is_ruled_out_costs_infinity_as_in_torch():
 def test_logits_of_another_shape_are_named(shape):
     with pytest.raises(ValueError, match="input"):
         cross_entropy(torch.randn(shape), labels())
+
+
+@pytest.mark.parametrize(("num_items", "upstream"), [(1_000_000, 2.0**15), (None, 2.0**15), (1_000_000, 2.0**20)])
+def test_loss_scaling_reaches_fp16_gradients_before_they_are_rounded(num_items, upstream):
+    """What GradScaler is for. Every entry is held on its own: the target's would hide that the others are flushed."""
+    logits, y = torch.randn(256, 1000).half(), torch.randint(0, 1000, (256,))
+    x = logits.float().requires_grad_()  # under autocast the loss is fp32, so that any scale fits
+    with torch.autocast("cpu", torch.float16):
+        (cross_entropy(x.half(), y, num_items=num_items) * upstream).backward()
+    ref = loss_oracle([logits], y, upstream=upstream, num_items=num_items)[1]
+    error = (x.grad.double() - torch.from_numpy(ref)).abs()
+    # Two roundings to fp16, a normal number's or a subnormal one's.
+    assert (error <= 2 * (torch.finfo(torch.float16).eps / 2 * torch.from_numpy(ref).abs() + 2.0**-25)).all()

@@ -215,6 +215,16 @@ def test_statistics_are_those_of_the_scaled_and_capped_logits(loss):
     assert stats.max_lse <= 3 + torch.tensor(float(V)).log()
 
 
+def test_statistics_where_the_first_slices_of_the_vocabulary_are_ruled_out():
+    """A padded vocabulary whose bias says so."""
+    y, (hidden, weight, _) = labels().clamp(min=V - 5), LINEAR[2].tensors()
+    bias = torch.zeros(V).index_fill(0, torch.arange(V - 5), float("-inf"))
+    options = {"linear_bias": bias, "return_stats": True}
+    _, whole = linear_cross_entropy(hidden, weight, y, chunking="tokens", **options)
+    _, sliced = linear_cross_entropy(hidden, weight, y, chunking="vocab", max_logits_bytes=4 * N * 7, **options)
+    check("entropy_sum", sliced.entropy_sum, whole.entropy_sum, whole.entropy_sum)
+
+
 @each(WHOLE_LOSSES)
 @pytest.mark.parametrize("soft", [False, True])
 def test_statistics_where_torch_computes(loss, soft):
@@ -268,6 +278,14 @@ def test_a_head_with_more_dimensions(bias, soft, options):
     ref = run(by_hand, (hidden.double(), weight.double(), b.double()))
     for i, each in enumerate(zip(results, ref, eager, strict=True)):
         check(f"gradient {i}" if i else "value", *each)
+
+
+def test_masked_places_of_a_head_with_more_dimensions_enter_nothing():
+    hidden, head = torch.randn(3, D), torch.randn(V, 2, D)
+    y = torch.tensor([[1, 2], [-100, -100], [-100, 3]])
+    clean = run(lambda h, w: linear_cross_entropy(h, w, y), (hidden, head))
+    hidden[1] = float("nan")
+    assert same_bits(run(lambda h, w: linear_cross_entropy(h, w, y), (hidden, head)), clean)
 
 
 # ---- modules
@@ -360,6 +378,18 @@ def test_autocast_takes_a_bias_of_another_dtype(dtype, options):
     ("options", "error", "match"),
     [
         ({"label_smoothing": -0.1}, ValueError, "label_smoothing"),
+        ({"label_smoothing": None}, TypeError, "label_smoothing"),
+        ({"softcap": "3"}, TypeError, "softcap"),
+        (
+            {"logit_scale": torch.tensor(0.5, requires_grad=True)},
+            TypeError,
+            "logit_scale",
+        ),  # its gradient would be lost
+        ({"num_items": "4"}, TypeError, "num_items"),
+        ({"num_items": float("inf")}, ValueError, "num_items"),
+        ({"num_items": torch.tensor(4.0, requires_grad=True)}, ValueError, "num_items"),
+        ({"weight": [1.0] * V}, TypeError, "^weight"),
+        ({"token_weight": [1.0] * N}, TypeError, "^token_weight"),
         ({"label_smoothing": 1.1}, ValueError, "label_smoothing"),
         ({"label_smoothing": float("nan")}, ValueError, "label_smoothing"),
         ({"softcap": 0.0}, ValueError, "softcap"),
@@ -378,6 +408,25 @@ def test_autocast_takes_a_bias_of_another_dtype(dtype, options):
 def test_a_bad_option_is_named(loss, options, error, match):
     with pytest.raises(error, match=match):
         loss.ours(*loss.tensors(), labels(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"kept": [0, 1]}, "kept"),
+        ({"shift": 2}, "shift"),
+        ({"max_logits_bytes": 1e9}, "max_logits_bytes"),
+        ({"linear_bias": [0.0] * V}, "linear_bias"),
+    ],
+    ids=names,
+)
+def test_an_option_of_another_type_is_named(options, match):
+    with pytest.raises(TypeError, match=match):
+        linear_cross_entropy(*LINEAR[0].tensors(), labels(), **options)
+    with pytest.raises(TypeError, match="linear_weight"):
+        linear_cross_entropy(LINEAR[0].tensors()[0], None, labels())
+    with pytest.raises(TypeError, match="ignore_index"):
+        cross_entropy(*CROSS_ENTROPY.tensors(), labels(), ignore_index=None)
 
 
 @pytest.mark.parametrize(

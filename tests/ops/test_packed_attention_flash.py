@@ -62,10 +62,12 @@ def library(request, monkeypatch):
 
 
 def computes(name, grouped=False, window_size=(-1, -1), scale=None, softcap=None, causal=True):
-    """Whether a library does, as its source says."""
+    """Whether a library does, gradients included, as its source says."""
+    windowed = window_size != (-1, -1) if causal else window_size not in ((-1, -1), (-1, 0))
+    if name.startswith("flash_attn_4"):  # on Hopper
+        return softcap is None and not windowed
     if not name.startswith("varlen_attn"):
         return True
-    windowed = window_size != (-1, -1) if causal else window_size not in ((-1, -1), (-1, 0))
     return (
         softcap is None
         and (not grouped or name == "varlen_attn_2_12")
@@ -102,8 +104,11 @@ def test_each_library_gives_the_oracles_answer_or_says_what_it_lacks(library, cu
         check_case(given, bounds(cu_seqlens), impl="flash", **options)
         assert [call["name"] for call in calls] == [name]
     else:
-        with pytest.raises(RuntimeError, match=r"torch's varlen_attn: (has no softcap|.* needs? torch 2\.1[12])"):
-            flash(*given, bounds(cu_seqlens), **options)
+        lacks = (
+            r"torch's varlen_attn: (has no softcap|.* needs? torch 2\.1[12])|4: its backward has no (softcap|window)"
+        )
+        with pytest.raises(RuntimeError, match=lacks):
+            flash(*(t.requires_grad_() for t in given), bounds(cu_seqlens), **options)
         assert not calls
 
 
@@ -196,6 +201,19 @@ def test_under_autocast(library):
     expected = flash(*(t.bfloat16() for t in given), bounds())
     with torch.autocast("cpu", torch.bfloat16):
         assert same_bits(flash(*given, bounds()), expected)
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [(HOPPER, "flash_attn_3"), (BLACKWELL, "flash_attn_4")])
+def test_a_backward_that_is_not_deterministic_is_passed_over(capability, chosen, monkeypatch):
+    calls = install(monkeypatch, *NEWEST)
+    monkeypatch.setattr(flash_impl, "compute_capability", lambda device: capability)
+    torch.use_deterministic_algorithms(True)
+    try:
+        flash(*(t.requires_grad_() for t in tensors(4, 4)), bounds())
+        flash(*tensors(4, 4), bounds())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert [call["name"] for call in calls] == [chosen, "flash_attn_4"]
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

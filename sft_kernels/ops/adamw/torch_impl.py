@@ -38,7 +38,7 @@ def step(optimizer):
             optimizer.skipped_steps += bad.to(optimizer.skipped_steps)
             if not fused and not optimizer._mixed and bad:
                 return None
-        if optimizer.max_grad_norm is not None:
+        if optimizer.max_grad_norm not in (None, float("inf")):  # an infinite norm over infinity is NaN
             clip = ((norm + 1e-6) / optimizer.max_grad_norm).clamp(min=1)  # torch's clip_grad_norm_, inverted
             if optimizer._mixed or (fused and clip.dtype == torch.float32):
                 scale = clip if scale is None else clip * scale.to(clip.device)
@@ -155,19 +155,33 @@ def _scalar(x, device):
 
 
 def _check_gradients(optimizer):
-    """Before anything is written: no sparse gradient, and for the fused kernel each gradient laid out as its parameter.
+    """Before anything is written: no sparse gradient, and what has changed since the path was chosen.
 
-    torch's fused CPU kernel walks both by address, so that a gradient of another layout would update the wrong
-    elements.
+    A model may be cast or laid out anew between steps. torch's fused CPU kernel walks parameter, gradient and moments
+    by address, so that one of another layout would update the wrong elements: it is laid out as its parameter.
     """
+    if not optimizer._mixed and (optimizer.master_weights is not None or optimizer.state_dtype is not None):
+        optimizer._choose_path()
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
                 raise RuntimeError("AdamW does not support sparse gradients")
-            if group["fused"] and not optimizer._mixed and p.grad.stride() != p.stride():
-                p.grad = torch.empty_like(p, requires_grad=False).copy_(p.grad)
+            if optimizer._mixed or not group["fused"]:
+                continue
+            stride = p.stride()
+            if p.grad.stride() != stride:
+                p.grad = _laid_out_as(p, p.grad)
+            state = optimizer.state.get(p)
+            if state and state["exp_avg"].dtype != p.dtype:
+                optimizer._choose_path()
+            elif state and state["exp_avg"].stride() != stride:
+                state.update({name: _laid_out_as(p, state[name]) for name in _moments(group)})
+
+
+def _laid_out_as(p, tensor):
+    return torch.empty_like(p, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
 def _torch_step(optimizer):

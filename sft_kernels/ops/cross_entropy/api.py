@@ -14,6 +14,7 @@ from ..softmax_grad.reduction import (
     check_target,
     differentiable_once,
     hand_out,
+    hold_back,
     reduce_rows,
     row_scale,
     target_weight,
@@ -44,8 +45,11 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, input, rows, targets, scale, inside, options):
         ctx.options = options
-        ready = options.reduce and options.need_grad
-        stats, ctx.gradient = _walk(input, rows, targets, scale if ready else None, options)
+        ctx.back, held = None, None
+        if options.reduce and options.need_grad:
+            # No row is summed with another: what stays may be 256 times 1, a margin of as much to either side.
+            ctx.back, held = hold_back(scale, 1 / 256, input.dtype)
+        stats, ctx.gradient = _walk(input, rows, targets, held, options)
         ctx.save_for_backward(input, rows, targets, scale)
         return reduce_rows(ctx, stats, options.loss, scale, inside, options.reduce, options.stats)
 
@@ -57,7 +61,7 @@ class _CrossEntropy(torch.autograd.Function):
         if gradient is None:
             _, gradient = _walk(input, rows, targets, scale * grad, ctx.options._replace(stats=False))
         else:
-            hand_out(gradient, grad)
+            hand_out(gradient, grad if ctx.back is None else grad * ctx.back)
         return gradient, None, None, None, None, None
 
 
@@ -138,6 +142,8 @@ def cross_entropy(
     V = input.shape[classes]
     shape = input.shape[:classes] + input.shape[classes + 1 :]
     probabilities = check_target(target, shape, input.shape, input.device)
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     if probabilities and ignore_index != -100:
         raise ValueError("ignore_index: probabilities are all kept")
     check_options(reduction, num_items, token_weight, shape, input.device)

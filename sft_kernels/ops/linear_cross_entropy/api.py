@@ -15,8 +15,10 @@ from ..softmax_grad.reduction import (
     check_labels,
     check_options,
     check_target,
+    check_tensor,
     differentiable_once,
     hand_out,
+    hold_back,
     reduce_rows,
     row_scale,
     target_weight,
@@ -107,8 +109,12 @@ def _plain_products(device):
     return torch.autocast(device.type, enabled=False)
 
 
+def _held_back(scale, *tensors):
+    return hold_back(scale, scale.numel(), *(t.dtype for t in tensors if t is not None))
+
+
 def _token_gradients(core, x, weight, bias, targets, scale, options):
-    back, scale = _hold_back(scale, x.dtype, weight.dtype)
+    back, scale = _held_back(scale, x, weight, bias)
     stats, gradients = tokens.loss_and_gradients(
         core, x, weight, bias, targets, scale, options.plan.chunk, options.needs, options.stats
     )
@@ -116,21 +122,8 @@ def _token_gradients(core, x, weight, bias, targets, scale, options):
 
 
 def _vocab_gradients(core, x, weight, bias, targets, scale, lse, options):
-    back, scale = _hold_back(scale, x.dtype, weight.dtype)
+    back, scale = _held_back(scale, x, weight, bias)
     return back, vocab.gradients(core, x, weight, bias, targets, scale, lse, options.plan.chunk, options.needs)
-
-
-def _hold_back(scale, *dtypes):
-    """In fp16 a power of two is kept out of the scale until the upstream gradient is known.
-
-    What stays is about 1 / K, as in the mean: so large that ``dlogits`` does not fall below fp16's range, no larger,
-    as the weight's gradient sums K rows of it.
-    """
-    if torch.float16 not in dtypes or scale.numel() == 0:
-        return None, scale
-    largest = scale.abs().amax() * scale.numel()
-    back = torch.exp2(torch.floor(torch.log2(largest))).where(largest > 0, 1)
-    return back, scale / back
 
 
 def linear_cross_entropy(
@@ -181,7 +174,8 @@ def linear_cross_entropy(
         z_loss: at least 0; the penalty is scaled as its token is.
         shift: the hidden state at t predicts the label at t + 1 (last dimension of ``target``). Pass labels as they
             are: nothing else may shift them. The loss of ``reduction="none"`` stands at t.
-        kept: :class:`KeptTokens` of ``target``. Without it, counting the kept tokens of a GPU tensor syncs once.
+        kept: :class:`KeptTokens`, which then say which rows and labels; the values of ``target`` and ``ignore_index``
+            are not read. Without it, counting the kept tokens of a GPU tensor syncs once.
         chunking: ``"tokens"`` computes gradients in the forward (three products), ``"vocab"`` walks the vocabulary and
             recomputes (four products, bounded memory whatever V), ``"auto"`` takes the cheaper one (``plan.py``).
         max_logits_bytes: bound on the logits that exist at a time, in bytes.
@@ -274,6 +268,10 @@ def _whole_logits(hidden, weight, bias, rows, dtype):
     V, *places, D = weight.shape
     if not places and rows is not None:
         hidden = hidden[rows]
+    elif rows is not None:  # what stands where no place carries loss must not reach the products
+        used = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+        used[rows // math.prod(places)] = True
+        hidden = hidden.where(used[:, None], 0)
     logits = F.linear(
         hidden.to(dtype), weight.reshape(-1, D).to(dtype), None if bias is None else bias.reshape(-1).to(dtype)
     )
@@ -289,6 +287,7 @@ def _check_head(input, linear_weight, linear_bias):
     if not input.is_floating_point():
         raise TypeError(f"input: expected floating point, got {input.dtype}")
     D = input.shape[-1]
+    check_tensor("linear_weight", linear_weight)
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != D or linear_weight.shape[0] == 0:
         raise ValueError(f"linear_weight: expected shape [V, {D}], got {tuple(linear_weight.shape)}")
     if linear_weight.dim() > 2 and input.dim() != 2:
@@ -297,6 +296,7 @@ def _check_head(input, linear_weight, linear_bias):
         )
     head = {"linear_weight": linear_weight}
     if linear_bias is not None:
+        check_tensor("linear_bias", linear_bias)
         head["linear_bias"] = linear_bias
         if linear_bias.shape != linear_weight.shape[:-1]:
             raise ValueError(
@@ -315,6 +315,12 @@ def _check_loops(whole, unchunked, shift, kept, chunking, max_logits_bytes):
     """Raise for a loop that does not exist, or for what says nothing about a loss over whole logits."""
     if chunking not in ("auto", "tokens", "vocab"):
         raise ValueError(f"chunking: expected 'auto', 'tokens' or 'vocab', got {chunking!r}")
+    if max_logits_bytes is not None and not isinstance(max_logits_bytes, int):
+        raise TypeError(f"max_logits_bytes: expected an integer, got {max_logits_bytes!r}")
+    if not isinstance(shift, bool):
+        raise TypeError(f"shift: expected True or False, got {shift!r}")
+    if kept is not None and not isinstance(kept, KeptTokens):
+        raise TypeError(f"kept: expected KeptTokens, got {type(kept).__name__}")
     if whole and (shift or kept is not None):
         raise ValueError(
             f"{'shift' if shift else 'kept'}: goes with class indices of one place per hidden state, not with"

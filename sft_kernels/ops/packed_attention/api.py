@@ -1,6 +1,7 @@
 """``packed_attention``: attention over rows that hold many examples, each seeing itself alone."""
 
 import math
+import numbers
 import operator
 
 import torch
@@ -61,18 +62,19 @@ def packed_attention(
     _check_tensors(query, key, value, cu_seqlens)
     if max_seqlen is not None:
         max_seqlen = _checked_length(max_seqlen)
-    if scale is not None and not math.isfinite(scale):
+    if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
         raise ValueError(f"scale: expected a finite number or None, got {scale}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
-    if len(window_size) != 2 or any(not isinstance(size, int) or size < -1 for size in window_size):
+    window = isinstance(window_size, tuple | list) and len(window_size) == 2
+    if not window or any(not isinstance(size, int) or size < -1 for size in window_size):
         raise ValueError(f"window_size: expected (left, right), each -1 or more, got {window_size!r}")
     # Where reading them costs nothing or is asked for, else left to the implementation.
     lengths = segment_lengths(cu_seqlens, len(query), max_seqlen) if checks_enabled(cu_seqlens.device) else None
     if causal:
         window_size = (window_size[0], 0)
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if _autocast(query.device):
         cast = torch.get_autocast_dtype(device)
         query, key, value = (t if t.dtype == torch.float64 else t.to(cast) for t in (query, key, value))
     if scale is not None and scale <= 0:  # torch scales its mask of −∞, flash-attn takes the maximum before the scale
@@ -93,7 +95,14 @@ def packed_attention(
     return (out, lse.detach()) if return_lse else out
 
 
+def _autocast(device):
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
 def _check_tensors(query, key, value, cu_seqlens):
+    for name, tensor in (("query", query), ("key", key), ("value", value), ("cu_seqlens", cu_seqlens)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if query.dim() != 3 or query.shape[2] == 0:
         raise ValueError(f"query: expected shape [T, H, D], got {tuple(query.shape)}")
     if not query.is_floating_point():
@@ -104,9 +113,9 @@ def _check_tensors(query, key, value, cu_seqlens):
             raise ValueError(
                 f"{name}: expected shape [{T}, Hkv, {D}] as query, one for key and value, got {tuple(tensor.shape)}"
             )
-        if not tensor.is_floating_point() or (
-            tensor.dtype != query.dtype and not torch.is_autocast_enabled(query.device.type)
-        ):
+        # Under autocast only fp64 is not cast, so it goes with itself alone.
+        cast = _autocast(query.device) and torch.float64 not in (query.dtype, tensor.dtype)
+        if not tensor.is_floating_point() or (tensor.dtype != query.dtype and not cast):
             raise TypeError(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected device {query.device} as query, got {tensor.device}")

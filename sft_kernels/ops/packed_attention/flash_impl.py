@@ -24,6 +24,7 @@ class Options(NamedTuple):
     window_size: tuple[int, int]  # -1 for no bound; causal where right is 0
     softcap: float | None
     return_lse: bool
+    gradient: bool = False  # whether one will be asked for
 
     @property
     def causal(self):
@@ -36,7 +37,8 @@ def packed_attention(query, key, value, cu_seqlens, max_seqlen, lengths, **optio
     ``lengths`` are the segments', None where the boundaries were not read. Then without ``max_seqlen`` they are read on
     the host, a sync; with it they are forced into the row, so that no library reads past it.
     """
-    options = Options(**options)
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    options = Options(**options, gradient=gradient)
     attend = choose(query, key, options)
     T = query.shape[0]
     ragged = True  # whether there may be rows behind the last segment
@@ -138,6 +140,13 @@ def _flash_attn_4_lacks(query, key, options, capability, parameters):
         return f"trains on compute capability 9, 10 and 11, this device has {capability[0]}.{capability[1]}"
     if not {"deterministic", "return_lse"} <= parameters:
         return "this version has no return_lse"
+    if options.gradient:  # what its backward asserts away
+        if options.softcap is not None:
+            return "its backward has no softcap"
+        if capability[0] == 9 and options.window_size not in ((-1, -1), (-1, 0)):
+            return "its backward has no window on compute capability 9"
+        if capability[0] == 9 and torch.are_deterministic_algorithms_enabled():
+            return "its backward is not deterministic on compute capability 9"
     return _head_dim(query, 256 if capability[0] == 9 else 128)
 
 

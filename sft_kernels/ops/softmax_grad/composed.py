@@ -4,6 +4,7 @@ That is probability targets, class weights together with label smoothing, and he
 rare in fine-tuning, and torch has them.
 """
 
+import torch
 import torch.nn.functional as F
 
 from .options import LossOptions
@@ -16,21 +17,22 @@ def composed_loss(core, logits, target, weight, scale, inside, options, reduce, 
     ``target`` [K] class indices or [K, V] probabilities, through which gradients flow as in torch; ``weight`` [V] or
     None, ``scale`` [K], ``inside`` a mask of valid labels or None. Differentiable as often as torch's own.
     """
-    dtype = scale.dtype
-    u = options.shape(logits.to(dtype))
-    if target.dim() == 2:
-        target = target.to(dtype)
-        labels = target.detach().argmax(1)
-    else:
-        target = labels = target if inside is None else target.where(inside, 0)
-    if weight is not None:
-        weight = weight.to(dtype)
-    losses = F.cross_entropy(u, target, weight, reduction="none", label_smoothing=options.label_smoothing)
-    if options.z_loss:
-        penalty = options.z_loss * u.logsumexp(1).square()
+    with torch.autocast(logits.device.type, enabled=False):
+        dtype = scale.dtype
+        u = options.shape(logits.to(dtype))
+        if target.dim() == 2:
+            target = target.to(dtype)
+            labels = target.detach().argmax(1)
+        else:
+            target = labels = target if inside is None else target.where(inside, 0)
         if weight is not None:
-            penalty = penalty * (target @ weight if target.dim() == 2 else weight[target])
-        losses = losses + penalty
+            weight = weight.to(dtype)
+        losses = F.cross_entropy(u, target, weight, reduction="none", label_smoothing=options.label_smoothing)
+        if options.z_loss:
+            penalty = options.z_loss * u.logsumexp(1).square()
+            if weight is not None:
+                penalty = penalty * (target @ weight if target.dim() == 2 else weight[target])
+            losses = losses + penalty
     loss = scale * losses
     loss = loss.sum() if reduce else loss
     if not want_stats:

@@ -1,6 +1,7 @@
 """What a row's loss is beside the negative log-likelihood of its target."""
 
 import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,14 @@ class LossOptions(NamedTuple):
 
     @classmethod
     def checked(cls, classes, label_smoothing, softcap, logit_scale, z_loss):
-        """The options; raises ``ValueError`` for one out of range, by name."""
+        """The options; raises ``TypeError`` for one that is no number, ``ValueError`` for one out of range, by name.
+
+        A tensor is no number: the gradient that it might ask for would be lost.
+        """
+        given = {"label_smoothing": label_smoothing, "softcap": softcap, "logit_scale": logit_scale, "z_loss": z_loss}
+        for name, value in given.items():
+            if not isinstance(value, numbers.Real) and not (value is None and name in ("softcap", "logit_scale")):
+                raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
         for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):

@@ -1,6 +1,8 @@
 """What the losses on the core share: checks of labels, the scale of each row, statistics of a batch."""
 
 import functools
+import math
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -40,9 +42,14 @@ def check_options(reduction, num_items=None, token_weight=None, target_shape=Non
         if isinstance(num_items, torch.Tensor):
             if num_items.dim() != 0:
                 raise ValueError(f"num_items: expected a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
-        elif not num_items >= 0:
+            if num_items.requires_grad:
+                raise ValueError("num_items is a constant of the loss: detach it")
+        elif not isinstance(num_items, numbers.Real):
+            raise TypeError(f"num_items: expected a number or a 0-d tensor, got {type(num_items).__name__}")
+        elif not 0 <= num_items < math.inf:
             raise ValueError(f"num_items: expected a count, got {num_items}")
     if token_weight is not None:
+        check_tensor("token_weight", token_weight)
         if token_weight.shape != target_shape:
             raise ValueError(
                 f"token_weight: expected the shape of target {tuple(target_shape)}, got {tuple(token_weight.shape)}"
@@ -55,13 +62,17 @@ def check_options(reduction, num_items=None, token_weight=None, target_shape=Non
             raise ValueError("token_weight is a constant of the loss: detach it")
 
 
+def check_tensor(name, value):
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
 def check_target(target, shape, probabilities_shape, device):
     """Raise for a target of a wrong shape, dtype or device; whether it holds probabilities.
 
     Class indices have ``shape``, probabilities ``probabilities_shape``.
     """
-    if not isinstance(target, torch.Tensor):
-        raise TypeError(f"target: expected a tensor, got {type(target).__name__}")
+    check_tensor("target", target)
     probabilities = target.is_floating_point() and target.shape == probabilities_shape
     if not probabilities:
         if target.shape != shape:
@@ -80,6 +91,7 @@ def check_class_weight(weight, V, device):
     """Raise for class weights that do not fit ``V`` classes."""
     if weight is None:
         return
+    check_tensor("weight", weight)
     if weight.shape != (V,):
         raise ValueError(f"weight: expected one factor for each of {V} classes, got shape {tuple(weight.shape)}")
     if not weight.is_floating_point():
@@ -155,6 +167,19 @@ def differentiable_once(backward):
         return backward(ctx, *grads)
 
     return checked
+
+
+def hold_back(scale, summed, *dtypes):
+    """In fp16 a power of two is kept out of ``scale`` until the upstream gradient is known: it, and what stays.
+
+    What stays is about 1 / ``summed``, the number of rows that a gradient is a sum over: so large that ``dlogits`` does
+    not fall below fp16's range, no larger than that the sum stays within.
+    """
+    if torch.float16 not in dtypes or scale.numel() == 0:
+        return None, scale
+    largest = scale.abs().amax() * summed
+    back = torch.exp2(torch.floor(torch.log2(largest))).where(largest > 0, 1)
+    return back, scale / back
 
 
 def hand_out(gradient, grad):

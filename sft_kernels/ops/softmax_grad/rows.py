@@ -47,7 +47,9 @@ class RowStats(NamedTuple):
         lse = torch.logaddexp(self.lse, other.lse)
         mean = None
         if self.mean_logit is not None:
-            mean = (self.lse - lse).exp() * self.mean_logit + (other.lse - lse).exp() * other.mean_logit
+            # A slice that is ruled out as a whole has no share, also where both are.
+            shares = ((part.lse - lse).exp().where(part.lse > float("-inf"), 0) for part in (self, other))
+            mean = sum(share * part.mean_logit for share, part in zip(shares, (self, other), strict=True))
         return RowStats(
             lse,
             torch.maximum(self.target_logit, other.target_logit),
