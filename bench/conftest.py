@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .results import Results, plot, table
+from .results import Results, code_state, plot, table
 from .timing import CLOCK, ROOT
 
 _OPENED = pytest.StashKey()
@@ -22,6 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.stash[_OPENED] = {}
+    code_state()  # now: later it might be that of a commit made during the run
 
 
 def _suite(config, module):

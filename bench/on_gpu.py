@@ -95,7 +95,12 @@ def run_parts(parts, out, minutes, facts):
     """Run them one after another within ``minutes`` of wall clock; every outcome is on disk before the next begins."""
     deadline = time.monotonic() + 60 * minutes
     env = environment(out)
-    outcomes = []
+    outcomes, parts = [], list(parts)
+
+    def flush():  # an interruption must not leave what reads like a whole run
+        write_summary(out, facts, [*outcomes, *(Outcome(part.name, "not reached") for part in parts[len(outcomes) :])])
+
+    flush()
     for part in parts:
         left = deadline - time.monotonic()
         if part.command is None:
@@ -104,7 +109,7 @@ def run_parts(parts, out, minutes, facts):
             outcomes.append(Outcome(part.name, "not reached", detail=f"the {minutes:g} minutes were spent"))
         else:
             outcomes.append(run(part, min(60 * part.minutes, left), out / f"{part.name}.log", env))
-        write_summary(out, facts, outcomes)
+        flush()
         print(line(outcomes[-1]), flush=True)
     return outcomes
 
@@ -154,7 +159,12 @@ def environment(out):
     for folder in folders.values():
         Path(folder).mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | folders | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+    return (
+        os.environ
+        | folders
+        | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+        | {"HYPOTHESIS_STORAGE_DIRECTORY": str(cache / "hypothesis")}
+    )
 
 
 def line(outcome):
@@ -189,8 +199,10 @@ def main(argv=None):
     name = first_line(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
     facts = {"device": "CPU, a rehearsal" if args.rehearse else name, **versions()}
     facts["commit"] = first_line(["git", "rev-parse", "HEAD"])
-    outcomes = run_parts(parts(out, device, args.smoke, tiny=args.rehearse), out, args.minutes, facts)
-    shutil.rmtree(out / "cache", ignore_errors=True)
+    try:
+        outcomes = run_parts(parts(out, device, args.smoke, tiny=args.rehearse), out, args.minutes, facts)
+    finally:
+        shutil.rmtree(out / "cache", ignore_errors=True)
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 

@@ -1,6 +1,7 @@
 """What a run leaves: one JSON file an op with everything needed to judge it, its table and its plot."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -47,6 +48,17 @@ def versions():
     return found
 
 
+@functools.cache
+def code_state():
+    """``(commit, whether tracked files differ from it)`` at the first call; None where git does not say.
+
+    To be called before anything is measured: what is committed during a run is not what ran.
+    """
+    commit = first_line(["git", "rev-parse", "HEAD"])
+    changes = ["git", "status", "--porcelain", "--untracked-files=no"]
+    return commit, None if commit is None else first_line(changes) is not None
+
+
 def first_line(command):
     """The first line that a command prints, run in the repository; None where it is missing, fails or says nothing."""
     try:
@@ -79,8 +91,8 @@ class Results:
             "sample": suite.passes,
             "rehearsal": suite.tiny,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "commit": first_line(["git", "rev-parse", "HEAD"]),
-            "uncommitted_changes": first_line(["git", "status", "--porcelain", "--untracked-files=no"]) is not None,
+            "commit": code_state()[0],
+            "uncommitted_changes": code_state()[1],
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             "device": {"type": suite.device.type, **device_facts(suite.device)},
             "versions": versions(),

@@ -5,6 +5,7 @@ A cell is one set of shapes and shares. Everyone in it, the machine's own copy a
 """
 
 import gc
+import warnings
 
 import torch
 
@@ -79,6 +80,10 @@ class Suite:
                     rivals[name] = self.rival(adapter, parameters)
                 except peers.Absent as error:
                     row["absent"] = str(error)
+                except Exception as error:  # memory, most likely: it costs this peer its row, not all theirs
+                    if name.startswith("ours"):
+                        raise
+                    row["raised"] = peers.why(error)
         machine = self.machine(parameters)
         sets = self.sets(parameters)
         samples, failed = timing.interleaved(
@@ -115,6 +120,13 @@ class Suite:
 
     def _peak(self, name, cell, rival, inputs):
         """Bytes, or None where they are not measured: on the CPU only in cells that ask, each costs a process."""
+        try:
+            return self._measured_peak(name, cell, rival, inputs)
+        except Exception as error:  # what was timed is kept
+            warnings.warn(f"{cell}: peak memory of {name} not measured: {peers.why(error)}", stacklevel=2)
+            return None
+
+    def _measured_peak(self, name, cell, rival, inputs):
         if self.device.type == "cuda":
             return timing.peak_extra_bytes_cuda(rival, inputs)
         if not self.cells()[cell]["peak_on_cpu"] or (self.tiny and name != "ours"):

@@ -146,7 +146,7 @@ def quack_linear(x, weight, target, chunk_size=4096, ignore_index=-100, reductio
 
 def quack(x, target, lse_partial=None, weight=None, ignore_index=-100, reduction="mean", inplace_backward=False):
     losses = F.cross_entropy(x, target, reduction="none")
-    return losses.sum() if reduction == "sum" else losses.mean()
+    return losses.sum() if reduction == "sum" else losses.sum() / (target != ignore_index).sum()  # 0.6.5
 
 
 class Trl:
@@ -223,3 +223,13 @@ def test_varlen_of_old_and_new_torch(monkeypatch, varlen):
     monkeypatch.setitem(sys.modules, "torch.nn", torch.nn)
     found = right.checked(right.attention_error, peers.ATTENTIONS["torch varlen"](CUDA), CPU, FP32)
     assert found.get("error", 2) <= 1, found
+
+
+def test_a_peer_that_raises_when_it_is_loaded_is_absent_and_ours_is_not_hidden():
+    def broken(device):
+        raise RuntimeError("driver mismatch\nand more")
+
+    present, absent = peers.load({"theirs": broken, "ours": lambda device: 1}, torch.device("cpu"))
+    assert (present, absent) == ({"ours": 1}, {"theirs": "RuntimeError: driver mismatch"})
+    with pytest.raises(RuntimeError, match="driver mismatch"):
+        peers.load({"ours": broken}, torch.device("cpu"))

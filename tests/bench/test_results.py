@@ -182,3 +182,12 @@ def test_a_suite_from_end_to_end(tmp_path):
         assert data == pytest.approx(rows[name]["seconds"])
     assert rows["ours"]["peak_extra_bytes"] is not None
     assert "A rehearsal with tiny shapes: no figure." in done.stdout
+
+
+def test_what_git_does_not_say_is_unknown_not_clean(monkeypatch):
+    results.code_state.cache_clear()
+    monkeypatch.setattr(results, "first_line", lambda command: None)
+    try:
+        assert results.code_state() == (None, None)
+    finally:
+        results.code_state.cache_clear()
