@@ -11,7 +11,7 @@ def step(optimizer):
     no sync. On the foreach path clipping is a pass of its own, and skipping reads one flag back. The mixed path,
     :func:`adamw` a tensor at a time, takes scale and flag as the fused kernel does.
     """
-    _check_gradients(optimizer)
+    _prepare(optimizer)
     measured = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
     if not measured and not optimizer._mixed:
         return _torch_step(optimizer)
@@ -154,8 +154,8 @@ def _scalar(x, device):
     return x.to(device, non_blocking=True).reshape(()) if isinstance(x, torch.Tensor) else x
 
 
-def _check_gradients(optimizer):
-    """Before anything is written: no sparse gradient, and what has changed since the path was chosen.
+def _prepare(optimizer):
+    """Refuse sparse gradients before anything is updated, and follow what has changed since the path was chosen.
 
     A model may be cast or laid out anew between steps. torch's fused CPU kernel walks parameter, gradient and moments
     by address, so that one of another layout would update the wrong elements: it is laid out as its parameter.
