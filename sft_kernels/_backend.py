@@ -4,12 +4,21 @@ Implementations are named by import strings and loaded on first use, so that imp
 """
 
 import os
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 
 IMPLS = ("torch", "triton", "cuda", "flash")
 
 _IMPLEMENTATIONS = {
-    "softmax_grad": {"torch": "sft_kernels.ops.softmax_grad.torch_impl:softmax_grad"},
+    "softmax_grad": {
+        "torch": "sft_kernels.ops.softmax_grad.torch_impl:softmax_grad",
+        "triton": "sft_kernels.ops.softmax_grad.triton_impl:softmax_grad",
+    },
+    "scale_": {
+        "torch": "sft_kernels.ops.softmax_grad.torch_impl:scale_",
+        "triton": "sft_kernels.ops.softmax_grad.triton_impl:scale_",
+    },
     "adamw": {"torch": "sft_kernels.ops.adamw.torch_impl:step"},
     "packed_attention": {
         "torch": "sft_kernels.ops.packed_attention.torch_impl:packed_attention",
@@ -27,24 +36,50 @@ def implementations(op):
     return tuple(_IMPLEMENTATIONS[op])
 
 
-def resolve(op, impl="auto"):
-    """The callable that implements ``op``.
+def resolve(op, impl="auto", device=None, needs_torch=None):
+    """The callable that implements ``op`` on ``device`` (None: the CPU).
 
-    ``impl="auto"`` takes ``SFT_KERNELS_IMPL`` where that is set, else the best implementation that runs here.
+    ``impl="auto"`` takes ``SFT_KERNELS_IMPL`` where that is set, else the best implementation that runs here: Triton on
+    a GPU. ``needs_torch`` says what of the call only torch's own code carries, if anything; ``"auto"`` then takes that.
     Raises ``ValueError`` for a name that is none, :class:`Unavailable` for one that cannot run here, with the reason.
     """
     source = "impl"
     if impl == "auto":
         impl = os.environ.get("SFT_KERNELS_IMPL") or "auto"
         source = "SFT_KERNELS_IMPL"
+    available = _IMPLEMENTATIONS[op]
     if impl == "auto":
-        impl = "torch"
+        triton = "triton" in available and not needs_torch and not _why_no_triton(device, interpreted=False)
+        impl = "triton" if triton else "torch"
     if impl not in IMPLS:
         raise ValueError(f"{source}: expected one of {('auto', *IMPLS)}, got {impl!r}")
-    available = _IMPLEMENTATIONS[op]
     if impl not in available:
         raise Unavailable(f"{source}={impl!r}: {op} has no such implementation; it has {', '.join(available)}")
-    module, name = available[impl].split(":")
+    reason = None
+    if impl != "torch" and needs_torch:
+        reason = f"{needs_torch} are torch's own code"
+    elif impl == "triton":
+        reason = _why_no_triton(device, interpreted=True)
+    if reason:
+        raise Unavailable(f"{source}={impl!r}: {reason}")
+    return _load(available[impl])
+
+
+def _why_no_triton(device, interpreted):
+    """Why Triton cannot run on ``device``, ``interpreted`` on a CPU or compiled; None where it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device is None or device.type == "cpu":
+        if not interpreted or os.environ.get("TRITON_INTERPRET") != "1":
+            return "needs a GPU (or, to be interpreted on a CPU, TRITON_INTERPRET=1 before triton is imported)"
+    elif device.type != "cuda":
+        return f"needs a CUDA device, got {device}"
+    return None
+
+
+@cache
+def _load(target):
+    module, name = target.split(":")
     return getattr(import_module(module), name)
 
 

@@ -6,15 +6,14 @@ import torch.nn.functional as F
 
 from sft_kernels import LossStats, cross_entropy
 from sft_kernels._budget import check
-from sft_kernels.ops.cross_entropy import api as cross_entropy_api
-from sft_kernels.ops.softmax_grad import reduction
+from sft_kernels.ops.softmax_grad import reduction, torch_impl
 
 from .helpers import DTYPES, LOSSES, N, V, Watch, labels, run, same_bits
 
 
 @pytest.fixture(params=LOSSES, ids=lambda loss: loss.name)
 def loss(request, monkeypatch):
-    monkeypatch.setitem(cross_entropy_api._BLOCK_BYTES, "cpu", 4 * V * 11)  # a few blocks of copied rows
+    monkeypatch.setitem(torch_impl._BLOCK_BYTES, "cpu", 4 * V * 11)  # a few blocks of rows
     return request.param
 
 

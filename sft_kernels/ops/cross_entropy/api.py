@@ -1,10 +1,10 @@
 """``cross_entropy``: the masked loss over logits that already exist."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from ..._backend import resolve
+from ..softmax_grad.api import Core
 from ..softmax_grad.composed import composed_loss
 from ..softmax_grad.options import LossOptions
 from ..softmax_grad.reduction import (
@@ -13,22 +13,16 @@ from ..softmax_grad.reduction import (
     check_options,
     check_target,
     differentiable_once,
-    hand_out,
     hold_back,
     reduce_rows,
     row_scale,
     target_weight,
     unpack,
 )
-from ..softmax_grad.rows import RowStats
-
-# Of logits that are copied at a time. On a CPU the copy then stays in the cache and its memory is not fetched anew.
-_BLOCK_BYTES = {"cpu": 2 << 20}
-_BLOCK_BYTES_DEVICE = 64 << 20
 
 
 class _Options(NamedTuple):
-    core: Any  # the implementation of softmax_grad
+    core: Core
     loss: LossOptions
     need_grad: bool
     reduce: bool
@@ -36,51 +30,46 @@ class _Options(NamedTuple):
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """``losses = scale · loss`` of the kept rows, summed where ``reduce``.
+    """``losses = scale · loss`` of the rows that ``keep`` names, summed where ``reduce``.
 
     With a reduction the gradient is ready at the end of the forward, but for the upstream scalar; the first backward
     hands it out, and another one computes its own.
     """
 
     @staticmethod
-    def forward(ctx, input, rows, targets, scale, inside, options):
+    def forward(ctx, input, targets, scale, inside, keep, options):
         ctx.options = options
-        ctx.back, held = None, None
+        ctx.back, ctx.gradient = None, None
         if options.reduce and options.need_grad:
             # No row is summed with another: what stays may be 256 times 1, a margin of as much to either side.
             ctx.back, held = hold_back(scale, 1 / 256, input.dtype)
-        stats, ctx.gradient = _walk(input, rows, targets, held, options)
-        ctx.save_for_backward(input, rows, targets, scale)
-        return reduce_rows(ctx, stats, options.loss, scale, inside, options.reduce, options.stats)
+            ctx.gradient = _empty_like(input)
+            rows = options.core.softmax_grad(
+                input, targets, options.loss, held, stats=options.stats, keep=keep, out=ctx.gradient
+            )
+        else:
+            rows = options.core.softmax_grad(input, targets, options.loss, stats=options.stats, keep=keep)
+        ctx.save_for_backward(input, targets, scale, keep)
+        return reduce_rows(ctx, rows, options.loss, scale, inside, keep, options.reduce, options.stats)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad, *_):
-        input, rows, targets, scale = ctx.saved_tensors
+        options = ctx.options
+        input, targets, scale, keep = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
-            _, gradient = _walk(input, rows, targets, scale * grad, ctx.options._replace(stats=False))
+            gradient = _empty_like(input)
+            options.core.softmax_grad(
+                input, targets, options.loss, (scale * grad).where(keep, 0), keep=keep, out=gradient
+            )
         else:
-            hand_out(gradient, grad if ctx.back is None else grad * ctx.back)
+            options.core.scale_(gradient, grad if ctx.back is None else grad * ctx.back)
         return gradient, None, None, None, None, None
 
 
-def _walk(input, rows, targets, scale, options):
-    """Row statistics and, given ``scale``, the gradient of the logits, a block of copied rows at a time."""
-    K, V = rows.numel(), input.shape[1]
-    bytes_per_block = _BLOCK_BYTES.get(input.device.type, _BLOCK_BYTES_DEVICE)
-    block = max(1, bytes_per_block // (V * input.element_size()))
-    dinput = None if scale is None else torch.zeros_like(input, memory_format=torch.contiguous_format)
-    parts = []
-    for i in range(0, max(K, 1), block):
-        s = slice(i, i + block)
-        x = input[rows[s]]  # a copy: the caller's logits are never overwritten
-        parts.append(
-            options.core(x, targets[s], options.loss, None if scale is None else scale[s], stats=options.stats)
-        )
-        if dinput is not None:
-            dinput[rows[s]] = x
-    return RowStats.cat(parts), dinput
+def _empty_like(input):
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 def cross_entropy(
@@ -133,7 +122,6 @@ def cross_entropy(
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1`` (elsewhere the loss
             is NaN).
     """
-    core = resolve("softmax_grad", impl)
     if not isinstance(input, torch.Tensor) or input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
         raise ValueError("input: expected logits of shape [V], [N, V] or [N, V, d1, …]")
     if not input.is_floating_point():
@@ -149,32 +137,36 @@ def cross_entropy(
     check_options(reduction, num_items, token_weight, shape, input.device)
     check_class_weight(weight, V, input.device)
     loss_options = LossOptions.checked(V, label_smoothing, softcap, logit_scale, z_loss)
+    composed = probabilities or (weight is not None and bool(label_smoothing))
+    core = Core.resolve(impl, input.device, input.dtype, composed)
 
     logits = input.movedim(classes, -1).reshape(-1, V)
-    rows, inside, of_target = None, None, None
+    weights = None if token_weight is None else token_weight.reshape(-1)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    rows, keep, inside, of_target = None, None, None, None
     if probabilities:
         targets = target.movedim(classes, -1).reshape(-1, V)
     else:
         labels = target.reshape(-1).long()
-        rows = (labels != ignore_index).nonzero()[:, 0]
-        targets = labels[rows]
+        keep = labels != ignore_index
+        targets = labels.where(keep, 0)
         inside = check_labels(targets, V)
-        of_target = target_weight(weight, targets, inside, dtype)
-    kept_weight = None
-    if token_weight is not None:
-        kept_weight = token_weight.reshape(-1) if rows is None else token_weight.reshape(-1)[rows]
-    scale = row_scale(len(targets), dtype, input.device, reduction, num_items, kept_weight, of_target, inside)
+        of_target = target_weight(weight, targets, inside, keep, dtype)
+    scale = row_scale(targets, dtype, reduction, num_items, weights, of_target, inside, keep)
     reduce = reduction != "none"
-    if probabilities or (weight is not None and label_smoothing):
-        kept = logits if rows is None else logits[rows]
-        out = composed_loss(core, kept, targets, weight, scale, inside, loss_options, reduce, return_stats)
+    if composed:
+        if keep is not None:
+            rows = keep.nonzero()[:, 0]
+            logits, targets, scale, inside = (None if t is None else t[rows] for t in (logits, targets, scale, inside))
+        out = composed_loss(
+            core.softmax_grad, logits, targets, weight, scale, inside, None, loss_options, reduce, return_stats
+        )
     else:
         if of_target is not None:
             scale = scale * of_target
         need_grad = torch.is_grad_enabled() and input.requires_grad
         options = _Options(core, loss_options, need_grad, reduce, return_stats)
-        out = _CrossEntropy.apply(logits, rows, targets, scale, inside, options)
+        out = _CrossEntropy.apply(logits, targets, scale, inside, keep, options)
     loss, stats = unpack(out, rows, shape, reduction, return_stats)
     if not torch.is_autocast_enabled(input.device.type):
         loss = loss.to(input.dtype)

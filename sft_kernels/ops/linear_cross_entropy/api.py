@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..._backend import resolve
+from ..softmax_grad.api import Core
 from ..softmax_grad.composed import composed_loss
 from ..softmax_grad.options import LossOptions
 from ..softmax_grad.reduction import (
@@ -17,7 +17,6 @@ from ..softmax_grad.reduction import (
     check_target,
     check_tensor,
     differentiable_once,
-    hand_out,
     hold_back,
     reduce_rows,
     row_scale,
@@ -39,6 +38,7 @@ class _Needs(NamedTuple):
 
 class _Options(NamedTuple):
     core: Any  # the implementation of softmax_grad, with the loss's options
+    scale_: Any  # and its way to multiply a gradient
     loss: LossOptions
     plan: Plan
     dtype: torch.dtype  # of the products
@@ -57,8 +57,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, scale, inside, options):
-        x = _gather(hidden, rows, options.dtype)
+    def forward(ctx, hidden, weight, bias, rows, targets, scale, inside, keep, options):
+        x = _gather(hidden, rows, keep, options.dtype)
         ctx.options = options
         ctx.gradients = None
         common = (options.core, x, weight, bias, targets)
@@ -68,40 +68,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
             stats, ctx.back, ctx.gradients = _token_gradients(*common, scale, options)
         else:
             stats = tokens.loss(*common, options.plan.chunk, options.stats)
-        ctx.save_for_backward(hidden, weight, bias, rows, targets, scale, stats.lse)
-        return reduce_rows(ctx, stats, options.loss, scale, inside, options.reduce, options.stats)
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, scale, keep, stats.lse)
+        return reduce_rows(ctx, stats, options.loss, scale, inside, keep, options.reduce, options.stats)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad, *_):
         options = ctx.options
-        hidden, weight, bias, rows, targets, scale, lse = ctx.saved_tensors
+        hidden, weight, bias, rows, targets, scale, keep, lse = ctx.saved_tensors
         if ctx.gradients is not None:
             back, gradients, ctx.gradients = ctx.back, ctx.gradients, None
             factor = grad if back is None else grad * back
         else:
-            common = (options.core, _gather(hidden, rows, options.dtype), weight, bias, targets, scale * grad)
+            scale = scale * grad if keep is None else (scale * grad).where(keep, 0)
+            common = (options.core, _gather(hidden, rows, keep, options.dtype), weight, bias, targets, scale)
             with _plain_products(grad.device):
                 if options.plan.loop == "vocab":
                     factor, gradients = _vocab_gradients(*common, lse, options)
                 else:
                     _, factor, gradients = _token_gradients(*common, options._replace(stats=False))
         if factor is not None:
-            gradients = [hand_out(gradient, factor) for gradient in gradients]
+            for gradient in gradients:
+                if gradient is not None:
+                    options.scale_(gradient, factor)
         dx, dw, db = gradients
-        dhidden = None
-        if options.needs.dx:
-            if dx.shape == hidden.shape and dx.dtype == hidden.dtype:
-                dhidden = dx
-            else:
-                dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-                dhidden[rows] = dx.to(hidden.dtype)
-        return dhidden, dw, db, None, None, None, None, None
+        return _scatter(dx, hidden, rows, keep), dw, db, *[None] * 6
 
 
-def _gather(hidden, rows, dtype):
-    """The kept rows, ``[K, D]``; where all are kept, the hidden states themselves."""
+def _gather(hidden, rows, keep, dtype):
+    """The kept rows, ``[K, D]``, 0 where ``rows`` is only padded; where all are kept, the hidden states themselves."""
+    if keep is not None:
+        return hidden[rows.clamp(min=0)].where(keep[:, None], 0).to(dtype)
     return (hidden if rows.numel() == hidden.shape[0] else hidden[rows]).to(dtype)
+
+
+def _scatter(dx, hidden, rows, keep):
+    """The gradient of all hidden states: ``dx`` at ``rows``, 0 elsewhere; None stays None."""
+    if dx is None or (keep is None and rows.numel() == hidden.shape[0] and dx.dtype == hidden.dtype):
+        return dx
+    N, D = hidden.shape
+    if keep is None:
+        return hidden.new_zeros(N, D).index_copy_(0, rows, dx.to(hidden.dtype))
+    # What is padded goes to one row more, which nobody sees.
+    return hidden.new_zeros(N + 1, D).index_copy_(0, rows.where(keep, N), dx.to(hidden.dtype))[:N]
 
 
 def _plain_products(device):
@@ -199,7 +208,6 @@ def linear_cross_entropy(
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1``; elsewhere the loss
             is NaN.
     """
-    core = resolve("softmax_grad", impl)
     _check_head(input, linear_weight, linear_bias)
     device, V, D = input.device, linear_weight.shape[0], input.shape[-1]
     places = linear_weight.shape[1:-1]
@@ -215,24 +223,29 @@ def linear_cross_entropy(
     dtype = matmul.compute_dtype(input)
     scalar = matmul.accumulator_dtype(dtype)
 
+    composed = whole or (weight is not None and bool(label_smoothing))
+    core = Core.resolve(impl, device, dtype, composed)
+
+    rows, keep, inside, of_target = None, None, None, None
     if probabilities:
-        rows, inside, of_target = None, None, None
         targets = target.movedim(-1 - len(places), -1).reshape(-1, V)
     else:
         kept = _kept_tokens(kept, target, shape, device, -100 if ignore_index is None else ignore_index, shift)
-        rows, targets = kept.rows, kept.targets
+        rows, targets, keep = kept.rows, kept.targets, kept.keep
         inside = check_labels(targets, V)
-        of_target = target_weight(weight, targets, inside, scalar)
-    kept_weight = None
+        of_target = target_weight(weight, targets, inside, keep, scalar)
+    weights = None
     if token_weight is not None:
-        kept_weight = token_weight.reshape(-1) if rows is None else token_weight.reshape(-1)[rows + shift]
-    scale = row_scale(len(targets), scalar, device, reduction, num_items, kept_weight, of_target, inside)
+        weights = token_weight.reshape(-1) if rows is None else token_weight.reshape(-1)[rows + shift]
+    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, inside, keep)
     reduce = reduction != "none"
     hidden = input.reshape(-1, D)
     with _plain_products(device):
-        if whole or (weight is not None and label_smoothing):
-            logits = _whole_logits(hidden, linear_weight, linear_bias, rows, dtype)
-            out = composed_loss(core, logits, targets, weight, scale, inside, loss_options, reduce, return_stats)
+        if composed:
+            logits = _whole_logits(hidden, linear_weight, linear_bias, rows, keep, dtype)
+            out = composed_loss(
+                core.softmax_grad, logits, targets, weight, scale, inside, keep, loss_options, reduce, return_stats
+            )
         else:
             if of_target is not None:
                 scale = scale * of_target
@@ -246,9 +259,13 @@ def linear_cross_entropy(
                 grads=needs.dx + needs.dw,
                 accumulator=V * D * acc_dtype.itemsize if needs.dw and linear_weight.dtype != acc_dtype else 0,
             )  # fmt: skip
-            core = partial(core, options=loss_options)
-            options = _Options(core, loss_options, plan, dtype, needs, reduce, return_stats)
-            out = _LinearCrossEntropy.apply(hidden, linear_weight, linear_bias, rows, targets, scale, inside, options)
+            bound = partial(core.softmax_grad, options=loss_options)
+            options = _Options(bound, core.scale_, loss_options, plan, dtype, needs, reduce, return_stats)
+            out = _LinearCrossEntropy.apply(
+                hidden, linear_weight, linear_bias, rows, targets, scale, inside, keep, options
+            )
+    if keep is not None and not reduce:
+        rows = rows.where(keep, shape.numel())
     loss, stats = unpack(out, rows, shape, reduction, return_stats)
     return (loss, stats) if return_stats else loss
 
@@ -263,11 +280,11 @@ def _with_classes(shape, V, places):
     return torch.Size((*shape[:batch], V, *places))
 
 
-def _whole_logits(hidden, weight, bias, rows, dtype):
+def _whole_logits(hidden, weight, bias, rows, keep, dtype):
     """The kept rows' logits under autograd, ``[K, V]``; with ``rows`` None all of them."""
     V, *places, D = weight.shape
     if not places and rows is not None:
-        hidden = hidden[rows]
+        hidden = _gather(hidden, rows, keep, dtype)
     elif rows is not None:  # what stands where no place carries loss must not reach the products
         used = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         used[rows // math.prod(places)] = True

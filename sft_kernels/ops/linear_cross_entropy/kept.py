@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 
 class KeptTokens(NamedTuple):
@@ -12,18 +13,25 @@ class KeptTokens(NamedTuple):
     counting labels on a GPU costs. ``rows`` index the flattened hidden states, ``targets`` are their labels.
     """
 
-    rows: torch.Tensor  # int64 [count], ascending
-    targets: torch.Tensor  # int64 [count]
+    rows: torch.Tensor  # int64 [count], ascending; with a capacity [capacity], -1 behind the last
+    targets: torch.Tensor  # int64, of the same shape; 0 behind the last
     count: int
     size: int  # number of labels, kept or not
     shift: bool  # the hidden state at t carries the label at t + 1
+    capacity: int | None = None
 
     @classmethod
-    def from_labels(cls, labels, ignore_index=-100, shift=False):
+    def from_labels(cls, labels, ignore_index=-100, shift=False, capacity=None):
         """The kept tokens of ``labels``, of shape ``[..., S]`` and an integer dtype.
 
         With ``shift=True`` the hidden state at position t carries the label at t + 1 of the same row, so the first
         label of a row is never used. On a GPU this waits for the device once, to learn the count.
+
+        ``capacity`` makes ``rows`` and ``targets`` that long whatever the batch: a step captured in a CUDA graph replays
+        with the next batch copied into the same tensors, and the number of kept tokens is then read on the device. The
+        products are paid for ``capacity`` tokens.
+
+        Raises ``TypeError`` for labels of another dtype, ``ValueError`` where more tokens are kept than ``capacity``.
         """
         if labels.is_floating_point() or labels.dtype == torch.bool:
             raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
@@ -35,9 +43,21 @@ class KeptTokens(NamedTuple):
             carried[..., :-1] = labels[..., 1:]
         carried = carried.reshape(-1)
         rows = (carried != ignore_index).nonzero()[:, 0]
-        return cls(rows, carried[rows], rows.numel(), labels.numel(), bool(shift))
+        targets, count = carried[rows], rows.numel()
+        if capacity is not None:
+            if isinstance(capacity, bool) or not isinstance(capacity, int):
+                raise TypeError(f"capacity: expected an integer or None, got {capacity!r}")
+            if count > capacity:
+                raise ValueError(f"capacity: {count} tokens are kept, got a capacity of {capacity}")
+            rows, targets = (F.pad(t, (0, capacity - count), value=v) for t, v in ((rows, -1), (targets, 0)))
+        return cls(rows, targets, count, labels.numel(), bool(shift), capacity)
 
     def to(self, device, non_blocking=False):
         """The same on ``device``."""
         rows, targets = (t.to(device, non_blocking=non_blocking) for t in self[:2])
         return self._replace(rows=rows, targets=targets)
+
+    @property
+    def keep(self):
+        """Which of ``rows`` are kept, ``[capacity]`` bool; None without a capacity: all."""
+        return None if self.capacity is None else self.rows >= 0

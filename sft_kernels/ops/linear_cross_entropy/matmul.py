@@ -5,7 +5,6 @@ CPU); then it is cast a slice of the vocabulary at a time, so that no second cop
 """
 
 import torch
-import torch.nn.functional as F
 
 _SLICE = 4096  # rows of the weight that are cast at a time
 
@@ -26,14 +25,19 @@ def accumulator_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def padded(V):
+    """How many elements lie between two rows of ``V`` logits: unless there are but a few, rows start at 16 bytes, for
+    the products as for the core."""
+    return V if V < 8 else -(-V // 8) * 8
+
+
 def logits(x, weight, bias=None):
-    """``x Wᵀ + b``: [N, V] in the compute dtype."""
+    """``x Wᵀ + b``: [N, V] in the compute dtype, the rows :func:`padded`."""
     if bias is not None:
         bias = bias.to(x.dtype)
-    if weight.dtype == x.dtype:
-        return F.linear(x, weight, bias)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    for s in _slices(weight):
+    V = weight.shape[0]
+    out = x.new_empty(x.shape[0], padded(V))[:, :V]
+    for s in [slice(0, V)] if weight.dtype == x.dtype else _slices(weight):
         w = weight[s].to(x.dtype).T
         if bias is None:
             torch.mm(x, w, out=out[:, s])

@@ -14,6 +14,8 @@ rows.
 
 from typing import NamedTuple
 
+from . import matmul
+
 # Rows past which a longer chunk gains nothing: the products are at full rate, the weight's re-reads are hidden.
 _ROWS = {"cpu": 1024}
 _ROWS_DEVICE = 4096
@@ -40,7 +42,7 @@ def make_plan(K, D, V, itemsize, *, device_type, chunking, max_logits_bytes, gra
         accumulator: bytes that several chunks of tokens would need beside the gradient, 0 where it is its own
             accumulator.
     """
-    row, column = V * itemsize, max(K, 1) * itemsize
+    row, column = matmul.padded(V) * itemsize, max(K, 1) * itemsize
     if max_logits_bytes is None:
         max_logits_bytes = max(_ROWS.get(device_type, _ROWS_DEVICE) * row, column)
         single = max_logits_bytes + accumulator
@@ -50,7 +52,9 @@ def make_plan(K, D, V, itemsize, *, device_type, chunking, max_logits_bytes, gra
         tokens = Plan("tokens", max(K, 1))
     else:
         tokens = Plan("tokens", _even(K, max_logits_bytes // row))
-    vocab = Plan("vocab", _even(V, max_logits_bytes // column))
+    room = max_logits_bytes // column
+    columns = _even(V, room)
+    vocab = Plan("vocab", min(matmul.padded(columns), room // 8 * 8) if columns >= 8 else columns)
 
     if chunking != "auto":
         chosen = tokens if chunking == "tokens" else vocab

@@ -11,11 +11,12 @@ from .options import LossOptions
 from .reduction import LossStats
 
 
-def composed_loss(core, logits, target, weight, scale, inside, options, reduce, want_stats):
-    """The loss, and the fields of :class:`LossStats` where wanted, of ``logits`` [K, V] that all carry loss.
+def composed_loss(core, logits, target, weight, scale, inside, keep, options, reduce, want_stats):
+    """The loss, and the fields of :class:`LossStats` where wanted, of ``logits`` [K, V].
 
     ``target`` [K] class indices or [K, V] probabilities, through which gradients flow as in torch; ``weight`` [V] or
-    None, ``scale`` [K], ``inside`` a mask of valid labels or None. Differentiable as often as torch's own.
+    None, ``scale`` [K], ``inside`` a mask of valid labels or None, ``keep`` one of the rows that carry loss or None.
+    Differentiable as often as torch's own.
     """
     with torch.autocast(logits.device.type, enabled=False):
         dtype = scale.dtype
@@ -37,4 +38,4 @@ def composed_loss(core, logits, target, weight, scale, inside, options, reduce, 
     loss = loss.sum() if reduce else loss
     if not want_stats:
         return loss
-    return loss, *LossStats.of(core(u.detach(), labels, LossOptions(u.shape[1]), stats=True))
+    return loss, *LossStats.of(core(u.detach(), labels, LossOptions(u.shape[1]), stats=True), keep)

@@ -25,11 +25,17 @@ class LossStats(NamedTuple):
     max_lse: torch.Tensor  # fp32 [], -inf where nothing is kept
 
     @classmethod
-    def of(cls, rows):
-        kept = torch.full((), rows.lse.numel(), dtype=torch.int64, device=rows.lse.device)
-        lse = rows.lse.to(rows.target_logit.dtype)
+    def of(cls, rows, keep):
+        """The sums over the rows that ``keep`` ``[N]`` names; None names all."""
+        lse, nll, entropy, correct = rows.lse.to(rows.target_logit.dtype), rows.nll, rows.entropy, rows.correct
+        if keep is None:
+            kept = torch.full((), lse.numel(), dtype=torch.int64, device=lse.device)
+        else:
+            kept = keep.sum()
+            nll, entropy, correct = nll.where(keep, 0), entropy.where(keep, 0), correct & keep
+            lse = lse.where(keep, float("-inf"))
         lowest = lse.new_full((1,), float("-inf"))
-        return cls(kept, rows.nll.sum(), rows.correct.sum(), rows.entropy.sum(), torch.cat([lse, lowest]).amax())
+        return cls(kept, nll.sum(), correct.sum(), entropy.sum(), torch.cat([lse, lowest]).amax())
 
 
 def check_options(reduction, num_items=None, token_weight=None, target_shape=None, device=None):
@@ -103,7 +109,7 @@ def check_class_weight(weight, V, device):
 
 
 def check_labels(targets, V):
-    """Whether each kept label lies in ``[0, V)``; None where all are known to.
+    """Whether each label lies in ``[0, V)``; None where all are known to.
 
     On the CPU, and elsewhere under ``SFT_KERNELS_CHECK=1``, a label outside raises ``IndexError``. A GPU is not asked:
     the answer is a mask on the device, and the losses of the labels outside become NaN.
@@ -113,46 +119,53 @@ def check_labels(targets, V):
         return inside
     if not inside.all():
         position = int((~inside).nonzero()[0])
-        raise IndexError(f"target: label {int(targets[position])} of kept token {position} is outside [0, {V})")
+        raise IndexError(f"target: label {int(targets[position])} of token {position} is outside [0, {V})")
     return None
 
 
-def target_weight(weight, targets, inside, dtype):
-    """``weight[targets]`` in ``dtype``, [K]; None without class weights."""
+def target_weight(weight, targets, inside, keep, dtype):
+    """``weight[targets]`` in ``dtype``, ``[N]``, 0 where not kept; None without class weights."""
     if weight is None:
         return None
-    return weight.to(dtype)[targets if inside is None else targets.where(inside, 0)]
+    of_target = weight.to(dtype)[targets if inside is None else targets.where(inside, 0)]
+    return of_target if keep is None else of_target.where(keep, 0)
 
 
-def row_scale(count, dtype, device, reduction, num_items, token_weight, of_target, inside):
-    """``[count]`` factors that the kept tokens' losses enter with: token weight over divisor.
+def row_scale(targets, dtype, reduction, num_items, token_weight, of_target, inside, keep):
+    """``[N]`` factors that the tokens' losses enter with: token weight over divisor, 0 where not kept.
 
-    ``token_weight`` and ``of_target``, the class weight of each target, are those of the kept tokens or None,
-    ``inside`` a mask of valid labels or None. The divisor of the mean is ``num_items``, else the sum of ``of_target``,
-    else the number of kept tokens; a divisor of zero counts as one, so that nothing kept gives a loss of 0.
+    ``token_weight``, ``of_target`` (the class weight of each target), ``inside`` (a mask of valid labels) and ``keep``
+    (a mask of the tokens that carry loss) are ``[N]`` or None. The divisor of the mean is ``num_items``, else the sum
+    of ``of_target``, else the number of kept tokens; a divisor of zero counts as one, so that nothing kept gives a loss
+    of 0.
     """
-    scale = torch.ones(count, dtype=dtype, device=device) if token_weight is None else token_weight.to(device, dtype)
+    N, device = targets.shape[0], targets.device
+    scale = torch.ones(N, dtype=dtype, device=device) if token_weight is None else token_weight.to(device, dtype)
     if reduction == "mean":
         divisor = num_items
-        if divisor is None:
-            divisor = count if of_target is None else of_target.sum()
+        if divisor is None and of_target is not None:
+            divisor = of_target.sum()
+        elif divisor is None:
+            divisor = N if keep is None else keep.sum()
         if isinstance(divisor, torch.Tensor):
             divisor = divisor.detach().to(device, dtype)
             scale = scale / divisor.where(divisor != 0, 1)
         else:
             scale = scale / (divisor or 1)
-    return scale if inside is None else scale.where(inside, float("nan"))
+    scale = scale if inside is None else scale.where(inside, float("nan"))
+    return scale if keep is None else scale.where(keep, 0)
 
 
-def reduce_rows(ctx, rows, loss_options, scale, inside, reduce, want_stats):
+def reduce_rows(ctx, rows, loss_options, scale, inside, keep, reduce, want_stats):
     """The forward's result: ``scale · loss``, summed where ``reduce``, and the fields of :class:`LossStats` where
     wanted."""
     loss = rows.loss(loss_options)
     loss = scale * (loss if inside is None else loss.where(inside, float("nan")))
+    loss = loss if keep is None else loss.where(keep, 0)
     loss = loss.sum() if reduce else loss
     if not want_stats:
         return loss
-    stats = LossStats.of(rows)
+    stats = LossStats.of(rows, keep)
     ctx.mark_non_differentiable(*stats)
     return loss, *stats
 
@@ -182,22 +195,13 @@ def hold_back(scale, summed, *dtypes):
     return back, scale / back
 
 
-def hand_out(gradient, grad):
-    """A gradient that was computed for an upstream gradient of 1, in place times ``grad`` (0-d); None stays None.
-
-    That it is 1 is looked up on the CPU; a GPU is not asked.
-    """
-    if gradient is not None and not (grad.device.type == "cpu" and bool(grad == 1)):
-        gradient.mul_(grad)
-    return gradient
-
-
 def unpack(out, rows, shape, reduction, return_stats):
-    """What the user gets: the losses of the kept ``rows`` (None: of all) put back in their places, the statistics in
-    their tuple."""
+    """What the user gets: the losses of ``rows`` (None: of all) put back in their places, the statistics in their
+    tuple."""
     loss, *stats = out if return_stats else (out,)
     if reduction == "none":
         if rows is not None:
-            loss = loss.new_zeros(shape.numel()).index_copy(0, rows, loss)
+            places = loss.new_zeros(shape.numel() + 1)  # one more for what is padded
+            loss = places.index_copy(0, rows, loss)[:-1]
         loss = loss.reshape(shape)
     return loss, LossStats(*stats) if return_stats else None

@@ -9,36 +9,53 @@ _BLOCK_BYTES = {"cpu": 2 << 20}
 _BLOCK_BYTES_DEVICE = 256 << 20
 
 
-def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False):
-    """Row statistics of ``logits``; given ``scale``, also the gradient of the rows' losses, in place.
+def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False, keep=None, out=None):
+    """Row statistics of ``logits``; given ``scale``, also the gradient of the rows' losses.
 
     ::
 
         dlogits[i, v] = scale[i] · ∂loss_i / ∂logits[i, v]
 
     Args:
-        logits: ``[N, V]``, floating point. With ``scale`` it is overwritten by ``dlogits``, else it is only read.
+        logits: ``[N, V]``, floating point, any strides. Overwritten by ``dlogits`` where ``scale`` is given and ``out``
+            is not, else only read.
         target: ``[N]`` int64. A target outside ``[0, V)`` is in another slice of the vocabulary: no entry gets −1.
         options: :class:`LossOptions`: what the loss of a row is.
         scale: ``[N]`` fp32, or None for no gradient. Applied in fp32, before the one rounding to the logits' dtype.
         lse: ``[N]`` fp64, the logsumexp over the whole vocabulary where ``logits`` is a slice; None where it is all.
         stats: also compute ``mean_logit``.
+        keep: ``[N]`` bool, or None for all rows. Others are not read; their statistics and gradients are 0.
+        out: where ``dlogits`` goes, of the shape and dtype of ``logits``.
 
     Returns:
         :class:`RowStats` of this slice; None where ``lse`` was given.
     """
     N, V = logits.shape
     bytes_per_block = _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES_DEVICE)
-    rows = max(1, bytes_per_block // (4 * max(V, 1)))
+    length = max(1, bytes_per_block // (4 * max(V, 1)))
+    out = logits if out is None else out
+    rows = None if keep is None else keep.nonzero()[:, 0]
+    if rows is not None and scale is not None:
+        out[~keep] = 0
+    K = N if rows is None else rows.numel()
     parts = []
-    for i in range(0, max(N, 1), rows):
-        s = slice(i, i + rows)
+    for i in range(0, max(K, 1), length):
+        s = slice(i, i + length) if rows is None else rows[i : i + length]
         block_scale, block_lse = (None if t is None else t[s] for t in (scale, lse))
-        parts.append(_block(logits[s], target[s], options, block_scale, block_lse, stats))
-    return RowStats.cat(parts) if lse is None else None
+        row_stats, gradient = _block(logits[s], target[s], options, block_scale, block_lse, stats)
+        parts.append(row_stats)
+        if gradient is not None:
+            out[s] = gradient.to(out.dtype)
+    if lse is not None:
+        return None
+    found = RowStats.cat(parts)
+    if rows is None:
+        return found
+    return RowStats(*(None if t is None else t.new_zeros(N).index_copy_(0, rows, t) for t in found))
 
 
 def _block(logits, target, options, scale, lse, stats):
+    """The statistics and the gradient of one block, the latter in the dtype of the sums; None where not asked for."""
     V = logits.shape[1]
     x = logits if logits.dtype == torch.float64 else logits.float()  # [N, V]
     u = options.shape(x)
@@ -65,6 +82,7 @@ def _block(logits, target, options, scale, lse, stats):
         e = (u - near[:, None]).exp_()
         total = (lse - near).exp()
 
+    gradient = None
     if scale is not None:
         # ∂loss/∂u_v = (1 + 2 ζ lse) p_v − (1 − ε) [v = y] − ε / V. At the target p − 1 comes from a difference in fp64
         # by expm1: subtracting 1 from a rounded p would lose its digits.
@@ -79,5 +97,14 @@ def _block(logits, target, options, scale, lse, stats):
         e.scatter_(1, index, (at_target.to(u.dtype) * scale).where(here, e.gather(1, index)[:, 0])[:, None])
         if options.softcap is not None:
             e *= options.slope(x)
-        logits.copy_(e)
-    return row_stats
+        gradient = e
+    return row_stats, gradient
+
+
+def scale_(gradient, factor):
+    """``gradient`` times ``factor`` (0-d) in place.
+
+    That the factor is 1 is looked up on the CPU, where it costs nothing; a GPU is not asked.
+    """
+    if factor.device.type != "cpu" or factor != 1:
+        gradient.mul_(factor)

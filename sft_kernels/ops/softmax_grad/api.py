@@ -1,0 +1,28 @@
+"""Which implementation of the core a loss gets."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..._backend import resolve
+
+
+class Core(NamedTuple):
+    """One implementation of the core, handed to the losses as a value."""
+
+    softmax_grad: Any
+    scale_: Any  # multiplies a gradient in place by a scalar on the device
+
+    @classmethod
+    def resolve(cls, impl, device, dtype, composed=False):
+        """The implementation ``impl`` for logits of ``dtype`` on ``device``.
+
+        ``composed`` losses and float64 are torch's own code: ``"auto"`` takes it, another name raises
+        :class:`Unavailable`.
+        """
+        needs_torch = None
+        if composed:
+            needs_torch = "probabilities, class weights with label smoothing, and heads of more than two dimensions"
+        elif dtype == torch.float64:
+            needs_torch = "float64"
+        return cls(*(resolve(op, impl, device, needs_torch) for op in ("softmax_grad", "scale_")))
