@@ -1,0 +1,366 @@
+"""The core in Triton: one program a row, or a few where rows are short; two reads and one write of each logit.
+
+The first pass keeps a running maximum and sum for every group of eight columns, which one thread holds, so that nothing
+is exchanged between threads before the end of the row. The second pass walks back from there: what was read last may
+still be in the cache.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..._triton import tanh
+from .options import LossOptions
+from .rows import RowStats
+
+_VEC = tl.constexpr(8)  # columns of a group: 16 bytes in half precision
+_GROUPS = 1024  # of a tile at most, over all its rows
+_SCALE_BLOCK = 8192  # elements of a gradient that a program multiplies at a time
+_SCALE_PROGRAMS = 1024  # at most: where the factor is 1 they are all that it costs
+
+
+@triton.jit
+def _shape(x, m, softcap, logit_scale, CAPPED: tl.constexpr, SCALED: tl.constexpr):
+    """Logits scaled, then capped; where not ``m`` they stay -inf."""
+    if SCALED:
+        x = x * logit_scale
+    if CAPPED:
+        x = tl.where(m, tanh(x / softcap) * softcap, float("-inf"))
+    return x
+
+
+@triton.jit
+def _slope(x, softcap, logit_scale, SCALED: tl.constexpr):
+    """1 − tanh² of the capped logits' argument, with its digits also where the cap is reached."""
+    if SCALED:
+        x = x * logit_scale
+    e = tl.exp(tl.abs(x) * (-2.0 / softcap))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def _base(max_logit):
+    """What is subtracted before exponentials: the maximum, but 0 where all is ruled out."""
+    return tl.where(max_logit == float("-inf"), 0.0, max_logit)
+
+
+@triton.jit
+def _softmax_grad_kernel(
+    logits,  # [N, V]
+    out,  # [N, V]: dlogits, may be logits
+    target,  # [N] int64
+    scale,  # [N] fp32
+    given_lse,  # [N] fp64
+    keep,  # [N] bool
+    lse,  # [N] fp64, and what follows of RowStats
+    target_logit,  # [N] fp32
+    max_logit,  # [N] fp32
+    mean_logit,  # [N] fp64
+    sum_logit,  # [N] fp64
+    N,
+    V,
+    stride,  # elements from one row of logits to the next
+    stride_out,
+    softcap,
+    logit_scale,
+    z_loss,
+    smoothing,  # ε
+    uniform,  # ε / classes
+    HAS_SCALE: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_KEEP: tl.constexpr,
+    STATS: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SCALED: tl.constexpr,
+    PENALISED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows of logits and out lie the same way to 16 bytes, some of them (SKIP) not at 0
+    SKIP: tl.constexpr,
+    EDGES: tl.constexpr,  # rows may have columns outside whole groups
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    o_n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    m_n = o_n < N
+    live = m_n
+    if HAS_KEEP:
+        live = m_n & (tl.load(keep + o_n, mask=m_n, other=0) != 0)
+    y_long = tl.load(target + o_n, mask=live, other=-1)
+    here = live & (y_long >= 0) & (y_long < V)
+    y = tl.where(here, y_long, -1).to(tl.int32)
+
+    # Whole groups begin `skip` columns into a row, at 16 bytes. The columns before and after them are the edges.
+    skip = tl.zeros([ROWS], tl.int32)
+    if SKIP:
+        skip = (-(o_n * stride) & (_VEC - 1)).to(tl.int32)
+    first = o_n * stride + skip  # [ROWS] elements
+    first_out = o_n * stride_out + skip
+    if ALIGNED:
+        first = tl.multiple_of(first, 8)
+        first_out = tl.multiple_of(first_out, 8)
+    o_v = tl.arange(0, _VEC)[None, None, :]
+    groups = tl.maximum(V - skip, 0) // _VEC  # [ROWS] whole ones
+    tiles = tl.cdiv(V // _VEC, GROUPS)
+    if EDGES:
+        o_e = tl.arange(0, 2 * _VEC)[None, :]
+        behind = (skip + groups * _VEC)[:, None] + o_e - _VEC
+        c_e = tl.where(o_e < _VEC, o_e, behind)  # [ROWS, 16] columns
+        m_e = tl.where(o_e < _VEC, o_e < skip[:, None], True) & (c_e < V)
+        p_e = (o_n * stride)[:, None] + c_e
+
+    x_y = tl.load(logits + o_n * stride + y, mask=here, other=float("-inf")).to(tl.float32)
+    u_y = tl.where(here, _shape(x_y, here, softcap, logit_scale, CAPPED, SCALED), float("-inf"))
+
+    if HAS_LSE:
+        row_lse = tl.load(given_lse + o_n, mask=live, other=0.0)
+        base = row_lse.to(tl.float32)
+        total = tl.exp(row_lse - base.to(tl.float64))
+        minus = (tl.exp(u_y.to(tl.float64) - row_lse) - 1.0).to(tl.float32)  # p_y − 1
+        tl.debug_barrier()  # x_y is read before any thread writes there
+    else:
+        # Per group: maximum m, s = Σ exp(u − m) and t = Σ exp(u − m)(u − m), both without the target: where the model is
+        # sure, p_y − 1 is made of the rest, which would lose its digits beside 1.
+        m = tl.full([ROWS, GROUPS], float("-inf"), tl.float32)
+        s = tl.zeros([ROWS, GROUPS], tl.float32)
+        t = tl.zeros([ROWS, GROUPS], tl.float32)
+        w = tl.zeros([ROWS, GROUPS], tl.float32)  # Σ (u − u_0)
+        u_0 = tl.zeros([ROWS], tl.float32)
+        if SMOOTHED:
+            u_0 = tl.load(logits + o_n * stride, mask=live, other=0.0).to(tl.float32)
+            u_0 = _shape(u_0, live, softcap, logit_scale, CAPPED, SCALED)
+            u_0 = tl.where(tl.abs(u_0) < float("inf"), u_0, 0.0)
+        for i in range(tiles):
+            o_g = i * GROUPS + tl.arange(0, GROUPS)[None, :]
+            m_g = (live[:, None] & (o_g < groups[:, None]))[:, :, None]  # [ROWS, GROUPS, 1]
+            p = first[:, None, None] + (o_g * _VEC)[:, :, None] + o_v
+            c = (skip[:, None] + o_g * _VEC)[:, :, None] + o_v
+            x = tl.load(logits + p, mask=m_g, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+            u = _shape(x, m_g, softcap, logit_scale, CAPPED, SCALED)
+            highest = tl.maximum(m, tl.max(u, 2))
+            b = _base(highest)
+            below = u - b[:, :, None]
+            e = tl.where(c == y[:, None, None], 0.0, tl.exp(below))
+            r = tl.exp(m - b)
+            if STATS:
+                t = r * (t + s * (tl.where(m == float("-inf"), b, m) - b)) + tl.sum(tl.where(e > 0, e * below, 0.0), 2)
+            if SMOOTHED:
+                w += tl.sum(tl.where(m_g, u - u_0[:, None, None], 0.0), 2)
+            s = s * r + tl.sum(e, 2)
+            m = highest
+
+        top = tl.maximum(tl.max(m, 1), u_y)
+        if EDGES:
+            x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=float("-inf")).to(tl.float32)
+            u_e = _shape(x_e, m_e, softcap, logit_scale, CAPPED, SCALED)
+            top = tl.maximum(top, tl.max(u_e, 1))
+        base = _base(top)
+        b = _base(m)
+        r = tl.exp(m - base[:, None])
+        rest = tl.sum(s * r, 1)
+        away = tl.sum(r * t + s * r * (b - base[:, None]), 1)  # Σ exp(u − base)(u − base)
+        offset = tl.sum(w, 1)
+        if EDGES:
+            below_e = u_e - base[:, None]
+            e_e = tl.where(c_e == y[:, None], 0.0, tl.exp(below_e))
+            rest += tl.sum(e_e, 1)
+            away += tl.sum(tl.where(e_e > 0, e_e * below_e, 0.0), 1)
+            offset += tl.sum(tl.where(m_e, u_e - u_0[:, None], 0.0), 1)
+        below_y = u_y - base
+        e_y = tl.exp(below_y)
+        total = rest.to(tl.float64) + e_y.to(tl.float64)
+        row_lse = base.to(tl.float64) + tl.log(tl.where(live, total, 1.0))
+        minus = -rest / total.to(tl.float32)  # p_y − 1
+
+        tl.store(lse + o_n, tl.where(live, row_lse, 0.0), mask=m_n)
+        tl.store(target_logit + o_n, tl.where(live, u_y, 0.0), mask=m_n)
+        tl.store(max_logit + o_n, tl.where(live, top, 0.0), mask=m_n)
+        if STATS:
+            away += tl.where(e_y > 0, e_y * below_y, 0.0)
+            mean = base.to(tl.float64) + away.to(tl.float64) / tl.where(total > 0, total, 1.0)
+            tl.store(mean_logit + o_n, tl.where(live, mean, 0.0), mask=m_n)
+        if SMOOTHED:
+            whole = u_0.to(tl.float64) * V + offset.to(tl.float64)
+            tl.store(sum_logit + o_n, tl.where(live, whole, 0.0), mask=m_n)
+
+    if HAS_SCALE:
+        # ∂loss/∂u_v = (1 + 2 ζ lse) p_v − (1 − ε) [v = y] − ε / V
+        a = tl.load(scale + o_n, mask=live, other=0.0)
+        if SCALED:
+            a = a * logit_scale
+        pull = tl.zeros([ROWS], tl.float32)
+        if PENALISED:
+            pull = 2.0 * z_loss * row_lse.to(tl.float32)
+        at_y = a * (minus + smoothing - uniform + pull * (minus + 1.0))
+        factor = a * (1.0 + pull) / tl.where(live, total, 1.0).to(tl.float32)
+        base = _base(base)
+        for k in range(tiles):
+            i = tiles - 1 - k
+            o_g = i * GROUPS + tl.arange(0, GROUPS)[None, :]
+            m_g = (o_g < groups[:, None])[:, :, None]
+            p = first[:, None, None] + (o_g * _VEC)[:, :, None] + o_v
+            c = (skip[:, None] + o_g * _VEC)[:, :, None] + o_v
+            p_out = first_out[:, None, None] + (o_g * _VEC)[:, :, None] + o_v
+            x = tl.load(logits + p, mask=live[:, None, None] & m_g, other=0.0, eviction_policy="evict_first")
+            x = x.to(tl.float32)
+            u = _shape(x, m_g, softcap, logit_scale, CAPPED, SCALED)
+            d = factor[:, None, None] * tl.exp(u - base[:, None, None])
+            if SMOOTHED:
+                d -= (a * uniform)[:, None, None]
+            d = tl.where(c == y[:, None, None], at_y[:, None, None], d)
+            if CAPPED:
+                d *= _slope(x, softcap, logit_scale, SCALED)
+            d = tl.where(live[:, None, None], d, 0.0)
+            tl.store(out + p_out, d.to(out.dtype.element_ty), mask=m_n[:, None, None] & m_g)
+        if EDGES:
+            x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=0.0).to(tl.float32)
+            u_e = _shape(x_e, m_e, softcap, logit_scale, CAPPED, SCALED)
+            d_e = factor[:, None] * tl.exp(u_e - base[:, None])
+            if SMOOTHED:
+                d_e -= (a * uniform)[:, None]
+            d_e = tl.where(c_e == y[:, None], at_y[:, None], d_e)
+            if CAPPED:
+                d_e *= _slope(x_e, softcap, logit_scale, SCALED)
+            d_e = tl.where(live[:, None], d_e, 0.0)
+            p_out_e = (o_n * stride_out)[:, None] + c_e
+            tl.store(out + p_out_e, d_e.to(out.dtype.element_ty), mask=m_n[:, None] & m_e)
+
+
+@triton.jit
+def _scale_kernel(gradient, factor, n, BLOCK: tl.constexpr):
+    f = tl.load(factor).to(tl.float32)
+    if f != 1:
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for i in range(start, n - BLOCK + 1, step):
+            o = tl.multiple_of(i, 16) + tl.arange(0, BLOCK)
+            tl.store(gradient + o, (tl.load(gradient + o).to(tl.float32) * f).to(gradient.dtype.element_ty))
+        if tl.program_id(0) == 0:
+            o = n // BLOCK * BLOCK + tl.arange(0, BLOCK)
+            x = tl.load(gradient + o, mask=o < n, other=0.0).to(tl.float32)
+            tl.store(gradient + o, (x * f).to(gradient.dtype.element_ty), mask=o < n)
+
+
+def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False, keep=None, out=None):
+    """As ``torch_impl.softmax_grad``, for fp32, bf16 and fp16. Logits whose columns are not adjacent are laid out again."""
+    rest = (target, scale, lse, keep, *options, stats)
+    if out is not None and scale is not None:
+        fields = torch.ops.sft_kernels.softmax_grad_out(logits, out, *rest)
+    elif scale is not None:
+        fields = torch.ops.sft_kernels.softmax_grad_(logits, *rest)
+    else:
+        fields = torch.ops.sft_kernels.softmax_stats(logits, *rest)
+    if lse is not None:
+        return None
+    return RowStats(*fields[:3], fields[3] if stats else None, fields[4] if options.label_smoothing else None)
+
+
+def scale_(gradient, factor):
+    """``gradient`` times ``factor`` (0-d, on the same device) in place; where it is 1, which only the device looks at,
+    nothing is read."""
+    torch.ops.sft_kernels.scale_(gradient, factor)
+
+
+def launch(logits, out, target, scale, lse, keep, options, stats):
+    """Launch the kernel; the fields of :class:`RowStats`, empty where not asked for or where ``lse`` is given."""
+    N, V = logits.shape
+    fields = _fields(logits, lse, options.label_smoothing, stats)
+    if N == 0:
+        return fields
+    source = logits if logits.stride(1) == 1 else logits.contiguous()
+    destination = out if out.stride(1) == 1 else torch.empty_like(source)
+    stride, stride_out = source.stride(0), destination.stride(0)
+    aligned = (stride - stride_out) % 8 == 0
+    groups = min(triton.next_power_of_2(triton.cdiv(V, 8)), _GROUPS)
+    rows = min(_GROUPS // groups, triton.next_power_of_2(N))
+    _softmax_grad_kernel[(triton.cdiv(N, rows),)](
+        source,
+        destination,
+        target,
+        scale,
+        lse,
+        keep,
+        *fields,
+        N,
+        V,
+        stride,
+        stride_out,
+        options.softcap,
+        options.logit_scale,
+        options.z_loss,
+        options.label_smoothing,
+        options.label_smoothing / options.classes,
+        HAS_SCALE=scale is not None,
+        HAS_LSE=lse is not None,
+        HAS_KEEP=keep is not None,
+        STATS=stats,
+        SMOOTHED=bool(options.label_smoothing),
+        CAPPED=options.softcap is not None,
+        SCALED=options.logit_scale is not None,
+        PENALISED=bool(options.z_loss),
+        ALIGNED=aligned,
+        SKIP=aligned and stride % 8 != 0,
+        EDGES=stride % 8 != 0 or V % 8 != 0,
+        ROWS=rows,
+        GROUPS=groups,
+        num_warps=max(1, min(16, rows * groups // 64)),
+    )
+    if scale is not None and destination is not out:
+        out.copy_(destination)
+    return fields
+
+
+def _fields(logits, lse, label_smoothing, stats):
+    rows = logits.shape[0] if lse is None else 0
+    wanted = (
+        (torch.float64, True),
+        (torch.float32, True),
+        (torch.float32, True),
+        (torch.float64, stats),
+        (torch.float64, bool(label_smoothing)),
+    )
+    return tuple(torch.empty(rows if want else 0, dtype=dtype, device=logits.device) for dtype, want in wanted)
+
+
+# ---- the same as operators, so that torch.compile sees schemas and not kernels
+
+_REST = (
+    "Tensor target, Tensor? scale, Tensor? lse, Tensor? keep, int classes, float label_smoothing, float? softcap,"
+    " float? logit_scale, float z_loss, bool stats"
+)
+_FIELDS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_library = torch.library.Library("sft_kernels", "DEF")
+
+
+def _softmax_grad_out(logits, out, target, scale, lse, keep, *options_and_stats):
+    *options, stats = options_and_stats
+    return launch(logits, out, target, scale, lse, keep, LossOptions(*options), stats)
+
+
+def _softmax_grad_(logits, *rest):
+    return _softmax_grad_out(logits, logits, *rest)
+
+
+def _softmax_fake(logits, *rest):
+    target, scale, lse, keep, classes, label_smoothing, softcap, logit_scale, z_loss, stats = rest[-10:]
+    return _fields(logits, lse, label_smoothing, stats)
+
+
+def _scale_(gradient, factor):
+    if not gradient.is_contiguous():
+        gradient.mul_(factor)
+    elif n := gradient.numel():
+        programs = min(max(1, n // _SCALE_BLOCK), _SCALE_PROGRAMS)
+        _scale_kernel[(programs,)](gradient, factor, n, BLOCK=_SCALE_BLOCK, num_warps=8)
+
+
+for _schema, _function, _fake in (
+    (f"softmax_grad_out(Tensor logits, Tensor(a!) out, {_REST}) -> {_FIELDS}", _softmax_grad_out, _softmax_fake),
+    (f"softmax_grad_(Tensor(a!) logits, {_REST}) -> {_FIELDS}", _softmax_grad_, _softmax_fake),
+    (f"softmax_stats(Tensor logits, {_REST}) -> {_FIELDS}", _softmax_grad_, _softmax_fake),
+    ("scale_(Tensor(a!) gradient, Tensor factor) -> ()", _scale_, lambda gradient, factor: None),
+):
+    _name = _schema.split("(")[0]
+    _library.define(_schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    for _device in ("CPU", "CUDA"):  # the CPU's is the interpreter
+        _library.impl(_name, _function, _device)
+    torch.library.register_fake(f"sft_kernels::{_name}", _fake, lib=_library)
