@@ -1,7 +1,9 @@
 """What the tests of several ops share: the plain code they are held against, and a watch on work and memory."""
 
 import math
+from functools import partial
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,16 +25,20 @@ def labels(n=N, v=V, masked=0.6):
 
 
 class Loss:
-    """One of the losses: what it differentiates, how it is called, and the plain code that means the same.
+    """One of the losses in one implementation: what it differentiates, how it is called, and the plain code that means
+    the same.
 
     ``ours`` and ``plain`` take the tensors of ``shapes`` and the target; the linear ones with or without a bias.
     """
 
-    def __init__(self, name, ours, plain, shapes):
-        self.name, self.ours, self.plain, self.shapes = name, ours, plain, shapes
+    def __init__(self, name, impl, ours, plain, shapes):
+        self.name = name if impl == "torch" else f"{impl}-{name}"
+        self.impl, self.ours, self.plain, self.shapes = impl, partial(ours, impl=impl), plain, shapes
 
     def tensors(self, dtype=torch.float32, n=N, v=V):
         """Logits that spread over about ±6: neither uniform nor one-hot."""
+        if dtype == torch.float64 and self.impl != "torch":
+            pytest.skip("float64 is torch's own code")
         return tuple(t.to(dtype) for t in self.shapes(n, v))
 
     def check(self, tensors, y, upstream=1.0, **options):
@@ -47,7 +53,7 @@ class Loss:
         return results
 
 
-def _linear(name, bias=False, **fixed):
+def _linear(name, bias=False, impl="torch", **fixed):
     def ours(hidden, head, *rest, **options):
         *b, target = rest
         return linear_cross_entropy(hidden, head, target, linear_bias=b[0] if b else None, **{**fixed, **options})
@@ -59,10 +65,14 @@ def _linear(name, bias=False, **fixed):
     def shapes(n, v):
         return torch.randn(n, D), torch.randn(v, D) * 2 / D**0.5, *([torch.randn(v)] if bias else [])
 
-    return Loss(name, ours, plain, shapes)
+    return Loss(name, impl, ours, plain, shapes)
 
 
-CROSS_ENTROPY = Loss("cross_entropy", cross_entropy, plain_cross_entropy, lambda n, v: (2 * torch.randn(n, v),))
+def _over_logits(impl="torch"):
+    return Loss("cross_entropy", impl, cross_entropy, plain_cross_entropy, lambda n, v: (2 * torch.randn(n, v),))
+
+
+CROSS_ENTROPY = _over_logits()
 LINEAR = [
     _linear("linear-auto"),
     _linear("linear-tokens", chunking="tokens"),
@@ -70,7 +80,14 @@ LINEAR = [
     _linear("linear-vocab", bias=True, chunking="vocab"),
     _linear("linear-vocab-chunked", bias=True, chunking="vocab", max_logits_bytes=7 * N * 8),
 ]
-LOSSES = [CROSS_ENTROPY, *LINEAR]
+TRITON = [
+    _over_logits("triton"),
+    _linear("linear-auto", bias=True, impl="triton"),
+    _linear("linear-tokens-chunked", bias=True, impl="triton", chunking="tokens", max_logits_bytes=9 * V * 8),
+    _linear("linear-vocab-chunked", bias=True, impl="triton", chunking="vocab", max_logits_bytes=48 * N * 4),
+]
+LINEAR += TRITON[1:]
+LOSSES = [CROSS_ENTROPY, TRITON[0], *LINEAR]
 
 
 def run(function, tensors, upstream=1.0):

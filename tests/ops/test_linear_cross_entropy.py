@@ -12,7 +12,17 @@ from sft_kernels.ops.linear_cross_entropy import api, matmul
 from .helpers import LINEAR, D, N, V, Watch, check_against_plain, labels, plain_cross_entropy, run, same_bits
 
 LOOPS = pytest.mark.parametrize("loss", LINEAR, ids=lambda loss: loss.name)
-CHUNKING = pytest.mark.parametrize("chunking", ["tokens", "vocab"])
+
+
+def CHUNKING(test):
+    """With both loops, in every implementation."""
+    return pytest.mark.parametrize("chunking", ["tokens", "vocab"])(pytest.mark.usefixtures("impl")(test))
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request, monkeypatch):
+    """What ``impl="auto"`` means."""
+    monkeypatch.setenv("SFT_KERNELS_IMPL", request.param)
 
 
 @pytest.fixture
@@ -282,7 +292,7 @@ def test_half_precision_products_stay_within_the_budget(half_products, chunking,
     loss = next(loss for loss in LINEAR if loss.name == f"linear-{chunking}-chunked")  # which has a bias
     y, options = labels(), {"reduction": reduction}
     check_against_plain(
-        lambda *t: loss.ours(*t, y, max_logits_bytes=bound, **options),
+        lambda *t: loss.ours(*t, y, max_logits_bytes=bound, impl="auto", **options),
         lambda *t: loss.plain(*t, y, **options),
         loss.tensors(dtype),
         1 if reduction == "mean" else torch.rand(N),

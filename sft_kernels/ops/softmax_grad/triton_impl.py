@@ -118,8 +118,8 @@ def _softmax_grad_kernel(
         minus = (tl.exp(u_y.to(tl.float64) - row_lse) - 1.0).to(tl.float32)  # p_y − 1
         tl.debug_barrier()  # x_y is read before any thread writes there
     else:
-        # Per group: maximum m, s = Σ exp(u − m) and t = Σ exp(u − m)(u − m), both without the target: where the model is
-        # sure, p_y − 1 is made of the rest, which would lose its digits beside 1.
+        # Per group: maximum m, s = Σ exp(u − m) and t = Σ exp(u − m)(u − m), both without the target: where the model
+        # is sure, p_y − 1 is made of the rest, which would lose its digits beside 1.
         m = tl.full([ROWS, GROUPS], float("-inf"), tl.float32)
         s = tl.zeros([ROWS, GROUPS], tl.float32)
         t = tl.zeros([ROWS, GROUPS], tl.float32)
@@ -241,7 +241,7 @@ def _scale_kernel(gradient, factor, n, BLOCK: tl.constexpr):
 
 
 def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False, keep=None, out=None):
-    """As ``torch_impl.softmax_grad``, for fp32, bf16 and fp16. Logits whose columns are not adjacent are laid out again."""
+    """As ``torch_impl.softmax_grad``, for fp32, bf16 and fp16. Logits whose columns are not adjacent are copied."""
     rest = (target, scale, lse, keep, *options, stats)
     if out is not None and scale is not None:
         fields = torch.ops.sft_kernels.softmax_grad_out(logits, out, *rest)
@@ -331,21 +331,30 @@ _FIELDS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _library = torch.library.Library("sft_kernels", "DEF")
 
 
-def _softmax_grad_out(logits, out, target, scale, lse, keep, *options_and_stats):
+def _register(schema, function, fake):
+    """Define an operator, for the GPU and, interpreted, the CPU; ``fake`` makes its results without values."""
+    name = schema.split("(")[0]
+    _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    for device in ("CUDA", "CPU"):
+        _library.impl(name, function, device)
+    torch.library.register_fake(f"sft_kernels::{name}", fake, lib=_library)
+
+
+def _out_of_place(logits, out, target, scale, lse, keep, *options_and_stats):
     *options, stats = options_and_stats
     return launch(logits, out, target, scale, lse, keep, LossOptions(*options), stats)
 
 
-def _softmax_grad_(logits, *rest):
-    return _softmax_grad_out(logits, logits, *rest)
+def _in_place(logits, *rest):
+    return _out_of_place(logits, logits, *rest)
 
 
-def _softmax_fake(logits, *rest):
-    target, scale, lse, keep, classes, label_smoothing, softcap, logit_scale, z_loss, stats = rest[-10:]
+def _fake(logits, *rest):
+    *_, lse, _keep, _classes, label_smoothing, _softcap, _logit_scale, _z_loss, stats = rest
     return _fields(logits, lse, label_smoothing, stats)
 
 
-def _scale_(gradient, factor):
+def _scale(gradient, factor):
     if not gradient.is_contiguous():
         gradient.mul_(factor)
     elif n := gradient.numel():
@@ -353,14 +362,7 @@ def _scale_(gradient, factor):
         _scale_kernel[(programs,)](gradient, factor, n, BLOCK=_SCALE_BLOCK, num_warps=8)
 
 
-for _schema, _function, _fake in (
-    (f"softmax_grad_out(Tensor logits, Tensor(a!) out, {_REST}) -> {_FIELDS}", _softmax_grad_out, _softmax_fake),
-    (f"softmax_grad_(Tensor(a!) logits, {_REST}) -> {_FIELDS}", _softmax_grad_, _softmax_fake),
-    (f"softmax_stats(Tensor logits, {_REST}) -> {_FIELDS}", _softmax_grad_, _softmax_fake),
-    ("scale_(Tensor(a!) gradient, Tensor factor) -> ()", _scale_, lambda gradient, factor: None),
-):
-    _name = _schema.split("(")[0]
-    _library.define(_schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-    for _device in ("CPU", "CUDA"):  # the CPU's is the interpreter
-        _library.impl(_name, _function, _device)
-    torch.library.register_fake(f"sft_kernels::{_name}", _fake, lib=_library)
+_register(f"softmax_stats(Tensor logits, {_REST}) -> {_FIELDS}", _in_place, _fake)
+_register(f"softmax_grad_(Tensor(a!) logits, {_REST}) -> {_FIELDS}", _in_place, _fake)
+_register(f"softmax_grad_out(Tensor logits, Tensor(a!) out, {_REST}) -> {_FIELDS}", _out_of_place, _fake)
+_register("scale_(Tensor(a!) gradient, Tensor factor) -> ()", _scale, lambda gradient, factor: None)
