@@ -4,9 +4,10 @@ Implementations are named by import strings and loaded on first use, so that imp
 """
 
 import os
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+
+import torch
 
 IMPLS = ("torch", "triton", "cuda", "flash")
 
@@ -77,12 +78,24 @@ def _why_no_triton(device, interpreted):
     return None
 
 
-@cache
+_loaded = {}
+
+
 def _load(target):
+    if target not in _loaded:
+        _import(target)
+    return _loaded[target]
+
+
+@torch.compiler.assume_constant_result  # a compiler need not look inside
+def _import(target):
     module, name = target.split(":")
-    return getattr(import_module(module), name)
+    _loaded[target] = getattr(import_module(module), name)
 
 
 def checks_enabled(device):
-    """Whether device data may be read to check it: always on the CPU, elsewhere under ``SFT_KERNELS_CHECK=1``."""
+    """Whether device data may be read to check it: on the CPU, elsewhere under ``SFT_KERNELS_CHECK=1``, and not in what
+    ``torch.compile`` traces."""
+    if torch.compiler.is_compiling():
+        return False
     return device.type == "cpu" or os.environ.get("SFT_KERNELS_CHECK") == "1"

@@ -104,7 +104,7 @@ def _block(logits, target, options, scale, lse, stats):
 def scale_(gradient, factor):
     """``gradient`` times ``factor`` (0-d) in place.
 
-    That the factor is 1 is looked up on the CPU, where it costs nothing; a GPU is not asked.
+    That the factor is 1 is looked up on the CPU, where it costs nothing; a GPU, or a trace, is not asked.
     """
-    if factor.device.type != "cpu" or factor != 1:
+    if torch.compiler.is_compiling() or factor.device.type != "cpu" or factor != 1:
         gradient.mul_(factor)
