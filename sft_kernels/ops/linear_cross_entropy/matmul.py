@@ -46,14 +46,15 @@ def logits(x, weight, bias=None):
     return out
 
 
-def grad_input(dlogits, weight):
-    """``dlogits W``: [N, D], summed over the vocabulary in fp32 throughout."""
-    if weight.dtype == dlogits.dtype:
-        return dlogits @ weight
+def grad_input(dlogits, weight, out):
+    """``out = dlogits W``: [N, D], summed over the vocabulary in fp32 throughout, rounded once."""
+    if weight.dtype == dlogits.dtype == out.dtype:
+        torch.mm(dlogits, weight, out=out)
+        return
     acc = dlogits.new_zeros(dlogits.shape[0], weight.shape[1], dtype=accumulator_dtype(dlogits.dtype))
     for s in _slices(weight):
         accumulate(acc, dlogits[:, s], weight[s].to(dlogits.dtype))
-    return acc
+    out.copy_(acc)
 
 
 def grad_weight(dlogits, x, out):

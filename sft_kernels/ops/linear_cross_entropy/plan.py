@@ -1,11 +1,10 @@
 """Which loop, and how large its chunks: the cost model behind ``chunking="auto"``.
 
-With K kept rows, D hidden, V vocabulary, b bytes a logit, and a machine of B FLOPs per byte of memory traffic:
+With K kept rows, D hidden, V vocabulary, and a machine of B FLOPs per byte of memory traffic, :func:`cost` counts what
+both loops compute and move; ``"auto"`` takes the one with less FLOPs + B · bytes.
 
 - ``tokens``: gradients with the forward, 2 · K · D · V FLOPs for each of the products asked for (three in training).
-  Every chunk reads the weight once per product and reads and writes the weight's gradient once.
-- ``vocab``: one more product to recompute the logits. Every chunk reads the rows once per product and reads and writes
-  the fp32 gradient of the rows; the weight and its gradient pass once.
+- ``vocab``: one more product to recompute the logits.
 
 Memory beside the inputs and the gradients: the logits of one chunk and the gathered rows, and with several chunks of
 tokens a fp32 gradient of the weight (none where the weight is fp32), with vocabulary chunks a fp32 gradient of the
@@ -62,12 +61,8 @@ def make_plan(K, D, V, itemsize, *, device_type, chunking, max_logits_bytes, gra
         chosen = tokens if vocab.chunk == 0 else vocab
     else:
         balance = _BALANCE.get(device_type, _BALANCE_DEVICE)
-        product = 2 * K * D * V
-        passes = grads > 0
-        token_bytes = -(-K // tokens.chunk) * D * V * ((1 + grads) * itemsize + 8 * passes)
-        vocab_bytes = -(-V // vocab.chunk) * D * K * ((1 + passes + grads) * itemsize + 8 * passes)
-        token_cost = (1 + grads) * product + balance * token_bytes
-        vocab_cost = (1 + passes + grads) * product + balance * vocab_bytes
+        costs = [cost(plan, K, D, V, itemsize, dx=grads > 0, dw=grads > 1) for plan in (tokens, vocab)]
+        token_cost, vocab_cost = (flops + balance * moved for flops, moved in costs)
         chosen = tokens if token_cost <= vocab_cost else vocab
     if chosen.chunk == 0:
         needed = row if chosen.loop == "tokens" else column
@@ -76,6 +71,38 @@ def make_plan(K, D, V, itemsize, *, device_type, chunking, max_logits_bytes, gra
             f"got {max_logits_bytes}"
         )
     return chosen
+
+
+def cost(plan, K, D, V, itemsize, *, dx, dw):
+    """FLOPs of the products, and the bytes of matrices that a loop reads and writes, forward and backward.
+
+    For a reduction, an upstream gradient of 1 and no bias. The core reads a logit twice and writes it once where it
+    makes gradients in the forward, reads it once for statistics, and reads and writes it where the logsumexp is known.
+    """
+    grads, b = dx + dw, itemsize
+    rows, weight, logits = K * D, V * D, K * V
+    product = 2 * K * D * V
+    if plan.loop == "tokens":
+        n = max(1, -(-K // plan.chunk))
+        moved = b * (rows + n * weight + logits)  # x, W → logits
+        moved += b * logits * (3 if grads else 1)
+        if dx:
+            moved += b * (logits + n * weight + rows)
+        if dw:
+            moved += b * (logits + rows + weight)
+            if n > 1:  # summed in fp32: every chunk but the first reads it too, and the last is rounded
+                moved += (4 - b) * weight + (n - 1) * 8 * weight + ((4 + b) * weight if b < 4 else 0)
+        return (1 + grads) * product, moved
+    n = -(-V // plan.chunk)
+    logit_bytes = b * (n * rows + weight + logits)
+    if not grads:
+        return product, logit_bytes + b * logits
+    moved = 2 * logit_bytes + b * logits * (1 + 2)
+    if dx:  # in fp32
+        moved += b * (logits + weight) + (1 + 2 * n) * 4 * rows
+    if dw:
+        moved += b * (logits + n * rows + weight)
+    return (2 + grads) * product, moved
 
 
 def _even(total, largest):

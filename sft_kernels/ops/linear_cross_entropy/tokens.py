@@ -35,7 +35,7 @@ def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stat
         dlogits = matmul.logits(x[s], weight, bias)  # [chunk, V], the gradient once the core has passed
         parts.append(core(dlogits, targets[s], scale=scale[s], stats=stats))
         if needs.dx:
-            dx[s] = matmul.grad_input(dlogits, weight)
+            matmul.grad_input(dlogits, weight, dx[s])
         if needs.dw and i == 0:
             matmul.grad_weight(dlogits, x[s], dw)
         elif needs.dw:
