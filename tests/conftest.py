@@ -1,6 +1,7 @@
 """What holds for every test: seeded, on one thread. And for tests of ops: no memory is silently clean."""
 
 import functools
+import os
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ settings.register_profile(
 settings.load_profile("same")
 # On a busy machine threads wait for each other: with two, these small tests took ten times as long as with one.
 torch.set_num_threads(1)
+# Without a GPU Triton's kernels are interpreted; triton reads this when it is imported, so before any test is.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
