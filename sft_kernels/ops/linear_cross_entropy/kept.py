@@ -27,9 +27,9 @@ class KeptTokens(NamedTuple):
         With ``shift=True`` the hidden state at position t carries the label at t + 1 of the same row, so the first
         label of a row is never used. On a GPU this waits for the device once, to learn the count.
 
-        ``capacity`` makes ``rows`` and ``targets`` that long whatever the batch: a step captured in a CUDA graph replays
-        with the next batch copied into the same tensors, and the number of kept tokens is then read on the device. The
-        products are paid for ``capacity`` tokens.
+        ``capacity`` makes ``rows`` and ``targets`` that long whatever the batch, and the number of kept tokens is then
+        counted on the device: a step captured in a CUDA graph replays with the next batch copied into the same tensors.
+        The products are paid for ``capacity`` tokens.
 
         Raises ``TypeError`` for labels of another dtype, ``ValueError`` where more tokens are kept than ``capacity``.
         """

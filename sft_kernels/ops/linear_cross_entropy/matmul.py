@@ -5,6 +5,7 @@ CPU); then it is cast a slice of the vocabulary at a time, so that no second cop
 """
 
 import torch
+import torch.nn.functional as F
 
 _SLICE = 4096  # rows of the weight that are cast at a time
 
@@ -36,13 +37,14 @@ def logits(x, weight, bias=None):
     if bias is not None:
         bias = bias.to(x.dtype)
     V = weight.shape[0]
+    if weight.dtype == x.dtype and V == padded(V):
+        return F.linear(x, weight, bias)
     out = x.new_empty(x.shape[0], padded(V))[:, :V]
     for s in [slice(0, V)] if weight.dtype == x.dtype else _slices(weight):
-        w = weight[s].to(x.dtype).T
-        if bias is None:
-            torch.mm(x, w, out=out[:, s])
-        else:
-            torch.addmm(bias[s], x, w, out=out[:, s])
+        columns = out[:, s]
+        if bias is not None:
+            columns.copy_(bias[s])
+        columns.addmm_(x, weight[s].to(x.dtype).T, beta=0 if bias is None else 1)
     return out
 
 

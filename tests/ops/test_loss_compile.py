@@ -1,0 +1,108 @@
+"""Both losses under ``torch.compile(fullgraph=True)``: traced whole, forward and backward, with eager's numbers."""
+
+import pytest
+import torch
+
+from sft_kernels import KeptTokens, cross_entropy, linear_cross_entropy
+from sft_kernels._budget import check
+
+from .helpers import D, N, V, labels, same_bits
+
+IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])
+
+
+@pytest.fixture(autouse=True)
+def _poison_unwritten_memory():
+    """Off: what it wraps cannot be traced."""
+    torch._dynamo.reset()
+
+
+def leaves():
+    return torch.randn(N, D, requires_grad=True), (torch.randn(V, D) * 2 / D**0.5).requires_grad_()
+
+
+def linear(kept, **options):
+    def loss(hidden, weight, rows, targets):
+        return linear_cross_entropy(hidden, weight, kept=kept._replace(rows=rows, targets=targets), **options)
+
+    return loss
+
+
+def compare(loss, tensors, backend="aot_eager"):
+    """Values and gradients of the compiled loss against eager's, a second backward included."""
+    inputs = [t for t in tensors if t.requires_grad]
+    eager = loss(*tensors)
+    upstream = torch.rand_like(eager)
+    reference = (eager, *torch.autograd.grad(eager, inputs, upstream))
+    compiled = torch.compile(loss, fullgraph=True, backend=backend)(*tensors)
+    first = [g.clone() for g in torch.autograd.grad(compiled, inputs, upstream, retain_graph=True)]
+    second = torch.autograd.grad(compiled, inputs, 2 * upstream)
+    for x, ref in zip((compiled, *first), reference, strict=True):
+        check("compiled", x.detach(), ref.detach().double(), ref.detach())
+    assert same_bits(second, [2 * g for g in first])
+
+
+@IMPLS
+@pytest.mark.parametrize("capacity", [None, N])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loop", [{}, {"chunking": "vocab", "max_logits_bytes": 48 * N * 4}], ids=["tokens", "vocab"])
+def test_linear_cross_entropy(impl, capacity, reduction, loop):
+    kept = KeptTokens.from_labels(labels(), capacity=capacity)
+    compare(linear(kept, impl=impl, reduction=reduction, **loop), (*leaves(), kept.rows, kept.targets))
+
+
+def test_with_every_scalar_option_and_statistics():
+    kept = KeptTokens.from_labels(labels())
+    options = {"label_smoothing": 0.1, "softcap": 5.0, "logit_scale": 0.5, "z_loss": 0.01, "return_stats": True}
+    loss = linear(kept, impl="triton", **options)
+    tensors = (*leaves(), kept.rows, kept.targets)
+    compare(lambda *t: loss(*t)[0], tensors)
+    _, eager = loss(*tensors)
+    _, compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*tensors)
+    assert same_bits(compiled, eager)
+
+
+def test_cross_entropy():
+    logits, y = (2 * torch.randn(N, V)).requires_grad_(), labels()
+    for options in ({}, {"reduction": "none"}, {"label_smoothing": 0.1, "softcap": 5.0}):
+        compare(lambda x, t: cross_entropy(x, t, impl="triton", **options), (logits, y))  # noqa: B023
+
+
+@IMPLS
+def test_inductor(impl):
+    kept = KeptTokens.from_labels(labels())
+    compare(linear(kept, impl=impl), (*leaves(), kept.rows, kept.targets), backend="inductor")
+
+
+def test_a_batch_with_another_number_of_kept_tokens():
+    loss = linear(KeptTokens.from_labels(labels()), impl="triton")
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for masked in (0.6, 0.3, 0.8):
+        kept = KeptTokens.from_labels(labels(masked=masked))
+        tensors = (*leaves(), kept.rows, kept.targets)
+        assert torch.equal(compiled(*tensors), loss(*tensors))
+
+
+@IMPLS
+def test_without_kept_tokens_the_graph_breaks_and_the_numbers_hold(impl):
+    y, tensors = labels(), leaves()
+    loss = torch.compile(lambda *t: linear_cross_entropy(*t, impl=impl), backend="aot_eager")
+    found, reference = loss(*tensors, y), linear_cross_entropy(*tensors, y, impl=impl)
+    assert same_bits(torch.autograd.grad(found, tensors), torch.autograd.grad(reference, tensors))
+
+
+@pytest.mark.parametrize("name", ["softmax_stats", "softmax_grad_", "softmax_grad_out"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_operators_keep_what_their_schemas_and_fakes_say(name, smoothing):
+    from sft_kernels.ops.softmax_grad import triton_impl  # noqa: F401, which defines them
+
+    x, y, scale, keep = torch.randn(9, V), torch.randint(0, V, (9,)), torch.rand(9), torch.rand(9) < 0.5
+    out = [torch.randn(9, V)] if name == "softmax_grad_out" else []
+    arguments = (x, *out, y, None if name == "softmax_stats" else scale, None, keep, V, smoothing, None, 0.5, 0.0, True)
+    torch.library.opcheck(getattr(torch.ops.sft_kernels, name).default, arguments)
+
+
+def test_the_scaling_operator_keeps_what_its_schema_says():
+    from sft_kernels.ops.softmax_grad import triton_impl  # noqa: F401
+
+    torch.library.opcheck(torch.ops.sft_kernels.scale_.default, (torch.randn(5, 7), torch.tensor(2.0)))
