@@ -82,7 +82,7 @@ class Tables:
         launches: one :class:`Launch` per combination of dtypes; none where there is no gradient.
         addresses: int64 ``[rows, COLUMNS]`` on the device.
         rows: int32 ``[chunks]``, the row of each chunk.
-        maps: int64 ``[·, 2]``, of ``sharding.placement_in_whole``.
+        maps: int64 ``[·, 2]``, of ``sharding.placement_in_whole``; ``mapped``: whether there are any.
         ranks: :class:`sharding.Ranks`.
         hyper, sums, partials, done, finished, stats: working memory of the kernels.
 
@@ -140,6 +140,7 @@ class Tables:
         self._table[:, OFFSET] = [whole[row][0] for row in order]
         self._table[:, MAPS] = [len(whole[row][1]) for row in order]
         self._table[:, FIRST_MAP] = np.cumsum(self._table[:, MAPS]) - self._table[:, MAPS]
+        self.mapped = any(maps for _, maps in whole)
         first = 0
         for kind, rows in combinations.items():
             count = int(chunks[: len(rows)].sum())

@@ -14,8 +14,8 @@ from . import tables as at
 from ... import _triton  # noqa: F401  corrects the interpreter
 from .tables import CHUNK, Tables
 
-_BLOCK = 2048  # elements of a tile: 16 bytes of bf16 a thread
-_WARPS = 8
+_BLOCK = 1024  # elements of a tile: 8 a thread, 16 bytes of bf16
+_WARPS = 4
 _NORM_PROGRAMS = 1024  # at most, on every machine: the order of a sum must not depend on it
 
 _COLUMNS = tl.constexpr(at.COLUMNS)
@@ -29,12 +29,10 @@ _HYPER = tl.constexpr(at.HYPER)
 
 
 @triton.jit
-def _tensor(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The pointer that stands in a row of the table."""
-    address = tl.load(row + COLUMN)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """The address of a tensor, from a row of the table, as a pointer."""
+    pointer = address.to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
 @triton.jit
@@ -88,11 +86,12 @@ def _sum_of_squares_kernel(
         row = addresses + tl.load(row_of_chunk + chunk).to(tl.int64) * _COLUMNS
         start, left, whole = _here(row, chunk, CHUNK, BLOCK)
         squares = tl.zeros([BLOCK], tl.float32)
-        g = _tensor(row, _GRAD, GRAD, True) + start
+        address = tl.load(row + _GRAD)
+        g = _pointer(address, GRAD, True) + start
         for tile in range(0, whole):
             x = tl.load(g + (tile * BLOCK + o)).to(tl.float32)
             squares += x * x
-        g = _tensor(row, _GRAD, GRAD, False) + start
+        g = _pointer(address, GRAD, False) + start
         for tile in range(whole, tl.cdiv(left, BLOCK)):
             x = tl.load(g + (tile * BLOCK + o), mask=tile * BLOCK + o < left, other=0).to(tl.float32)
             squares += x * x
@@ -145,11 +144,18 @@ def _low_half(b):
 
 @triton.jit
 def _update_tile(
-    row,
-    maps,
+    theta_at,  # addresses
+    g_at,
+    m_at,
+    v_at,
+    max_at,
+    master_at,
     start,
     left,
     tile,
+    maps,  # where the first is
+    map_count,
+    offset,
     lost,  # [3, BLOCK] in a tuple, with STATS: Σ δ², Σ θ², updates rounded away
     c,
     alpha1,
@@ -166,27 +172,28 @@ def _update_tile(
     MASTER: tl.constexpr,
     AMSGRAD: tl.constexpr,
     ROUND: tl.constexpr,
+    MAPPED: tl.constexpr,
     STATS: tl.constexpr,
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     o = tile * BLOCK + tl.arange(0, BLOCK)
     inside = o < left
-    p_theta = _tensor(row, _PARAM, PARAM, not MASKED) + start
-    p_g = _tensor(row, _GRAD, GRAD, not MASKED) + start
-    p_m = _tensor(row, _EXP_AVG, STATE, not MASKED) + start
-    p_v = _tensor(row, _EXP_AVG_SQ, STATE, not MASKED) + start
+    p_theta = _pointer(theta_at, PARAM, not MASKED) + start
+    p_g = _pointer(g_at, GRAD, not MASKED) + start
+    p_m = _pointer(m_at, STATE, not MASKED) + start
+    p_v = _pointer(v_at, STATE, not MASKED) + start
 
     g = _read(p_g, o, inside, MASKED).to(tl.float32)
     m = _read(p_m, o, inside, MASKED).to(tl.float32)
     v = _read(p_v, o, inside, MASKED).to(tl.float32)
     if MASTER == "master":
-        p_master = _tensor(row, _MASTER, tl.float32, not MASKED) + start
+        p_master = _pointer(master_at, tl.float32, not MASKED) + start
         theta = _read(p_master, o, inside, MASKED)
     else:
         theta = _read(p_theta, o, inside, MASKED)
     if MASTER == "remainder":
-        p_remainder = _tensor(row, _MASTER, tl.int16, not MASKED) + start
+        p_remainder = _pointer(master_at, tl.int16, not MASKED) + start
         remainder = _read(p_remainder, o, inside, MASKED).to(tl.int32)
         high = theta.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         theta = (high + remainder.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
@@ -197,7 +204,7 @@ def _update_tile(
     v = beta2 * v + alpha2 * (g * g)
     w = v
     if AMSGRAD:
-        p_max = _tensor(row, _MAX_EXP_AVG_SQ, STATE, not MASKED) + start
+        p_max = _pointer(max_at, STATE, not MASKED) + start
         w = tl.maximum(_read(p_max, o, inside, MASKED).to(tl.float32), v, propagate_nan=tl.PropagateNan.ALL)
         _write(p_max, o, inside, w.to(STATE), MASKED)
     delta = a * tl.div_rn(m, tl.sqrt_rn(w) * q + eps) + d * theta
@@ -212,12 +219,17 @@ def _update_tile(
         _write(p_remainder, o, inside, _low_half(tl.where(nan, 0, b)).to(tl.int16, bitcast=True), MASKED)
         weight = _low_half(tl.where(nan, 0x7FC0, (b + 0x8000) >> 16)).to(PARAM, bitcast=True)
     elif ROUND:
-        i = start + o  # int64, row-major in the shard, then in the whole
-        first = tl.load(row + _FIRST_MAP)
-        for k in range(first, first + tl.load(row + _MAPS)):
-            i = i // tl.load(maps + 2 * k) * tl.load(maps + 2 * k + 1) + i % tl.load(maps + 2 * k)
-        i += tl.load(row + _OFFSET)
-        noise = _mix((i & 0xFFFFFFFF).to(tl.uint32) ^ ((i >> 32).to(tl.uint32) * 0x9E3779B1) ^ key) >> 16
+        if MAPPED:
+            i = start + o  # int64, row-major in the shard, then in the whole
+            for k in range(0, map_count):
+                i = i // tl.load(maps + 2 * k) * tl.load(maps + 2 * k + 1) + i % tl.load(maps + 2 * k)
+            i += offset
+            low, high = (i & 0xFFFFFFFF).to(tl.uint32), (i >> 32).to(tl.uint32)
+        else:
+            first = start + offset
+            low = (first & 0xFFFFFFFF).to(tl.uint32) + o.to(tl.uint32)
+            high = (first >> 32).to(tl.uint32) + (low < o.to(tl.uint32)).to(tl.uint32)  # the carry
+        noise = _mix(low ^ (high * 0x9E3779B1) ^ key) >> 16
         rounded = _low_half((b + noise) >> 16).to(PARAM, bitcast=True)
         weight = tl.where((b & 0x7FFFFFFF) < 0x7F800000, rounded, new.to(PARAM))
         kept = weight.to(tl.float32)
@@ -264,6 +276,7 @@ def _update_kernel(
     MASTER: tl.constexpr,
     AMSGRAD: tl.constexpr,
     ROUND: tl.constexpr,
+    MAPPED: tl.constexpr,
     STATS: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -298,7 +311,7 @@ def _update_kernel(
                 tl.store(skipped, tl.load(skipped) + skip.to(tl.int64))
 
     if skip == 0:
-        p_step = _tensor(row, _STEP, tl.float32, False)
+        p_step = _pointer(tl.load(row + _STEP), tl.float32, False)
         step = tl.load(p_step)
         t = step.to(tl.int32) + 1
         lr, beta1, beta2 = tl.load(group), tl.load(group + 1), tl.load(group + 2)
@@ -318,15 +331,21 @@ def _update_kernel(
         start, left, whole = _here(row, chunk, CHUNK, BLOCK)
         zero = tl.zeros([BLOCK], tl.float32)
         lost = (zero, zero, zero)
+        theta_at, g_at, master_at = tl.load(row + _PARAM), tl.load(row + _GRAD), tl.load(row + _MASTER)
+        m_at, v_at, max_at = tl.load(row + _EXP_AVG), tl.load(row + _EXP_AVG_SQ), tl.load(row + _MAX_EXP_AVG_SQ)
+        maps += 2 * tl.load(row + _FIRST_MAP)
+        map_count, offset = tl.load(row + _MAPS), tl.load(row + _OFFSET)
         for tile in range(0, whole):
             lost = _update_tile(
-                row, maps, start, left, tile, lost, c, alpha1, beta2, alpha2, eps, q, a, d, key,
-                PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, STATS, False, BLOCK,
+                theta_at, g_at, m_at, v_at, max_at, master_at, start, left, tile, maps, map_count, offset, lost,
+                c, alpha1, beta2, alpha2, eps, q, a, d, key,
+                PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, MAPPED, STATS, False, BLOCK,
             )  # fmt: skip
         for tile in range(whole, tl.cdiv(left, BLOCK)):
             lost = _update_tile(
-                row, maps, start, left, tile, lost, c, alpha1, beta2, alpha2, eps, q, a, d, key,
-                PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, STATS, True, BLOCK,
+                theta_at, g_at, m_at, v_at, max_at, master_at, start, left, tile, maps, map_count, offset, lost,
+                c, alpha1, beta2, alpha2, eps, q, a, d, key,
+                PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, MAPPED, STATS, True, BLOCK,
             )  # fmt: skip
         if STATS:
             for k in tl.static_range(3):
@@ -421,6 +440,7 @@ def _launch(optimizer, tables):
             MASTER=kind.master,
             AMSGRAD=kind.amsgrad,
             ROUND=optimizer.stochastic_rounding and kind.param == torch.bfloat16,
+            MAPPED=tables.mapped,
             STATS=tables.stats is not None,
             CHUNK=CHUNK,
             BLOCK=_BLOCK,
