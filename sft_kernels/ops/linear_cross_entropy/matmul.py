@@ -37,7 +37,7 @@ def logits(x, weight, bias=None):
     if bias is not None:
         bias = bias.to(x.dtype)
     V = weight.shape[0]
-    if weight.dtype == x.dtype and V == padded(V):
+    if weight.dtype == x.dtype and padded(V) == V:
         return F.linear(x, weight, bias)
     out = x.new_empty(x.shape[0], padded(V))[:, :V]
     for s in [slice(0, V)] if weight.dtype == x.dtype else _slices(weight):
