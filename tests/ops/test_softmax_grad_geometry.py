@@ -57,7 +57,7 @@ def eager(logits, target, scale, options):
 def hold(core, logits, target, options, keep=None, x=None, out=None):
     """Run ``core`` over ``x``, or a copy of ``logits``, and hold losses and gradients to the oracle; off the target by
     themselves, beside which they are small."""
-    n, v = logits.shape
+    n = len(logits)
     scale = torch.rand(n) + 0.5
     scale[0] = -scale[0]
     x = logits.clone() if x is None else x
