@@ -26,7 +26,7 @@ class AdamW(torch.optim.AdamW):
         master_weights: ``"float32"``: an fp16 or bf16 parameter has an fp32 copy in its state, under ``"master"``,
             which is updated in its place, and the parameter is its rounding. Without it, updates smaller than half a
             unit in the parameter's last place are lost. What else writes to the parameter, the next step overwrites.
-            ``"split"``: a bf16 parameter is the upper half of its master; the lower is kept as int16 under
+            ``"split"``: a bf16 parameter is the upper half of its master; the bits of the lower are kept under
             ``"remainder"``. The same updates for two bytes less; what else writes to the parameter counts.
         stochastic_rounding: a bf16 parameter without a master is rounded up or down at random, right on average. The
             random bits depend on the group's ``"seed"`` (0 unless set, below 2³²), the parameter's step, its place among
@@ -295,7 +295,7 @@ class AdamW(torch.optim.AdamW):
             tensors = {name: tensor.to(self.state_dtype) for name, tensor in tensors.items()}
         if master is not None and p.dtype in HALF and master.dtype == torch.float32:
             tensors["master"] = master
-        elif remainder is not None and p.dtype == torch.bfloat16 and remainder.dtype == torch.int16:
+        elif remainder is not None and p.dtype == remainder.dtype == torch.bfloat16:
             tensors["remainder"] = remainder
         if self.defaults["differentiable"] and any(tensor.dtype != p.dtype for tensor in tensors.values()):
             raise ValueError(f"state_dict: differentiable=True takes moments of {p.dtype} alone")
@@ -313,7 +313,7 @@ class AdamW(torch.optim.AdamW):
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state):
-        super().__setstate__({"stochastic_rounding": False, "update_stats": False} | state)
+        super().__setstate__(state)  # also what torch's load_state_dict ends with
         self._forget()
 
 

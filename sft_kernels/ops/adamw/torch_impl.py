@@ -3,7 +3,7 @@
 import torch
 
 from .rounding import decode, encode, round_stochastically
-from .sharding import Ranks, aligned_gradient, is_sharded, local
+from .sharding import Ranks, aligned_gradient, is_sharded, local, placement_in_whole
 from .state import laid_out_as, moments, refuse_sparse, state_of
 
 
@@ -153,7 +153,7 @@ def _mixed_update(optimizer, p, index, state, group, scale, skip):
     if remainder is not None:
         upper, lower = encode(new)
         write(weight, upper)
-        write(remainder, lower)
+        write(remainder.view(torch.int16), lower.view(torch.int16))
     elif master is not None:
         write(master, new)
         write(weight, new)
@@ -189,12 +189,16 @@ def _scalar(x, device):
 
 
 def _prepare(optimizer):
-    """Refuse sparse gradients before anything is updated, and follow what has changed since the path was chosen.
+    """Refuse what cannot be updated before anything is, and follow what has changed since the path was chosen.
 
     A model may be cast or laid out anew between steps. torch's fused CPU kernel walks parameter, gradient and moments
     by address, so that one of another layout would update the wrong elements: it is laid out as its parameter.
     """
     refuse_sparse(optimizer)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if optimizer._rounds(p) and p.grad is not None:
+                placement_in_whole(p)  # raises where it cannot say
     if not optimizer._mixed and any(
         (optimizer.master_weights is not None, optimizer.state_dtype is not None, optimizer.stochastic_rounding)
     ):
