@@ -27,7 +27,7 @@ def encode(master):
 
 
 def round_stochastically(values, *, seed, t, p, index):
-    """fp32 ``values`` of what lies here of ``p`` (row-major, the ``index``-th parameter), rounded to bf16 in step ``t``.
+    """fp32 ``values`` of what lies here of ``p``, the ``index``-th parameter, rounded to bf16 in step ``t``.
 
     ``t`` is a 0-d tensor: that a step counts is known on the device alone.
     """
