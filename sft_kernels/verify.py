@@ -255,12 +255,18 @@ _ADAMW_FAMILIES = {
     "a missing gradient": {"missing": True, "max_grad_norm": 100.0},
     "state_dtype": {"state_dtype": torch.float32, "max_grad_norm": 100.0},
     "master_weights": {"master_weights": "float32", "max_grad_norm": 100.0},
+    "split masters": {"master_weights": "split", "state_dtype": torch.float32, "max_grad_norm": 100.0},
+    # One step: what is rounded the other way stays inside the budget, and does not add up.
+    "stochastic_rounding": {"stochastic_rounding": True, "state_dtype": torch.float32, "steps": 1},
+    "update_stats": {"update_stats": True, "max_grad_norm": 100.0},
 }
 
 
 def _adamw_case(op, impl, dtype, device, options):
     options = dict(options)
-    missing = options.pop("missing", False)
+    missing, steps = options.pop("missing", False), options.pop("steps", _STEPS)
+    if dtype == torch.float16 and (options.get("master_weights") == "split" or "stochastic_rounding" in options):
+        raise Unavailable("split masters and stochastic_rounding are for bf16")
     common = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     common |= {name: options.pop(name) for name in ("lr", "weight_decay", "amsgrad", "maximize") if name in options}
 
@@ -273,7 +279,7 @@ def _adamw_case(op, impl, dtype, device, options):
     scalars = {name: float(common[name]) for name in ("lr", "eps", "weight_decay")}
     scalars |= {name: common.get(name, False) for name in ("amsgrad", "maximize")}
     clip = options.get("max_grad_norm")
-    for step in range(_STEPS):
+    for step in range(steps):
         grads = [torch.randn(shape, generator=random).to(device, dtype) for shape in _SHAPES]
         if missing and step % 2:
             grads[0] = None
