@@ -21,7 +21,7 @@ def _step(dtype, **options):
     step(optimizer)
 
 
-# Name: dtype, options, accesses of the tail's loop (8 elements a thread, each read or written on its own), warps on an SM.
+# Name: dtype, options, accesses of the tail's loop (8 elements a thread, each on its own), warps on an SM.
 _OPTIONS = {
     "bf16": (_BF16, {}, 56, 20),
     "bf16, fp32 moments": (_BF16, {"state_dtype": _FP32}, 56, 20),
