@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_kernels import AttentionTiles
@@ -53,7 +54,7 @@ def test_the_lists_are_those_of_a_loop_over_the_segments(lengths, tail, block, d
 
 @pytest.mark.parametrize("lengths", ["ones", "mix", "zeros", "one long", "edges"])
 def test_a_hundred_thousand_segments(lengths):
-    """What a loop would take long for: every row is in one tile of each list, the lists are sorted, and short enough."""
+    """What a loop would take long for: every row is in one tile, the lists are sorted and no longer than promised."""
     n = 100_000
     l = {
         "ones": torch.ones(n),
@@ -104,15 +105,16 @@ def test_nothing_is_read_on_the_host(monkeypatch):
         AttentionTiles.from_cu_seqlens(boundaries([3, 0, 200, 128], torch.int64), 340)
 
 
-def test_other_lengths_under_the_same_bounds_give_lists_of_the_same_shape():
+def test_other_lengths_under_the_same_bounds_give_lists_of_the_same_shape(monkeypatch):
     """So that a graph that built one builds the other. Traced once, as a graph would be."""
+    monkeypatch.setattr(module, "checks_enabled", lambda device: False)
 
     def build(bounds):
         tiles = AttentionTiles.from_cu_seqlens(bounds, 400)
         return tiles.query, tiles.key
 
     a, b = boundaries([3, 0, 200, 128]), boundaries([100, 100, 100, 100])
-    graph = torch.fx.experimental.proxy_tensor.make_fx(build, tracing_mode="fake")(a)
+    graph = make_fx(build, tracing_mode="fake")(a)
     assert same_bits(graph(a), build(a))
     assert same_bits(graph(b), build(b))
 

@@ -18,10 +18,10 @@ BLOCK = 128
 
 
 class AttentionTiles(NamedTuple):
-    """The tiles of a packed row for ``packed_attention(..., tiles=)``: built once a batch, for every layer, both passes.
+    """The tiles of a packed row for ``packed_attention(..., tiles=)``: built once a batch, for all layers and passes.
 
-    Each row of ``query`` and ``key`` is ``(start, stop, first)``: the tile's rows are those from ``first`` on, ``block``
-    of them or what is left of the segment ``[start, stop)``. A tile with no more than ``block / 2`` rows is small, and is
+    Each row of ``query`` and ``key`` is ``(start, stop, first)``: the tile's rows are ``block`` of them from ``first``
+    on, or what is left of the segment ``[start, stop)``. A tile of no more than ``block / 2`` rows is small, and is
     computed at half the size. Rows behind the last segment are tiles too, with a ``start`` of -1: they get zeros. What
     is not needed of the lists is -1.
 
@@ -38,8 +38,8 @@ class AttentionTiles(NamedTuple):
     def from_cu_seqlens(cls, cu_seqlens, total_tokens, *, block=BLOCK):
         """The tiles of the segments ``[cu_seqlens[i], cu_seqlens[i + 1])`` among ``total_tokens`` rows.
 
-        On the device of ``cu_seqlens`` and without waiting for it. The lists' length depends on the number of segments and
-        of tokens alone, so that a CUDA graph that builds them replays with other boundaries in the same tensor.
+        On the device of ``cu_seqlens`` and without waiting for it. The lists' length depends on the number of segments
+        and of tokens alone, so that a CUDA graph that builds them replays with other boundaries in the same tensor.
 
         Args:
             cu_seqlens: ``[B + 1]`` int32 or int64, starting at 0 and never decreasing; lengths of zero are allowed.

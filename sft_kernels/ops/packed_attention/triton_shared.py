@@ -1,0 +1,165 @@
+"""What the Triton kernels of both passes share: scores, who sees whom, and the sizes that each is launched with.
+
+In the kernels i counts queries and j keys, both from the beginning of the packed row; scores are in base 2, that is
+times log₂ e, since the hardware's exponential is of base 2.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..._triton import tanh
+from .tiles import BLOCK
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2.0))
+
+
+@triton.jit
+def scores(s, slope, cap, CAPPED: tl.constexpr):
+    """Products q · k as scores in base 2, and tanh of their argument where they are capped (else the scores again)."""
+    s = s * slope
+    t = s
+    if CAPPED:
+        t = tanh(s)
+        s = t * cap
+    return s, t
+
+
+@triton.jit
+def seen(i, j, stop, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Whether query i sees key j of its segment, which ends at ``stop``."""
+    m = (i < stop) & (j < stop)
+    if LEFT:
+        m &= j >= i - left
+    if RIGHT:
+        m &= j <= i + right
+    return m
+
+
+@triton.jit
+def keys_met(start, stop, first, ROWS, INNER, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Of the queries from ``first`` on: the first key that one of them sees, the end of the steps of ``INNER`` keys in
+    which every query sees every key, and the end of what is seen."""
+    last = tl.minimum(first + ROWS, stop)
+    lo, hi, common = start, stop, stop
+    if LEFT:
+        lo = tl.maximum(start, first - left)
+        common = lo
+    if RIGHT:
+        hi = tl.minimum(stop, last + right)
+        common = tl.minimum(common, first + right + 1)
+    return lo, lo + tl.maximum(common - lo, 0) // INNER * INNER, hi
+
+
+@triton.jit
+def queries_met(start, stop, first, ROWS, INNER, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Of the keys from ``first`` on: the first query that sees one of them, the beginning of the steps of ``INNER``
+    queries of which each sees every key, and the end of what sees them."""
+    last = tl.minimum(first + ROWS, stop)
+    lo, hi, common = start, stop, start
+    if RIGHT:
+        lo = tl.maximum(start, first - right)
+        common = last - 1 - right
+    if LEFT:
+        hi = tl.minimum(stop, last + left)
+        common = hi
+    return lo, tl.minimum(lo + tl.cdiv(tl.maximum(common - lo, 0), INNER) * INNER, hi), hi
+
+
+@triton.jit
+def rows(tensor, first, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to ``ROWS`` rows of one head from ``first`` on, and which of their columns there are."""
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    base = tensor + tl.cast(first, tl.int64) * stride
+    return base + tl.arange(0, ROWS)[:, None] * stride + o_d, o_d < D  # [ROWS, BLOCK_D], [1, BLOCK_D]
+
+
+class Config(NamedTuple):
+    """How one kernel is launched."""
+
+    rows: int  # of a tile that a program takes: all 128, or 64, where two programs share a tile
+    inner: int  # rows that a step of its loop meets
+    warps: int
+    stages: int
+
+
+# By compute capability (9 for everything newer) and head dimension, rounded up to a power of two of at least 64: for
+# half precision, chosen by what the compiler makes of them (bench/launches/packed_attention.py), not by time.
+CONFIGS = {
+    "forward": {
+        (8, 64): Config(128, 64, 4, 3),
+        (8, 128): Config(128, 64, 8, 3),
+        (8, 256): Config(128, 64, 8, 2),
+        (9, 64): Config(128, 64, 4, 3),
+        (9, 128): Config(128, 64, 8, 3),
+        (9, 256): Config(128, 64, 8, 2),
+    },
+    "dquery": {
+        (8, 64): Config(128, 64, 8, 2),
+        (8, 128): Config(128, 64, 8, 2),
+        (8, 256): Config(64, 32, 8, 2),
+        (9, 64): Config(128, 64, 8, 3),
+        (9, 128): Config(128, 64, 8, 2),
+        (9, 256): Config(64, 64, 8, 2),
+    },
+    "dkey": {
+        (8, 64): Config(128, 64, 8, 2),
+        (8, 128): Config(128, 64, 8, 2),
+        (8, 256): Config(64, 32, 8, 1),
+        (9, 64): Config(128, 64, 8, 2),
+        (9, 128): Config(128, 64, 8, 2),
+        (9, 256): Config(64, 64, 8, 1),
+    },
+}
+# fp32 has no tensor cores at full precision: it is carried for comparison, in small steps that fit everywhere.
+FP32 = Config(64, 32, 8, 1)
+
+
+def sizes(name, query, block):
+    """The constants and launch options of kernel ``name`` for ``query`` [T, Hq, D] over tiles of ``block`` rows."""
+    D = query.shape[2]
+    width = max(triton.next_power_of_2(D), 64)
+    capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
+    config = FP32 if query.dtype == torch.float32 else CONFIGS[name][min(max(capability, 8), 9), width]
+    return {
+        "D": D,
+        "BLOCK_D": max(triton.next_power_of_2(D), 16),
+        "ROWS": config.rows * block // BLOCK,
+        "SMALL": block // 2,
+        "SPLIT": BLOCK // config.rows,
+        "INNER": max(config.inner * block // BLOCK, 16),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+class Mask(NamedTuple):
+    """The scores' options as the kernels take them."""
+
+    scale: float
+    slope: float  # of a product, for its score in base 2, or for the argument of tanh
+    cap: float
+    left: int
+    right: int
+
+    @classmethod
+    def of(cls, scale, softcap, window_size, T):
+        """A window that no segment of T tokens reaches binds nothing."""
+        left, right = (size if 0 <= size < T else -1 for size in window_size)
+        log2_e = math.log2(math.e)
+        if softcap is None:
+            return cls(scale, scale * log2_e, 0.0, left, right)
+        return cls(scale, scale / softcap, softcap * log2_e, left, right)
+
+    @property
+    def flags(self):
+        return {"CAPPED": self.cap > 0, "LEFT": self.left >= 0, "RIGHT": self.right >= 0}
+
+
+def by_rows(tensor):
+    """``tensor`` [T, H, D] as the kernels address it: columns adjacent, rows of a tile within 32 bits; else a copy."""
+    return tensor if tensor.stride(2) == 1 and tensor.stride(0) < 1 << 24 else tensor.contiguous()
