@@ -6,8 +6,8 @@ every head that reads it. Both form the probabilities anew from the lse::
     p = exp(a − lse)    dV = Σ pᵀ dout    dz = p (dout vᵀ − delta) (1 − (a / c)²)    delta = Σ_d out dout
     dQ = scale Σ dz k   dK = scale Σ dzᵀ q
 
-The first kernel writes delta, which the second reads. A segment that is a small tile as a whole is left to the second,
-where one program has all of its queries and keys at hand, and so all three gradients.
+The first kernel writes delta, which the second reads. Of a segment that is a small tile as a whole it does no more: the
+second has all of its queries and keys at hand, and so all three gradients in one go.
 """
 
 import torch
@@ -44,6 +44,22 @@ def _past_keys(
 
 
 @triton.jit
+def _delta(
+    out, dout, delta, stride_do, stride_o, stop, first, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+):
+    """dout and delta of one head's queries from ``first`` on; delta is kept for the other kernel too."""
+    i = first + tl.arange(0, ROWS)
+    m_i = i < stop
+    p_do, m_d = rows(dout, first, stride_do, ROWS, D, BLOCK_D)
+    p_o, _ = rows(out, first, stride_o, ROWS, D, BLOCK_D)
+    do = tl.load(p_do, mask=m_i[:, None] & m_d, other=0.0)
+    o = tl.load(p_o, mask=m_i[:, None] & m_d, other=0.0)
+    found = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta + i, found, mask=m_i)
+    return do, found
+
+
+@triton.jit
 def _query_tile(
     query, key, value, out, dout, lse, delta, dquery, stride_q, stride_k, stride_v, stride_do, stride_o,
     start, stop, first, scale, slope, cap, left, right,
@@ -55,12 +71,7 @@ def _query_tile(
     m_i = i < stop
     p_q, m_d = rows(query, first, stride_q, ROWS, D, BLOCK_D)
     m_q = m_i[:, None] & m_d
-    p_o, _ = rows(out, first, stride_o, ROWS, D, BLOCK_D)
-    p_do, _ = rows(dout, first, stride_do, ROWS, D, BLOCK_D)
-    do = tl.load(p_do, mask=m_q, other=0.0)
-    o = tl.load(p_o, mask=m_q, other=0.0)
-    b_delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + i, b_delta, mask=m_i)
+    do, b_delta = _delta(out, dout, delta, stride_do, stride_o, stop, first, D, BLOCK_D, ROWS)
     q = tl.load(p_q, mask=m_q, other=0.0)
     lse2 = tl.load(lse + i, mask=m_i, other=float("inf")) * LOG2_E
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
@@ -140,7 +151,9 @@ def _dquery_kernel(
     if first < stop:
         if start < 0:
             _zeros(dquery, first, stop, heads * D, D, BLOCK_D, ROWS)
-        elif stop - start > SMALL:  # else the other kernel does it
+        elif stop - start <= SMALL:
+            _delta(out, dout, delta, stride_do, heads * D, stop, first, D, BLOCK_D, SMALL)
+        else:
             if ROWS > SMALL:
                 small = stop - first <= SMALL
             else:
@@ -160,34 +173,40 @@ def _dquery_kernel(
 
 
 @triton.jit
-def _past_queries(
-    dk, dv, k, v, query, out, dout, lse, delta, dquery, stride_q, stride_do, stride_o,
-    first, stop, lo, hi, scale, slope, cap, left, right,
-    MASKED: tl.constexpr, WHOLE: tl.constexpr, CAPPED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
+def _key_tile(
+    query, key, value, dout, lse, delta, dquery, dkey, dvalue, T, group,
+    stride_q, stride_k, stride_v, stride_do, stride_o, stride_dk, stride_qh, stride_doh,
+    start, stop, first, scale, slope, cap, left, right,
+    WHOLE: tl.constexpr, CAPPED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """dK, without the scale, and dV of the keys from ``first`` on past one head's queries [lo, hi), all of which see
-    them all unless ``MASKED``; where the keys are the ``WHOLE`` segment, also these queries' dQ."""
-    j = first + tl.arange(0, ROWS)[:, None]
-    for at in range(lo, hi, INNER):
+    """dK and dV of one key head's keys from ``first`` on, and dQ where these are the ``WHOLE`` segment.
+
+    One loop over the steps of all query heads, so that loads run ahead from one head into the next: segments are short.
+    """
+    j = first + tl.arange(0, ROWS)
+    p_k, m_d = rows(key, first, stride_k, ROWS, D, BLOCK_D)
+    p_v, _ = rows(value, first, stride_v, ROWS, D, BLOCK_D)
+    m_k = (j < stop)[:, None] & m_d
+    k = tl.load(p_k, mask=m_k, other=0.0)  # [ROWS, BLOCK_D]
+    v = tl.load(p_v, mask=m_k, other=0.0)
+    dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    lo, hi = queries_met(start, stop, first, ROWS, left, right, LEFT, RIGHT)
+    at, g = lo, 0
+    for _ in range(group * tl.cdiv(hi - lo, INNER)):
         i = at + tl.arange(0, INNER)
         m_i = i < stop
-        p_q, m_d = rows(query, at, stride_q, INNER, D, BLOCK_D)
-        p_do, _ = rows(dout, at, stride_do, INNER, D, BLOCK_D)
+        p_q, _ = rows(query + tl.cast(g, tl.int64) * stride_qh, at, stride_q, INNER, D, BLOCK_D)
+        p_do, _ = rows(dout + tl.cast(g, tl.int64) * stride_doh, at, stride_do, INNER, D, BLOCK_D)
         m_q = m_i[:, None] & m_d
         q = tl.load(p_q, mask=m_q, other=0.0)  # [INNER, BLOCK_D]
         do = tl.load(p_do, mask=m_q, other=0.0)
-        # Queries behind the segment have an lse of +∞, hence no weight.
-        lse2 = tl.load(lse + i, mask=m_i, other=float("inf")) * LOG2_E
-        if WHOLE:
-            p_o, _ = rows(out, at, stride_o, INNER, D, BLOCK_D)
-            b_delta = tl.sum(tl.load(p_o, mask=m_q, other=0.0).to(tl.float32) * do.to(tl.float32), 1)
-        else:
-            b_delta = tl.load(delta + i, mask=m_i, other=0.0)
+        lse2 = tl.load(lse + tl.cast(g, tl.int64) * T + i, mask=m_i, other=0.0) * LOG2_E
+        b_delta = tl.load(delta + tl.cast(g, tl.int64) * T + i, mask=m_i, other=0.0)
         s, t = scores(tl.dot(k, tl.trans(q), input_precision="ieee"), slope, cap, CAPPED)  # [ROWS, INNER]
-        p = tl.exp2(s - lse2[None, :])
-        if MASKED:
-            p = tl.where(seen(i[None, :], j, stop, left, right, LEFT, RIGHT), p, 0.0)
+        m = seen(i[None, :], j[:, None], stop, left, right, LEFT, RIGHT)
+        p = tl.where(m, tl.exp2(s - lse2[None, :]), 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dz = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - b_delta[None, :])
         if CAPPED:
@@ -195,49 +214,12 @@ def _past_queries(
         dz = dz.to(q.dtype)
         dk = tl.dot(dz, q, dk, input_precision="ieee")
         if WHOLE:
-            p_dq, _ = rows(dquery, at, stride_o, INNER, D, BLOCK_D)
+            p_dq, _ = rows(dquery + g * D, at, stride_o, INNER, D, BLOCK_D)
             dq = tl.dot(tl.trans(dz), k, input_precision="ieee")
             tl.store(p_dq, (dq * scale).to(dquery.dtype.element_ty), mask=m_q)
-    return dk, dv
-
-
-@triton.jit
-def _key_tile(
-    query, key, value, out, dout, lse, delta, dquery, dkey, dvalue, T, group,
-    stride_q, stride_k, stride_v, stride_do, stride_o, stride_dk, stride_qh, stride_doh,
-    start, stop, first, scale, slope, cap, left, right,
-    WHOLE: tl.constexpr, CAPPED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """dK and dV of one key head's keys from ``first`` on."""
-    p_k, m_d = rows(key, first, stride_k, ROWS, D, BLOCK_D)
-    p_v, _ = rows(value, first, stride_v, ROWS, D, BLOCK_D)
-    m_k = (first + tl.arange(0, ROWS) < stop)[:, None] & m_d
-    k = tl.load(p_k, mask=m_k, other=0.0)
-    v = tl.load(p_v, mask=m_k, other=0.0)
-    dk = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    dv = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    lo, common, hi = queries_met(start, stop, first, ROWS, INNER, left, right, LEFT, RIGHT)
-    if WHOLE:
-        common = hi
-    for _ in range(group):
-        dk, dv = _past_queries(
-            dk, dv, k, v, query, out, dout, lse, delta, dquery, stride_q, stride_do, stride_o,
-            first, stop, lo, common, scale, slope, cap, left, right,
-            True, WHOLE, CAPPED, LEFT, RIGHT, D, BLOCK_D, ROWS, INNER,
-        )  # fmt: skip
-        if not WHOLE and not LEFT:
-            dk, dv = _past_queries(
-                dk, dv, k, v, query, out, dout, lse, delta, dquery, stride_q, stride_do, stride_o,
-                first, stop, common, hi, scale, slope, cap, left, right,
-                False, WHOLE, CAPPED, LEFT, RIGHT, D, BLOCK_D, ROWS, INNER,
-            )  # fmt: skip
-        query += stride_qh
-        dout += stride_doh
-        out += D
-        dquery += D
-        lse += T
-        delta += T
+        at += INNER
+        g += (at >= hi).to(tl.int32)
+        at = tl.where(at < hi, at, lo)
     p_dk, _ = rows(dkey, first, stride_dk, ROWS, D, BLOCK_D)
     p_dv, _ = rows(dvalue, first, stride_dk, ROWS, D, BLOCK_D)
     tl.store(p_dk, (dk * scale).to(dkey.dtype.element_ty), mask=m_k)
@@ -249,7 +231,6 @@ def _dkey_kernel(
     query,  # [T, Hq, D]
     key,  # [T, Hkv, D]
     value,  # [T, Hkv, D]
-    out,  # [T, Hq, D]
     dout,  # [T, Hq, D]
     lse,  # [Hq, T] fp32
     delta,  # [Hq, T] fp32
@@ -292,7 +273,6 @@ def _dkey_kernel(
     i_q = i_h * group  # the first of its query heads
     query += i_q.to(tl.int64) * stride_qh
     dout += i_q.to(tl.int64) * stride_doh
-    out += i_q * D
     dquery += i_q * D
     lse += i_q.to(tl.int64) * T
     delta += i_q.to(tl.int64) * T
@@ -306,7 +286,7 @@ def _dkey_kernel(
             _zeros(dvalue, first, stop, heads * D, D, BLOCK_D, ROWS)
         elif stop - start <= SMALL:
             _key_tile(
-                query, key, value, out, dout, lse, delta, dquery, dkey, dvalue, T, group,
+                query, key, value, dout, lse, delta, dquery, dkey, dvalue, T, group,
                 stride_q, stride_k, stride_v, stride_do, heads * group * D, heads * D, stride_qh, stride_doh,
                 start, stop, first, scale, slope, cap, left, right,
                 True, CAPPED, LEFT, RIGHT, D, BLOCK_D, SMALL, INNER,
@@ -318,14 +298,14 @@ def _dkey_kernel(
                 small = False
             if small:
                 _key_tile(
-                    query, key, value, out, dout, lse, delta, dquery, dkey, dvalue, T, group,
+                    query, key, value, dout, lse, delta, dquery, dkey, dvalue, T, group,
                     stride_q, stride_k, stride_v, stride_do, heads * group * D, heads * D, stride_qh, stride_doh,
                     start, stop, first, scale, slope, cap, left, right,
                     False, CAPPED, LEFT, RIGHT, D, BLOCK_D, SMALL, INNER,
                 )  # fmt: skip
             else:
                 _key_tile(
-                    query, key, value, out, dout, lse, delta, dquery, dkey, dvalue, T, group,
+                    query, key, value, dout, lse, delta, dquery, dkey, dvalue, T, group,
                     stride_q, stride_k, stride_v, stride_do, heads * group * D, heads * D, stride_qh, stride_doh,
                     start, stop, first, scale, slope, cap, left, right,
                     False, CAPPED, LEFT, RIGHT, D, BLOCK_D, ROWS, INNER,
@@ -350,7 +330,7 @@ def launch(dout, query, key, value, out, lse, query_tiles, key_tiles, block, sca
     )
     options = sizes("dkey", query, block)
     _dkey_kernel[(len(key_tiles) * options["SPLIT"] * Hkv,)](
-        query, key, value, out, dout, lse, delta, dquery, dkey, dvalue, key_tiles, T, Hkv, Hq // Hkv,
+        query, key, value, dout, lse, delta, dquery, dkey, dvalue, key_tiles, T, Hkv, Hq // Hkv,
         *given, **mask.flags, **options,
     )  # fmt: skip
     return gradients

@@ -56,18 +56,14 @@ def keys_met(start, stop, first, ROWS, INNER, left, right, LEFT: tl.constexpr, R
 
 
 @triton.jit
-def queries_met(start, stop, first, ROWS, INNER, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Of the keys from ``first`` on: the first query that sees one of them, the beginning of the steps of ``INNER``
-    queries of which each sees every key, and the end of what sees them."""
-    last = tl.minimum(first + ROWS, stop)
-    lo, hi, common = start, stop, start
+def queries_met(start, stop, first, ROWS, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Of the keys from ``first`` on: the first query that sees one of them, and the end of what sees them."""
+    lo, hi = start, stop
     if RIGHT:
         lo = tl.maximum(start, first - right)
-        common = last - 1 - right
     if LEFT:
-        hi = tl.minimum(stop, last + left)
-        common = hi
-    return lo, tl.minimum(lo + tl.cdiv(tl.maximum(common - lo, 0), INNER) * INNER, hi), hi
+        hi = tl.minimum(stop, tl.minimum(first + ROWS, stop) + left)
+    return lo, hi
 
 
 @triton.jit
@@ -87,44 +83,51 @@ class Config(NamedTuple):
     stages: int
 
 
-# By compute capability (9 for everything newer) and head dimension, rounded up to a power of two of at least 64: for
-# half precision, chosen by what the compiler makes of them (bench/launches/packed_attention.py), not by time.
+# For half precision, by compute capability and head dimension, rounded up to a power of two of
+# at least 64. Chosen for what the compiler makes of them, not by time: no spills up to 128, the largest steps that leave
+# none, two stages or more of loads ahead where they fit. The budgets are in bench/launches/packed_attention.py.
 CONFIGS = {
     "forward": {
         (8, 64): Config(128, 64, 4, 3),
         (8, 128): Config(128, 64, 8, 3),
-        (8, 256): Config(128, 64, 8, 2),
+        (8, 256): Config(64, 64, 8, 2),
         (9, 64): Config(128, 64, 4, 3),
         (9, 128): Config(128, 64, 8, 3),
         (9, 256): Config(128, 64, 8, 2),
     },
     "dquery": {
         (8, 64): Config(128, 64, 8, 2),
-        (8, 128): Config(128, 64, 8, 2),
+        (8, 128): Config(128, 32, 8, 2),
         (8, 256): Config(64, 32, 8, 2),
         (9, 64): Config(128, 64, 8, 3),
         (9, 128): Config(128, 64, 8, 2),
-        (9, 256): Config(64, 64, 8, 2),
+        (9, 256): Config(64, 32, 8, 2),
     },
     "dkey": {
-        (8, 64): Config(128, 64, 8, 2),
-        (8, 128): Config(128, 64, 8, 2),
+        (8, 64): Config(128, 32, 8, 2),
+        (8, 128): Config(64, 32, 8, 2),
         (8, 256): Config(64, 32, 8, 1),
         (9, 64): Config(128, 64, 8, 2),
-        (9, 128): Config(128, 64, 8, 2),
-        (9, 256): Config(64, 64, 8, 1),
+        (9, 128): Config(128, 32, 8, 2),
+        (9, 256): Config(64, 32, 8, 1),
     },
 }
 # fp32 has no tensor cores at full precision: it is carried for comparison, in small steps that fit everywhere.
 FP32 = Config(64, 32, 8, 1)
 
 
+def capability():
+    """The compute capability whose configurations are taken: 9 where an SM has as much shared memory, else 8."""
+    if triton.knobs.runtime.interpret:
+        return 9
+    return 9 if triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10) else 8
+
+
 def sizes(name, query, block):
     """The constants and launch options of kernel ``name`` for ``query`` [T, Hq, D] over tiles of ``block`` rows."""
     D = query.shape[2]
     width = max(triton.next_power_of_2(D), 64)
-    capability = torch.cuda.get_device_capability(query.device)[0] if query.is_cuda else 9
-    config = FP32 if query.dtype == torch.float32 else CONFIGS[name][min(max(capability, 8), 9), width]
+    config = FP32 if query.dtype == torch.float32 else CONFIGS[name][capability(), width]
     return {
         "D": D,
         "BLOCK_D": max(triton.next_power_of_2(D), 16),
