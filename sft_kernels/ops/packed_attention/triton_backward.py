@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_shared import LOG2_E, Mask, by_rows, keys_met, queries_met, rows, scores, seen, sizes
+from .triton_shared import Mask, by_rows, keys_met, queries_met, rows, scores, seen, sizes
 
 
 @triton.jit
 def _past_keys(
-    dq, q, do, lse2, delta, key, value, stride_k, stride_v, first, stop, lo, hi, slope, cap, left, right,
+    dq, q, do, b_lse, delta, key, value, stride_k, stride_v, first, stop, lo, hi, slope, cap, left, right,
     MASKED: tl.constexpr, CAPPED: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
@@ -33,7 +33,7 @@ def _past_keys(
         k = tl.load(p_k, mask=m_j, other=0.0)  # [INNER, BLOCK_D]
         v = tl.load(p_v, mask=m_j, other=0.0)
         s, t = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), slope, cap, CAPPED)  # [ROWS, INNER]
-        p = tl.exp2(s - lse2[:, None])
+        p = tl.exp2(s - b_lse[:, None])
         if MASKED:
             p = tl.where(seen(i, j[None, :], stop, left, right, LEFT, RIGHT), p, 0.0)
         dz = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
@@ -73,16 +73,16 @@ def _query_tile(
     m_q = m_i[:, None] & m_d
     do, b_delta = _delta(out, dout, delta, stride_do, stride_o, stop, first, D, BLOCK_D, ROWS)
     q = tl.load(p_q, mask=m_q, other=0.0)
-    lse2 = tl.load(lse + i, mask=m_i, other=float("inf")) * LOG2_E
+    b_lse = tl.load(lse + i, mask=m_i, other=float("inf"))
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
     lo, common, hi = keys_met(start, stop, first, ROWS, INNER, left, right, LEFT, RIGHT)
     if not LEFT:
         dq = _past_keys(
-            dq, q, do, lse2, b_delta, key, value, stride_k, stride_v, first, stop, lo, common, slope, cap, left, right,
+            dq, q, do, b_lse, b_delta, key, value, stride_k, stride_v, first, stop, lo, common, slope, cap, left, right,
             False, CAPPED, LEFT, RIGHT, D, BLOCK_D, ROWS, INNER,
         )  # fmt: skip
     dq = _past_keys(
-        dq, q, do, lse2, b_delta, key, value, stride_k, stride_v, first, stop, common, hi, slope, cap, left, right,
+        dq, q, do, b_lse, b_delta, key, value, stride_k, stride_v, first, stop, common, hi, slope, cap, left, right,
         True, CAPPED, LEFT, RIGHT, D, BLOCK_D, ROWS, INNER,
     )  # fmt: skip
     p_dq, _ = rows(dquery, first, stride_o, ROWS, D, BLOCK_D)
@@ -104,7 +104,7 @@ def _dquery_kernel(
     value,  # [T, Hkv, D]
     out,  # [T, Hq, D]
     dout,  # [T, Hq, D]
-    lse,  # [Hq, T] fp32
+    lse,  # [Hq, T] fp32, in base 2
     delta,  # [Hq, T] fp32, written here
     dquery,  # [T, Hq, D]
     tiles,  # [n, 3] int32
@@ -202,11 +202,11 @@ def _key_tile(
         m_q = m_i[:, None] & m_d
         q = tl.load(p_q, mask=m_q, other=0.0)  # [INNER, BLOCK_D]
         do = tl.load(p_do, mask=m_q, other=0.0)
-        lse2 = tl.load(lse + tl.cast(g, tl.int64) * T + i, mask=m_i, other=0.0) * LOG2_E
+        b_lse = tl.load(lse + tl.cast(g, tl.int64) * T + i, mask=m_i, other=0.0)
         b_delta = tl.load(delta + tl.cast(g, tl.int64) * T + i, mask=m_i, other=0.0)
         s, t = scores(tl.dot(k, tl.trans(q), input_precision="ieee"), slope, cap, CAPPED)  # [ROWS, INNER]
         m = seen(i[None, :], j[:, None], stop, left, right, LEFT, RIGHT)
-        p = tl.where(m, tl.exp2(s - lse2[None, :]), 0.0)
+        p = tl.where(m, tl.exp2(s - b_lse[None, :]), 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dz = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - b_delta[None, :])
         if CAPPED:
@@ -232,7 +232,7 @@ def _dkey_kernel(
     key,  # [T, Hkv, D]
     value,  # [T, Hkv, D]
     dout,  # [T, Hq, D]
-    lse,  # [Hq, T] fp32
+    lse,  # [Hq, T] fp32, in base 2
     delta,  # [Hq, T] fp32
     dquery,  # [T, Hq, D], of the segments that are one small tile
     dkey,  # [T, Hkv, D]
@@ -313,7 +313,7 @@ def _dkey_kernel(
 
 
 def launch(dout, query, key, value, out, lse, query_tiles, key_tiles, block, scale, window_size, softcap):
-    """The gradients of ``Σ out · dout``, contiguous."""
+    """The gradients of ``Σ out · dout``, contiguous; ``lse`` is in base 2."""
     (T, Hq, D), Hkv = query.shape, key.shape[1]
     dquery, dkey, dvalue = gradients = results(query, key)
     if T == 0:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_shared import LN_2, Mask, by_rows, keys_met, rows, scores, seen, sizes
+from .triton_shared import Mask, by_rows, keys_met, rows, scores, seen, sizes
 
 # Below every score, yet finite: where a query has seen no key yet, its difference to itself is 0 and not NaN.
 _LOWEST = tl.constexpr(-3.0e38)
@@ -69,7 +69,7 @@ def _query_tile(
     )  # fmt: skip
     p_o, _ = rows(out, first, stride_o, ROWS, D, BLOCK_D)
     tl.store(p_o, (acc / l[:, None]).to(out.dtype.element_ty), mask=m_i[:, None] & m_d)
-    tl.store(lse + i, (m + tl.log2(l)) * LN_2, mask=m_i)
+    tl.store(lse + i, m + tl.log2(l), mask=m_i)
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def _forward_kernel(
     key,  # [T, Hkv, D]
     value,  # [T, Hkv, D]
     out,  # [T, Hq, D]
-    lse,  # [Hq, T] fp32
+    lse,  # [Hq, T] fp32, in base 2
     tiles,  # [n, 3] int32
     T,
     heads,  # Hq
@@ -145,7 +145,8 @@ def _forward_kernel(
 
 
 def launch(query, key, value, tiles, block, scale, window_size, softcap):
-    """Output [T, Hq, D] and lse [Hq, T]; ``tiles`` are those of queries."""
+    """Output [T, Hq, D] and lse [Hq, T], in base 2: what the backward needs to the last bit. ``tiles`` are the
+    queries'."""
     (T, Hq, D), Hkv = query.shape, key.shape[1]
     out, lse = results(query)
     if T == 0:

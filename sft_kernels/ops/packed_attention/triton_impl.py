@@ -1,5 +1,7 @@
 """Packed attention in Triton: the operators over both passes' launchers, and the autograd Function over these."""
 
+import math
+
 import torch
 
 from . import triton_backward, triton_forward
@@ -17,7 +19,10 @@ def packed_attention(
         tiles = AttentionTiles.from_cu_seqlens(cu_seqlens.to(query.device, non_blocking=True), query.shape[0])
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    return _PackedAttention.apply(query, key, value, tiles.query, tiles.key, tiles.block, scale, window_size, softcap)
+    out, lse = _PackedAttention.apply(
+        query, key, value, tiles.query, tiles.key, tiles.block, scale, window_size, softcap
+    )
+    return out, lse * math.log(2) if return_lse else None
 
 
 class _PackedAttention(torch.autograd.Function):

@@ -14,9 +14,6 @@ import triton.language as tl
 from ..._triton import tanh
 from .tiles import BLOCK
 
-LOG2_E = tl.constexpr(math.log2(math.e))
-LN_2 = tl.constexpr(math.log(2.0))
-
 
 @triton.jit
 def scores(s, slope, cap, CAPPED: tl.constexpr):
