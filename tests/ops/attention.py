@@ -21,7 +21,7 @@ NAMES = ("out", "lse", "dquery", "dkey", "dvalue")
 
 @pytest.fixture(params=["torch", "triton"])
 def impl(request, monkeypatch):
-    """What ``impl="auto"`` means in a test. Triton is interpreted, over tiles so small that short segments fill some."""
+    """What ``impl="auto"`` means in a test. Triton is interpreted, over tiles so small that short segments fill them."""
     monkeypatch.setenv("SFT_KERNELS_IMPL", request.param)
     if request.param == "triton":
         from sft_kernels.ops.packed_attention import triton_impl
@@ -62,12 +62,14 @@ def oracle(given, cu_seqlens, upstream, **options):
     ]
 
 
-def check_case(given, cu_seqlens, max_seqlen=None, *, impl="auto", **options):
+def check_case(given, cu_seqlens, max_seqlen=None, *, impl="auto", tiles=None, **options):
     """Hold output, lse and gradients to the budget against the oracle, and what they are to what is promised."""
     query, bounds = given[0], cu_seqlens.tolist()
     upstream = torch.randn(query.shape).to(query.dtype)
     results = differentiate(
-        lambda *t: packed_attention(*t, cu_seqlens, max_seqlen, return_lse=True, impl=impl, **options), given, upstream
+        lambda *t: packed_attention(*t, cu_seqlens, max_seqlen, return_lse=True, impl=impl, tiles=tiles, **options),
+        given,
+        upstream,
     )
     options = {**DEFAULTS, **options}
     eager = differentiate(lambda *t: plain_packed_attention(*t, bounds, **options), given, upstream)

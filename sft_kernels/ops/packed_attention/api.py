@@ -49,9 +49,9 @@ def packed_attention(
         tiles: :class:`AttentionTiles` of ``cu_seqlens`` and T, on the device of ``query``, as a batch's layers share
             them; None builds them anew. Of use to ``impl="triton"``: the others go by ``cu_seqlens``.
         return_lse: whether to return the logsumexp too. It carries no gradient.
-        impl: ``"auto"``, Triton on a GPU for what it carries (not fp64, not D > 256), else torch, or an implementation's
-            name. ``"flash"`` takes fp16 and bf16 on an NVIDIA GPU. Its gradients need not repeat to the bit but under
-            ``torch.use_deterministic_algorithms``; those of the others always do.
+        impl: ``"auto"``, which is Triton on a GPU for what that carries (not fp64, not D > 256) and else torch, or an
+            implementation's name. ``"flash"`` takes fp16 and bf16 on an NVIDIA GPU. Its gradients need not repeat to
+            the bit but under ``torch.use_deterministic_algorithms``; those of the others always do.
 
     Returns:
         ``[T, Hq, D]`` in the dtype of ``query``; under autocast all three are cast first, as torch does for its own.

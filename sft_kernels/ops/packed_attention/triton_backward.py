@@ -1,7 +1,7 @@
 """The backward pass in Triton, in two kernels that need no atomics, so that the same inputs give the same bits.
 
-For a query tile dQ is summed past the keys that it sees; for a key tile dK and dV past the queries that see it, those of
-every head that reads it. Both form the probabilities anew from the lse::
+For a query tile dQ is summed past the keys that it sees; for a key tile dK and dV past the queries that see it, those
+of every head that reads it. Both form the probabilities anew from the lse::
 
     p = exp(a − lse)    dV = Σ pᵀ dout    dz = p (dout vᵀ − delta) (1 − (a / c)²)    delta = Σ_d out dout
     dQ = scale Σ dz k   dK = scale Σ dzᵀ q
@@ -314,7 +314,7 @@ def _dkey_kernel(
 
 def launch(dout, query, key, value, out, lse, query_tiles, key_tiles, block, scale, window_size, softcap):
     """The gradients of ``Σ out · dout``, contiguous; ``lse`` is in base 2."""
-    (T, Hq, D), Hkv = query.shape, key.shape[1]
+    (T, Hq, _), Hkv = query.shape, key.shape[1]
     dquery, dkey, dvalue = gradients = results(query, key)
     if T == 0:
         return gradients

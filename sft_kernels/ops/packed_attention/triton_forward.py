@@ -147,7 +147,7 @@ def _forward_kernel(
 def launch(query, key, value, tiles, block, scale, window_size, softcap):
     """Output [T, Hq, D] and lse [Hq, T], in base 2: what the backward needs to the last bit. ``tiles`` are the
     queries'."""
-    (T, Hq, D), Hkv = query.shape, key.shape[1]
+    (T, Hq, _), Hkv = query.shape, key.shape[1]
     out, lse = results(query)
     if T == 0:
         return out, lse

@@ -80,20 +80,20 @@ class Config(NamedTuple):
     stages: int
 
 
-# For half precision, by compute capability and head dimension, rounded up to a power of two of
-# at least 64. Chosen for what the compiler makes of them, not by time: no spills up to 128, the largest steps that leave
-# none, two stages or more of loads ahead where they fit. The budgets are in bench/launches/packed_attention.py.
+# For half precision, by compute capability and head dimension, rounded up to a power of two of at least 64. Chosen for
+# what the compiler makes of them, not by time: no spills up to 128 whatever the options, the largest steps that leave
+# none, loads two stages ahead or more where they fit. The budgets are in bench/launches/packed_attention.py.
 CONFIGS = {
     "forward": {
         (8, 64): Config(128, 64, 4, 3),
-        (8, 128): Config(128, 64, 8, 3),
+        (8, 128): Config(128, 32, 8, 3),
         (8, 256): Config(64, 64, 8, 2),
         (9, 64): Config(128, 64, 4, 3),
         (9, 128): Config(128, 64, 8, 3),
         (9, 256): Config(128, 64, 8, 2),
     },
     "dquery": {
-        (8, 64): Config(128, 64, 8, 2),
+        (8, 64): Config(128, 32, 8, 3),
         (8, 128): Config(128, 32, 8, 2),
         (8, 256): Config(64, 32, 8, 2),
         (9, 64): Config(128, 64, 8, 3),
