@@ -21,7 +21,7 @@ NAMES = ("out", "lse", "dquery", "dkey", "dvalue")
 
 @pytest.fixture(params=["torch", "triton"])
 def impl(request, monkeypatch):
-    """What ``impl="auto"`` means in a test. Triton is interpreted, over tiles so small that short segments fill them."""
+    """What ``impl="auto"`` means in a test. Triton is interpreted, over tiles that short segments fill."""
     monkeypatch.setenv("SFT_KERNELS_IMPL", request.param)
     if request.param == "triton":
         from sft_kernels.ops.packed_attention import triton_impl

@@ -77,7 +77,7 @@ def test_segments_of_one_token_give_its_value(dtype):
     upstream = torch.randn(43, 2, 16).to(dtype)
     out, lse, dquery, dkey, dvalue = attend((query, key, value), bounds, upstream, scale=1.0)
     assert torch.equal(out[:40], value[:40].expand(-1, 2, -1))
-    torch.testing.assert_close(lse[:, :40], (query * key).float().sum(2).T[:, :40], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse[:, :40], (query.float() * key.float()).sum(2).T[:, :40], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dvalue[:40], upstream[:40].float().sum(1, keepdim=True).to(dtype))
     cancelled = (upstream.float() * value.float()).abs().sum(-1, keepdim=True).sum(1, keepdim=True)
     for gradient, other in ((dquery, key), (dkey, query)):
