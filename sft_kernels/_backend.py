@@ -4,6 +4,7 @@ Implementations are named by import strings and loaded on first use, so that imp
 """
 
 import os
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -80,18 +81,14 @@ def _why_no_triton(device, interpreted):
     return None
 
 
-_loaded = {}
-
-
 def _load(target):
-    if target not in _loaded:
-        _import(target)
-    return _loaded[target]
-
-
-def _import(target):
     module, name = target.split(":")
-    _loaded[target] = getattr(import_module(module), name)
+    _import(module)
+    return getattr(sys.modules[module], name)
+
+
+def _import(module):
+    import_module(module)
 
 
 # A compiler need not look inside. torch.compiler.assume_constant_result says so too, but imports the compiler, and

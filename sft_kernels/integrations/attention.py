@@ -17,8 +17,8 @@ _UNSUPPORTED = ("s_aux", "sinks", "position_bias")
 def register():
     """Make the name known to transformers, for attention and for masks; calling it again changes nothing.
 
-    Importing ``sft_kernels.integrations`` does so where transformers is installed. Without the mask's registration transformers would hand every layer a mask of None and examples would see each
-    other.
+    Importing ``sft_kernels.integrations`` does so where transformers is installed. Without the mask's registration
+    transformers would hand every layer a mask of None and examples would see each other.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
