@@ -43,8 +43,9 @@ def resolve(op, impl="auto", device=None, needs_torch=None):
     """The callable that implements ``op`` on ``device`` (None: the CPU).
 
     ``impl="auto"`` takes ``SFT_KERNELS_IMPL`` where that is set, else the best implementation that runs here: Triton on
-    a GPU. ``needs_torch`` says what of the call our own kernels do not carry, if anything; ``"auto"`` then takes torch's
-    code. (``"flash"`` says itself what its libraries lack.)
+    a GPU. ``needs_torch`` says what of the call our own kernels do not carry, if anything: ``"auto"`` then takes
+    torch's code (``"flash"`` says itself what its libraries lack).
+
     Raises ``ValueError`` for a name that is none, :class:`Unavailable` for one that cannot run here, with the reason.
     """
     source = "impl"

@@ -117,7 +117,6 @@ def _needs_torch(query):
     return _beyond(query.device, query.shape[2]) if query.is_cuda else None
 
 
-@torch.compiler.assume_constant_result
 def _beyond(device, D):
     """Why ``device`` is too small for the kernels of heads of D."""
     gpu = torch.cuda.get_device_properties(device)
@@ -126,6 +125,9 @@ def _beyond(device, D):
     if D > 128 and gpu.shared_memory_per_block_optin < 163 << 10:
         return f"head dimensions above 128 on {gpu.name}"
     return None
+
+
+_beyond._dynamo_marked_constant = True  # a compiler need not look inside; see _backend.py
 
 
 def _check_tiles(tiles, query, cu_seqlens):
