@@ -120,11 +120,20 @@ def capability():
     return 9 if triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10) else 8
 
 
-def sizes(name, query, block):
+def config_of(name, capability, D, key_heads):
+    """The :class:`Config` of kernel ``name`` in half precision.
+
+    A program of the keys' kernel goes over all query heads of its key head. Where there are few key heads, and so few
+    programs, that of the longest segment's first keys would outlast all others: it takes half a tile.
+    """
+    config = CONFIGS[name][capability, max(triton.next_power_of_2(D), 64)]
+    return config._replace(rows=64) if name == "dkey" and key_heads < 4 else config
+
+
+def sizes(name, query, key, block):
     """The constants and launch options of kernel ``name`` for ``query`` [T, Hq, D] over tiles of ``block`` rows."""
     D = query.shape[2]
-    width = max(triton.next_power_of_2(D), 64)
-    config = FP32 if query.dtype == torch.float32 else CONFIGS[name][capability(), width]
+    config = FP32 if query.dtype == torch.float32 else config_of(name, capability(), D, key.shape[1])
     return {
         "D": D,
         "BLOCK_D": max(triton.next_power_of_2(D), 16),
