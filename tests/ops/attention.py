@@ -56,16 +56,14 @@ def differentiate(function, given, upstream):
 
 def oracle(given, cu_seqlens, upstream, **options):
     """The same five from the NumPy oracle, as float64 tensors."""
-    arrays = (t.detach().double().numpy() for t in given)
-    return [
-        *map(torch.from_numpy, reference.packed_attention(*arrays, cu_seqlens, upstream.double().numpy(), **options))
-    ]
+    *arrays, dout = (t.detach().double().cpu().numpy() for t in (*given, upstream))
+    return [*map(torch.from_numpy, reference.packed_attention(*arrays, cu_seqlens, dout, **options))]
 
 
 def check_case(given, cu_seqlens, max_seqlen=None, *, impl="auto", tiles=None, **options):
     """Hold output, lse and gradients to the budget against the oracle, and what they are to what is promised."""
     query, bounds = given[0], cu_seqlens.tolist()
-    upstream = torch.randn(query.shape).to(query.dtype)
+    upstream = torch.randn(query.shape).to(query.device, query.dtype)
     results = differentiate(
         lambda *t: packed_attention(*t, cu_seqlens, max_seqlen, return_lse=True, impl=impl, tiles=tiles, **options),
         given,
