@@ -62,8 +62,11 @@ def test_windows_over_several_tiles(dtype, options):
     check_case(tensors(T, dtype), bounds, impl="triton", tiles=tiles_of(bounds, T), **options)
 
 
-@pytest.mark.parametrize("D", [64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "D"),
+    [*((torch.bfloat16, D) for D in (64, 80, 96, 128, 192, 256)), *((torch.float16, D) for D in (64, 128))],
+    ids=str,
+)
 def test_the_sizes_that_a_gpu_gets(dtype, D):
     """Tiles of 128 rows and 64, every head dimension, and one segment of each kind: small, a tile, tiles and a tail."""
     bounds = boundaries([30, 128, 200])
@@ -73,16 +76,16 @@ def test_the_sizes_that_a_gpu_gets(dtype, D):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_segments_of_one_token_give_its_value(dtype):
     """The gradients of query and key are differences of equal numbers, so only rounding is left of them."""
-    bounds, (query, key, value) = boundaries([1] * 40), tensors(43, dtype)
-    upstream = torch.randn(43, 2, 16).to(dtype)
+    bounds, (query, key, value) = boundaries([1] * 20), tensors(23, dtype)
+    upstream = torch.randn(23, 2, 16).to(dtype)
     out, lse, dquery, dkey, dvalue = attend((query, key, value), bounds, upstream, scale=1.0)
-    assert torch.equal(out[:40], value[:40].expand(-1, 2, -1))
-    torch.testing.assert_close(lse[:, :40], (query.float() * key.float()).sum(2).T[:, :40], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(dvalue[:40], upstream[:40].float().sum(1, keepdim=True).to(dtype))
+    assert torch.equal(out[:20], value[:20].expand(-1, 2, -1))
+    torch.testing.assert_close(lse[:, :20], (query.float() * key.float()).sum(2).T[:, :20], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dvalue[:20], upstream[:20].float().sum(1, keepdim=True).to(dtype))
     cancelled = (upstream.float() * value.float()).abs().sum(-1, keepdim=True).sum(1, keepdim=True)
     for gradient, other in ((dquery, key), (dkey, query)):
         assert (gradient.abs() <= 4 * torch.finfo(torch.float32).eps * cancelled * other.abs().amax(1, True)).all()
-    assert all((t[40:] == 0).all() for t in (out, dquery, dkey, dvalue))
+    assert all((t[20:] == 0).all() for t in (out, dquery, dkey, dvalue))
 
 
 @pytest.mark.parametrize("heads", [(6, 2), (3, 3), (4, 1)], ids=str)
@@ -98,8 +101,16 @@ def attend(given, bounds, upstream, **options):
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window_size": (5, 9), "causal": False}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({}, torch.float32),
+        ({}, torch.bfloat16),
+        ({"causal": False}, torch.bfloat16),
+        ({"window_size": (5, 9), "causal": False}, torch.bfloat16),
+    ],
+    ids=str,
+)
 def test_nan_in_one_segment_stays_there(options, dtype):
     lengths = [31, 17, 64, 3, 40]
     bounds, T = boundaries(lengths), sum(lengths) + 9
