@@ -249,7 +249,9 @@ def test_rows_further_apart_than_32_bits_can_say_are_copied():
 def test_auto_on_a_cpu_is_torch_and_fp64_and_wide_heads_are_torchs_own(monkeypatch):
     monkeypatch.delenv("SFT_KERNELS_IMPL", raising=False)
     bounds = boundaries([3])
-    for given, reason in ((tensors(3, torch.float64), "float64"), (tensors(3, D=257), "256")):
+    wide = [(torch.float32, 129, "128"), (torch.bfloat16, 257, "256")]
+    for dtype, D, reason in [(torch.float64, 16, "float64"), *wide]:
+        given = tensors(3, dtype, D=D)
         packed_attention(*given, bounds)
         with pytest.raises(RuntimeError, match=f"impl='triton': .*{reason}.* torch's own code"):
             packed_attention(*given, bounds, impl="triton")

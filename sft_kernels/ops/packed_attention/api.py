@@ -49,9 +49,9 @@ def packed_attention(
         tiles: :class:`AttentionTiles` of ``cu_seqlens`` and T, on the device of ``query``, as a batch's layers share
             them; None builds them anew. Of use to ``impl="triton"``: the others go by ``cu_seqlens``.
         return_lse: whether to return the logsumexp too. It carries no gradient.
-        impl: ``"auto"``, which is Triton on a GPU for what that carries (not fp64, not D > 256) and else torch, or an
-            implementation's name. ``"flash"`` takes fp16 and bf16 on an NVIDIA GPU. Its gradients need not repeat to
-            the bit but under ``torch.use_deterministic_algorithms``; those of the others always do.
+        impl: ``"auto"``, which is Triton on a GPU for what that carries (D to 256, in fp32 to 128; no fp64) and else
+            torch, or an implementation's name. ``"flash"`` takes fp16 and bf16 on an NVIDIA GPU. Its gradients need not
+            repeat to the bit but under ``torch.use_deterministic_algorithms``; those of the others always do.
 
     Returns:
         ``[T, Hq, D]`` in the dtype of ``query``; under autocast all three are cast first, as torch does for its own.
@@ -112,8 +112,8 @@ def _needs_torch(query):
     """What of a call our own kernels do not carry; None where they do."""
     if query.dtype == torch.float64:
         return "float64 tensors"
-    if query.shape[2] > 256:
-        return "head dimensions above 256"
+    if query.shape[2] > (128 if query.dtype == torch.float32 and not _autocast(query.device) else 256):
+        return "head dimensions above 256 (in float32 above 128)"
     return _beyond(query.device, query.shape[2]) if query.is_cuda else None
 
 

@@ -11,7 +11,7 @@ from .tiles import AttentionTiles
 def packed_attention(
     query, key, value, cu_seqlens, max_seqlen, lengths, *, tiles, scale, window_size, softcap, return_lse
 ):
-    """See :func:`sft_kernels.packed_attention`, for fp32, bf16 and fp16 and head dimensions to 256.
+    """See :func:`sft_kernels.packed_attention`, for bf16 and fp16 and head dimensions to 256, fp32 to 128.
 
     Boundaries are not read on the host. Without ``tiles`` they are made here, some ten small launches.
     """

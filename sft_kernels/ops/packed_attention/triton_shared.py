@@ -109,8 +109,8 @@ CONFIGS = {
         (9, 256): Config(64, 32, 8, 1),
     },
 }
-# fp32 has no tensor cores at full precision: it is carried for comparison, in small steps that fit everywhere.
-FP32 = Config(64, 32, 8, 1)
+# fp32 has no tensor cores at full precision: it is carried for comparison, in steps whose operands fit the registers.
+FP32 = Config(64, 16, 8, 1)
 
 
 def capability():
