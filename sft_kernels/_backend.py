@@ -87,10 +87,14 @@ def _load(target):
     return _loaded[target]
 
 
-@torch.compiler.assume_constant_result  # a compiler need not look inside
 def _import(target):
     module, name = target.split(":")
     _loaded[target] = getattr(import_module(module), name)
+
+
+# A compiler need not look inside. torch.compiler.assume_constant_result says so too, but imports the compiler, and
+# with it triton.
+_import._dynamo_marked_constant = True
 
 
 def checks_enabled(device):

@@ -1,0 +1,192 @@
+"""What a compiled kernel asks of the machine, read off its cubin, and whether that is what its table grants.
+
+Nothing here needs a GPU. ``cuobjdump`` is the one in triton's wheel.
+"""
+
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+_WIDTH = re.compile(r"\.(?:[USF]?(8|16)|(64|128))\b")
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.M)
+_RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "QGMMA")
+
+
+class SM(NamedTuple):
+    """One streaming multiprocessor (CUDA C++ programming guide, table of compute capabilities)."""
+
+    shared: int  # bytes of shared memory, of which each CTA takes 1 KB beside its own
+    shared_cta: int  # bytes, the most that one CTA may have
+    registers: int = 65536
+    warps: int = 64
+    ctas: int = 32
+
+
+SMS = {80: SM(164 << 10, 163 << 10), 90: SM(228 << 10, 227 << 10)}
+
+
+class Facts(NamedTuple):
+    """One kernel on one architecture."""
+
+    arch: int
+    warps: int  # of a CTA
+    registers: int  # of a thread
+    shared: int  # bytes of a CTA
+    stack: int  # bytes of a thread: what is spilled, and arrays that are indexed
+    local: int  # loads and stores of local memory
+    loads: dict  # bits → how many loads of global memory in loops, or anywhere where there is no loop
+    stores: dict  # the same of stores
+    tensor_core: dict  # instruction → how many in loops
+    ctas: int  # that fit an SM at a time
+    in_flight: int  # bytes that an SM has asked of memory while every thread waits for one turn of the loop with most
+
+    @property
+    def resident_warps(self):
+        return self.ctas * self.warps
+
+
+class Need(NamedTuple):
+    """The budget of one kernel; None is not judged. A number holds for all architectures, a dict says one for each."""
+
+    registers: object = None  # a thread's, at most
+    shared: object = None  # bytes of a CTA, at most; never over what the architecture has
+    stack: object = 0  # bytes of a thread, at most
+    width: object = 128  # bits of the widest load in loops
+    narrow: object = 0  # loads and stores in loops that are narrower, at most
+    stores: bool = True  # whether stores are judged by width as loads are
+    warps: object = None  # resident on an SM, at least
+    in_flight: object = None  # bytes, at least
+    tensor_core: object = None  # instruction in the inner loop, such as "HMMA"
+
+
+def facts(cubin, arch, warps, shared=None):
+    """:class:`Facts` of the one kernel in the file ``cubin``; ``shared`` is what the launch asks for, if that is
+    known."""
+    usage = _RESOURCES.search(_cuobjdump("--dump-resource-usage", cubin))
+    registers, stack, static = map(int, usage.groups())
+    shared = static if shared is None else shared
+    code = instructions(_cuobjdump("--dump-sass", cubin))
+    loops = [(int(m, 16), at) for at, name, rest in code if name.startswith("BRA") for m in _targets(rest)]
+    loops = [(start, end) for start, end in loops if start < end]
+    inside = [(at, name) for at, name, _ in code if any(start <= at <= end for start, end in loops)]
+    judged = inside if any(_is_global(name) for _, name in inside) else [(at, name) for at, name, _ in code]
+    ctas = resident(SMS[arch], warps, registers, shared)
+    turns = [sum(_bits(n) for at, n in judged if start <= at <= end and _is_load(n)) for start, end in _inner(loops)]
+    most = max(turns, default=0) or sum(_bits(name) for _, name in judged if _is_load(name))
+    return Facts(
+        arch,
+        warps,
+        registers,
+        shared,
+        stack,
+        sum(name.startswith(("LDL", "STL")) for _, name, _ in code),
+        _by_width(name for _, name in judged if _is_load(name)),
+        _by_width(name for _, name in judged if name.startswith("STG")),
+        _count(name.split(".")[0] for _, name in inside if name.startswith(_TENSOR_CORE)),
+        ctas,
+        ctas * warps * 32 * most // 8,
+    )
+
+
+def broken(facts, need):
+    """What of ``need`` does not hold, each as a sentence; nothing where all does."""
+
+    def granted(field):
+        value = getattr(need, field)
+        return value.get(facts.arch) if isinstance(value, dict) else value
+
+    found = []
+
+    def at_most(name, value, limit):
+        if limit is not None and value > limit:
+            found.append(f"{name} {value}, at most {limit}")
+
+    def at_least(name, value, limit):
+        if limit is not None and value < limit:
+            found.append(f"{name} {value}, at least {limit}")
+
+    at_most("registers", facts.registers, granted("registers"))
+    at_most("bytes of shared memory", facts.shared, SMS[facts.arch].shared_cta)
+    at_most("bytes of shared memory", facts.shared, granted("shared"))
+    at_most("bytes of stack", facts.stack, granted("stack"))
+    if not granted("stack"):
+        at_most("accesses of local memory", facts.local, 0)
+    width = granted("width")
+    if width is not None:
+        at_least("bits of the widest load", max(facts.loads, default=0), width)
+        narrow = _narrower(facts.loads, width)
+        if need.stores:
+            at_least("bits of the widest store", max(facts.stores, default=width), width)
+            narrow += _narrower(facts.stores, width)
+        at_most("narrow accesses", narrow, granted("narrow"))
+    at_least("resident warps", facts.resident_warps, granted("warps"))
+    at_least("bytes in flight", facts.in_flight, granted("in_flight"))
+    tensor_core = granted("tensor_core")
+    if tensor_core is not None and tensor_core not in facts.tensor_core:
+        found.append(f"no {tensor_core} in a loop")
+    return found
+
+
+def resident(sm, warps, registers, shared):
+    """How many CTAs fit an SM: registers are given out to warps in blocks of 256."""
+    of_warp = -(-registers * 32 // 256) * 256
+    by_registers = sm.registers // of_warp // warps if of_warp else sm.ctas
+    return min(sm.ctas, sm.warps // warps, by_registers, sm.shared // (shared + 1024))
+
+
+def instructions(sass):
+    """``(address, opcode with its suffixes, operands)`` of each line of a disassembly."""
+    return [(int(at, 16), name, rest) for at, name, rest in _LINE.findall(sass)]
+
+
+def _targets(rest):
+    return re.findall(r"0x([0-9a-f]+)", rest)[-1:]
+
+
+def _inner(loops):
+    """Loops that hold no other loop."""
+    return [
+        (a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b and d - c < b - a for c, d in loops)
+    ]
+
+
+def _is_load(name):
+    return name.startswith(("LDG", "UBLKCP", "UTMALDG"))  # LDGSTS, a copy into shared memory, too
+
+
+def _is_global(name):
+    return _is_load(name) or name.startswith("STG")
+
+
+def _bits(name):
+    widths = _WIDTH.search(name)
+    return int(widths[1] or widths[2]) if widths else 32
+
+
+def _narrower(widths, width):
+    return sum(count for bits, count in widths.items() if bits < width)
+
+
+def _by_width(names):
+    return _count(map(_bits, names))
+
+
+def _count(values):
+    found = {}
+    for value in values:
+        found[value] = found.get(value, 0) + 1
+    return dict(sorted(found.items()))
+
+
+def _cuobjdump(option, cubin):
+    return subprocess.run([_tool(), option, str(cubin)], check=True, capture_output=True, text=True).stdout
+
+
+@cache
+def _tool():
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")

@@ -1,0 +1,50 @@
+"""The launches of the losses' core, and what each may cost."""
+
+from functools import partial
+
+import torch
+
+from sft_kernels.ops.softmax_grad import triton_impl
+from sft_kernels.ops.softmax_grad.options import LossOptions
+
+from ..binary import Need
+
+_N = 4
+_EVERY = {"label_smoothing": 0.1, "softcap": 30.0, "logit_scale": 0.5, "z_loss": 1e-4}
+
+
+def _core(V, dtype, *, stride=None, scale=True, lse=False, keep=False, out=False, stats=False, **options):
+    logits = torch.empty(_N, stride or V, dtype=dtype)[:, :V]
+    row = torch.ones(_N)
+    triton_impl.softmax_grad(
+        logits,
+        torch.zeros(_N, dtype=torch.int64),
+        LossOptions(V, **options),
+        row if scale else None,
+        lse=row.double() if lse else None,
+        stats=stats,
+        keep=row.bool() if keep else None,
+        out=torch.empty(_N, V, dtype=dtype) if out else None,
+    )
+
+
+def _scale(dtype):
+    triton_impl.scale_(torch.empty(1 << 16, dtype=dtype), torch.ones(()))
+
+
+CASES = {
+    f"{name}, {str(dtype)[6:]}": (partial(_core, dtype=dtype, **options), {"_softmax_grad_kernel": Need()})
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)
+    for name, options in {
+        "training": {"V": 128256},
+        "statistics": {"V": 128256, "scale": False, "stats": True},
+        "training, all options": {"V": 128256, "stats": True, **_EVERY},
+        "odd vocabulary": {"V": 50257},
+        "slice, given lse": {"V": 16384, "lse": True},
+        "given logits": {"V": 128256, "keep": True, "out": True},
+        "short rows": {"V": 1024},
+    }.items()
+} | {
+    f"upstream scale, {str(dtype)[6:]}": (partial(_scale, dtype), {"_scale_kernel": Need()})
+    for dtype in (torch.bfloat16, torch.float32)
+}
