@@ -2,7 +2,7 @@
 //
 // The order in which fibers run is shuffled by a seed at every turn, and the order of clusters too: what is right only in
 // some order is wrong under some seed. Shared memory is full of 0xff when a block begins and out of reach when it has
-// ended; behind it, and around global memory from guarded(), no byte can be touched. An asynchronous copy is done when it
+// ended; behind it, and around global memory from memory.cpp, no byte can be touched. An asynchronous copy is done when it
 // is waited for, no sooner. A launch returns what went wrong, or nullptr. Not shown: fences, the asynchronous proxy.
 #pragma once
 
@@ -10,7 +10,6 @@
 #include <csignal>
 #include <cstring>
 #include <functional>
-#include <map>
 #include <utility>
 #include <vector>
 
@@ -113,7 +112,7 @@ inline void on_fault(int) { fail("access out of bounds"); }
 
 // ---- what a fiber calls
 
-inline void pause() {
+__attribute__((noinline)) inline void pause() {
   if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
 }
 
@@ -162,6 +161,14 @@ inline void enter() {
   _longjmp(scheduler, 1);
 }
 
+constexpr size_t STACK = 64 << 10;
+
+__attribute__((noinline)) inline void prepare(Fiber& fiber, unsigned char* stack) {
+  getcontext(&fiber.start);
+  fiber.start.uc_stack = {stack, 0, STACK};
+  makecontext(&fiber.start, enter, 0);
+}
+
 __attribute__((noinline)) inline void run(Fiber& fiber) {
   current = &fiber;
   if (_setjmp(scheduler) != 0) return;
@@ -185,10 +192,21 @@ inline void run_cluster(std::vector<Fiber*>& order, size_t shared_pages) {
   }
 }
 
+// Calls `all`; fail() ends it.
+__attribute__((noinline)) inline void until_failure(const std::function<void()>& all) {
+  struct sigaction action = {}, segv = {}, bus = {};
+  action.sa_handler = on_fault;
+  action.sa_flags = SA_NODEFER;
+  sigaction(SIGSEGV, &action, &segv);
+  sigaction(SIGBUS, &action, &bus);
+  if (sigsetjmp(escape, 1) == 0) all();
+  sigaction(SIGSEGV, &segv, nullptr);
+  sigaction(SIGBUS, &bus, nullptr);
+}
+
 inline const char* launch(unsigned grid, unsigned blocks, unsigned threads, size_t shared_bytes, uint64_t seed,
                           const std::function<void()>& kernel) {
   if (grid % blocks || threads % 32 || threads > 1024 || blocks > 8) return "no such launch";
-  constexpr size_t STACK = 64 << 10;
   const size_t shared_pages = pages(shared_bytes + 1), page = pages(1);
   static unsigned char* stacks = map(8 * 1024 * STACK, PROT_READ | PROT_WRITE);
   std::vector<Fiber> fibers(blocks * threads);
@@ -204,12 +222,7 @@ inline const char* launch(unsigned grid, unsigned blocks, unsigned threads, size
   for (unsigned i = 0; i < clusters.size(); ++i) clusters[i] = i;
   shuffle(clusters);
 
-  struct sigaction action = {}, segv, bus;
-  action.sa_handler = on_fault;
-  action.sa_flags = SA_NODEFER;
-  sigaction(SIGSEGV, &action, &segv);
-  sigaction(SIGBUS, &action, &bus);
-  if (sigsetjmp(escape, 1) == 0) {
+  until_failure([&] {
     for (unsigned which : clusters) {
       std::vector<Fiber*> order;
       cluster_barrier = {blocks * threads};
@@ -225,17 +238,13 @@ inline const char* launch(unsigned grid, unsigned blocks, unsigned threads, size
           fiber = Fiber{};
           fiber.thread.x = t;
           fiber.block = &members[b];
-          getcontext(&fiber.start);
-          fiber.start.uc_stack = {stacks + (b * threads + t) * STACK, 0, STACK};
-          makecontext(&fiber.start, enter, 0);
+          prepare(fiber, stacks + (b * threads + t) * STACK);
           order.push_back(&fiber);
         }
       }
       run_cluster(order, shared_pages);
     }
-  }
-  sigaction(SIGSEGV, &segv, nullptr);
-  sigaction(SIGBUS, &bus, nullptr);
+  });
   for (auto* memory : shared) munmap(memory, shared_pages + page);
   return failure;
 }
@@ -297,38 +306,3 @@ const T* cluster_peer(const T* own, unsigned rank) {
 }
 
 }  // namespace sft
-
-// ---- global memory between two pages that cannot be touched
-
-namespace fibers {
-struct Allocation {
-  unsigned char *begin, *end, *data_end;
-};
-inline std::map<unsigned char*, Allocation> allocations;
-}  // namespace fibers
-
-extern "C" {
-
-// `bytes` at an address that is `phase` modulo 16: as near to the end of its pages as that allows, or to their start.
-inline unsigned char* guarded(size_t bytes, unsigned phase, bool at_end) {
-  const size_t page = fibers::pages(1), inside = fibers::pages(bytes + 16);
-  unsigned char* begin = fibers::map(inside + 2 * page, PROT_NONE) + page;
-  mprotect(begin, inside, PROT_READ | PROT_WRITE);
-  std::memset(begin, 0xa5, inside);
-  size_t offset = at_end ? inside - bytes : phase;
-  offset -= (offset - phase) % 16;
-  fibers::allocations[begin + offset] = {begin, begin + inside, begin + offset + bytes};
-  return begin + offset;
-}
-
-// Gives guarded(…) back; whether nothing beside its bytes was written.
-inline bool release(unsigned char* data) {
-  const auto [begin, end, data_end] = fibers::allocations.at(data);
-  bool intact = true;
-  for (auto* p = begin; p < data; ++p) intact = intact && *p == 0xa5;
-  for (auto* p = data_end; p < end; ++p) intact = intact && *p == 0xa5;
-  munmap(begin - fibers::pages(1), end - begin + 2 * fibers::pages(1));
-  fibers::allocations.erase(data);
-  return intact;
-}
-}

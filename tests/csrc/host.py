@@ -1,0 +1,95 @@
+"""The bodies of the CUDA kernels as a library for the CPU, every CUDA thread a fiber; g++ builds it once a session."""
+
+import ctypes
+import functools
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+COMPILER = os.environ.get("CXX") or "g++"
+# No contraction: the arithmetic is what is written. Plain memory is read as vectors, and longjmp goes between stacks.
+FLAGS = "-std=c++20 -O2 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas -fPIC".split()
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+SM_80, SM_90 = (False, 163 << 10), (True, 227 << 10)  # clusters, bytes of shared memory a block
+
+
+def why_not():
+    return None if shutil.which(COMPILER) else f"{COMPILER} is not on the path"
+
+
+needs_compiler = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+
+
+@functools.cache
+def library():
+    folder = tempfile.TemporaryDirectory()
+    path = Path(folder.name, "host.so")
+    sources = map(str, sorted(HERE.glob("*.cpp")))
+    command = [COMPILER, *FLAGS, "-shared", f"-I{CSRC}", f"-I{HERE}", *sources, "-o", str(path)]
+    subprocess.run(command, check=True)
+    found = ctypes.CDLL(str(path))
+    found.folder = folder  # removed with it
+    found.allocate.restype = ctypes.c_void_p
+    found.release.restype = ctypes.c_bool
+    return found
+
+
+class Fault(AssertionError):
+    """What a launch over fibers did wrong."""
+
+
+_launches = itertools.count()
+
+
+class Memory:
+    """Tensors copied between pages that cannot be touched, their addresses the same modulo 16, and copied back.
+
+    All of them at the end of their pages, or at their start: what reads behind, or before, is seen at one of them, what
+    writes there at both. Without a choice one launch is given the one, the next the other.
+    """
+
+    def __init__(self, at_end=None):
+        self.at_end = next(_launches) % 2 == 0 if at_end is None else at_end
+        self.copies = {}
+
+    def __call__(self, tensor):
+        """The guarded address of ``tensor``; None, and what is empty, is 0."""
+        if tensor is None or tensor.numel() == 0:
+            return 0
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        if key not in self.copies:
+            elements = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            size = elements * tensor.element_size()
+            address = library().allocate(
+                ctypes.c_size_t(size), ctypes.c_uint(tensor.data_ptr() % 16), ctypes.c_bool(self.at_end)
+            )
+            ctypes.memmove(address, tensor.data_ptr(), size)
+            self.copies[key] = address, size
+        return self.copies[key][0]
+
+    def give_back(self, launched, *written):
+        """Copy ``written`` back after a launch that returned ``launched``; raises :class:`Fault` for what went wrong."""
+        for tensor in written:
+            if tensor is not None and tensor.numel() and launched is None:
+                address, size = self.copies[tensor.data_ptr(), tensor.shape, tensor.stride()]
+                ctypes.memmove(tensor.data_ptr(), address, size)
+        intact = [library().release(ctypes.c_void_p(address)) for address, _ in self.copies.values()]
+        if launched is not None:
+            raise Fault(launched.decode())
+        if not all(intact):
+            raise Fault("wrote beside its memory")
+
+
+def function(name):
+    """A function of the library that returns what went wrong, or None."""
+    found = getattr(library(), name)
+    found.restype = ctypes.c_char_p
+    return found
