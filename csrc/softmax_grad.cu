@@ -34,7 +34,8 @@ const void* pointer(const std::optional<Tensor>& tensor, const char* name, Scala
 
 Fields softmax_grad_out(Tensor logits, Tensor out, Tensor target, std::optional<Tensor> scale, std::optional<Tensor> lse,
                         std::optional<Tensor> keep, int64_t classes, double label_smoothing,
-                        std::optional<double> softcap, bool stats) {
+                        std::optional<double> softcap, std::optional<double> logit_scale, double z_loss, bool stats) {
+  STD_TORCH_CHECK(!logit_scale && z_loss == 0, "logit_scale and z_loss are not in the CUDA kernels");
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_cuda(), "logits: expected [N, V] on a GPU");
   const int64_t N = logits.size(0), V = logits.size(1);
   STD_TORCH_CHECK(V < int64_t(1) << 31, "logits: more than 2^31 columns");
@@ -89,8 +90,9 @@ Fields softmax_grad_out(Tensor logits, Tensor out, Tensor target, std::optional<
 
 Fields softmax_grad_(Tensor logits, Tensor target, std::optional<Tensor> scale, std::optional<Tensor> lse,
                      std::optional<Tensor> keep, int64_t classes, double label_smoothing, std::optional<double> softcap,
-                     bool stats) {
-  return softmax_grad_out(logits, logits, target, scale, lse, keep, classes, label_smoothing, softcap, stats);
+                     std::optional<double> logit_scale, double z_loss, bool stats) {
+  return softmax_grad_out(logits, logits, target, scale, lse, keep, classes, label_smoothing, softcap, logit_scale,
+                          z_loss, stats);
 }
 
 }  // namespace sft::softmax_grad

@@ -15,10 +15,12 @@ _IMPLEMENTATIONS = {
     "softmax_grad": {
         "torch": "sft_kernels.ops.softmax_grad.torch_impl:softmax_grad",
         "triton": "sft_kernels.ops.softmax_grad.triton_impl:softmax_grad",
+        "cuda": "sft_kernels.ops.softmax_grad.cuda_impl:softmax_grad",
     },
     "scale_": {
         "torch": "sft_kernels.ops.softmax_grad.torch_impl:scale_",
         "triton": "sft_kernels.ops.softmax_grad.triton_impl:scale_",
+        "cuda": "sft_kernels.ops.softmax_grad.triton_impl:scale_",
     },
     "adamw": {"torch": "sft_kernels.ops.adamw.torch_impl:step"},
     "packed_attention": {
@@ -37,11 +39,12 @@ def implementations(op):
     return tuple(_IMPLEMENTATIONS[op])
 
 
-def resolve(op, impl="auto", device=None, needs_torch=None):
+def resolve(op, impl="auto", device=None, needs_torch=None, needs_triton=None):
     """The callable that implements ``op`` on ``device`` (None: the CPU).
 
     ``impl="auto"`` takes ``SFT_KERNELS_IMPL`` where that is set, else the best implementation that runs here: Triton on
     a GPU. ``needs_torch`` says what of the call only torch's own code carries, if anything; ``"auto"`` then takes that.
+    ``needs_triton`` says what of it the CUDA kernels do not carry.
     Raises ``ValueError`` for a name that is none, :class:`Unavailable` for one that cannot run here, with the reason.
     """
     source = "impl"
@@ -61,6 +64,8 @@ def resolve(op, impl="auto", device=None, needs_torch=None):
         reason = f"{needs_torch} are torch's own code"
     elif impl == "triton":
         reason = _why_no_triton(device, interpreted=True)
+    elif impl == "cuda":
+        reason = f"the CUDA kernels have no {needs_triton}; Triton's have" if needs_triton else _why_no_cuda(device)
     if reason:
         raise Unavailable(f"{source}={impl!r}: {reason}")
     return _load(available[impl])
@@ -76,6 +81,13 @@ def _why_no_triton(device, interpreted):
     elif device.type != "cuda":
         return f"needs a CUDA device, got {device}"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _why_no_cuda(device):
+    from . import _csrc  # not before it is asked for
+
+    return _csrc.why_not(device)
 
 
 _loaded = {}

@@ -25,8 +25,8 @@
 #define __syncthreads() fibers::wait(fibers::current->block->barrier)
 #define threadIdx (fibers::current->thread)
 #define blockIdx (fibers::current->block->index)
-#define blockDim (fibers::dimensions.block)
-#define gridDim (fibers::dimensions.grid)
+#define blockDim (fibers::block_size)
+#define gridDim (fibers::grid_size)
 
 namespace fibers {
 
@@ -70,9 +70,7 @@ struct Fiber {
   std::vector<Copy> copies;
 };
 
-inline struct {
-  Index block, grid;
-} dimensions;
+inline Index block_size, grid_size;
 inline Fiber* current;
 inline std::vector<Block>* cluster;
 inline Barrier cluster_barrier;
@@ -213,7 +211,7 @@ inline const char* launch(unsigned grid, unsigned blocks, unsigned threads, size
   std::vector<Block> members(blocks);
   std::vector<unsigned char*> shared(blocks);
   for (auto& memory : shared) memory = map(shared_pages + page, PROT_NONE);
-  dimensions = {{threads}, {grid}};
+  block_size = {threads}, grid_size = {grid};
   cluster = &members;
   body = &kernel;
   failure = nullptr;

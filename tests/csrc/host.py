@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sft_kernels import _csrc
+from sft_kernels.ops.softmax_grad import cuda_impl, operators
+
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or "g++"
@@ -93,3 +96,61 @@ def function(name):
     found = getattr(library(), name)
     found.restype = ctypes.c_char_p
     return found
+
+
+# ---- the operators, for CPU tensors
+
+
+class _SoftmaxGrad(ctypes.Structure):
+    """``Params`` of softmax_grad.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "logits out target scale lse keep".split()),
+        *((name, ctypes.c_void_p) for name in "row_lse target_logit max_logit mean_logit sum_logit".split()),
+        ("stride", ctypes.c_int64),
+        ("stride_out", ctypes.c_int64),
+        ("V", ctypes.c_int32),
+        ("parts", ctypes.c_uint),
+        *((name, ctypes.c_float) for name in "softcap smoothing uniform".split()),
+    ]
+
+
+def softmax_grad_out(logits, out, target, scale, lse, keep, *options, arch=SM_90, seed=None):
+    """The operator ``softmax_grad_out`` over fibers, as on ``arch``."""
+    classes, smoothing, softcap, logit_scale, z_loss, stats = options
+    assert logit_scale is None
+    assert z_loss == 0
+    (N, V), fields = logits.shape, operators.fields(logits, lse, smoothing, stats)
+    if N == 0:
+        return fields
+    seed = next(_launches) if seed is None else seed
+    memory = Memory()
+    pointers = [memory(t) for t in (logits, logits if scale is None else out, target, scale, lse, keep, *fields)]
+    arguments = _SoftmaxGrad(
+        *pointers, logits.stride(0), out.stride(0), V, 0, softcap or 0.0, smoothing, smoothing / classes
+    )
+    clusters, shared = arch
+    error = function("softmax_grad")(
+        ctypes.byref(arguments), ctypes.c_int64(N), DTYPES[logits.dtype], ctypes.c_bool(softcap is not None),
+        ctypes.c_bool(clusters), ctypes.c_size_t(shared), ctypes.c_uint64(seed),
+    )  # fmt: skip
+    memory.give_back(error, *([] if scale is None else [out]), *fields)
+    return fields
+
+
+@functools.cache
+def register():
+    """Implement the operators of the compiled library for the CPU."""
+    library = torch.library.Library(cuda_impl.NAMESPACE, "IMPL", "CPU")
+    library.impl("softmax_grad_out", softmax_grad_out)
+    for name in ("softmax_grad_", "softmax_stats"):
+        library.impl(name, lambda logits, *rest: softmax_grad_out(logits, logits, *rest))
+    return library
+
+
+def use(monkeypatch):
+    """``impl="cuda"`` takes CPU tensors in a test: its kernels run there over fibers."""
+    if why_not():
+        pytest.skip(why_not())
+    register()
+    monkeypatch.setattr(_csrc, "why_not", lambda device: None)

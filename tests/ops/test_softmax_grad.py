@@ -11,6 +11,7 @@ from sft_kernels.ops.softmax_grad import torch_impl
 from sft_kernels.ops.softmax_grad.options import LossOptions
 from sft_kernels.ops.softmax_grad.rows import RowStats
 
+from ..csrc import host
 from .helpers import DTYPES, same_bits
 
 N, V = 101, 37
@@ -18,10 +19,12 @@ PLAIN = LossOptions(V)
 FIELDS = ("lse", "nll", "entropy", "max_logit")
 
 
-@pytest.fixture(params=["torch", "triton"])
-def core(request):
+@pytest.fixture(params=["torch", "triton", "cuda"])
+def core(request, monkeypatch):
     if request.param != "torch" and request.node.callspec.params.get("dtype") == torch.float64:
         pytest.skip("float64 is torch's own code")
+    if request.param == "cuda":
+        host.use(monkeypatch)
     return resolve("softmax_grad", request.param)
 
 

@@ -224,7 +224,7 @@ def linear_cross_entropy(
     scalar = matmul.accumulator_dtype(dtype)
 
     composed = whole or (weight is not None and bool(label_smoothing))
-    core = Core.resolve(impl, device, dtype, composed)
+    core = Core.resolve(impl, device, dtype, loss_options, composed)
 
     rows, keep, inside, of_target = None, None, None, None
     if probabilities:
