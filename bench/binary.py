@@ -41,7 +41,7 @@ class Facts(NamedTuple):
     stores: dict  # the same of stores
     tensor_core: dict  # instruction → how many in loops
     ctas: int  # that fit an SM at a time
-    in_flight: int  # bytes that an SM has asked of memory while every thread waits for one turn of the loop with most
+    in_flight: int  # bytes that an SM has asked of memory when every thread waits at the busiest place of its loops
 
     @property
     def resident_warps(self):
@@ -74,8 +74,8 @@ def facts(cubin, arch, warps, shared=None):
     inside = [(at, name) for at, name, _ in code if any(start <= at <= end for start, end in loops)]
     judged = inside if any(_is_global(name) for _, name in inside) else [(at, name) for at, name, _ in code]
     ctas = resident(SMS[arch], warps, registers, shared)
-    turns = [sum(_bits(n) for at, n in judged if start <= at <= end and _is_load(n)) for start, end in _inner(loops)]
-    most = max(turns, default=0) or sum(_bits(name) for _, name in judged if _is_load(name))
+    bodies = [[line for line in code if start <= line[0] <= end] for start, end in _inner(loops)]
+    most = max(map(_asked_at_once, bodies), default=0) or _asked_at_once(code)
     return Facts(
         arch,
         warps,
@@ -140,6 +140,23 @@ def resident(sm, warps, registers, shared):
 def instructions(sass):
     """``(address, opcode with its suffixes, operands)`` of each line of a disassembly."""
     return [(int(at, 16), name, rest) for at, name, rest in _LINE.findall(sass)]
+
+
+def _asked_at_once(code):
+    """The most bits that a thread loads before it reads any of what it loads."""
+    most = bits = 0
+    loaded = set()
+    for _, name, rest in code:
+        registers = {int(number) for number in re.findall(r"\bR(\d+)\b", rest)}
+        if _is_load(name):
+            bits += _bits(name)
+            first = re.match(r" R(\d+),", rest)  # none where shared memory is loaded
+            if first:
+                loaded |= set(range(int(first[1]), int(first[1]) + max(1, _bits(name) // 32)))
+        elif registers & loaded or name.startswith("DEPBAR"):
+            bits, loaded = 0, set()
+        most = max(most, bits)
+    return most
 
 
 def _targets(rest):

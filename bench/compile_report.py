@@ -105,7 +105,7 @@ def line(row):
 
     facts = row.facts
     columns = (
-        f"{row.op:<17}{row.case:<28}{row.kernel:<24}{facts.arch:>3}{facts.registers:>5}{facts.stack:>6}"
+        f"{row.op:<17}{row.case:<33}{row.kernel:<22}{facts.arch:>3}{facts.registers:>5}{facts.stack:>6}"
         f"{facts.shared / 1024:>7.1f}{facts.resident_warps:>4}{facts.in_flight / 1024:>7.1f}  "
         f"{widths(facts.loads):<18}{widths(facts.stores):<16}{' '.join(facts.tensor_core) or '–':<6}"
     )
@@ -118,7 +118,7 @@ def main(argv=None):
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows")
     args = parser.parse_args(argv)
     print(
-        f"{'op':<17}{'case':<28}{'kernel':<24}{'sm':>3}{'regs':>5}{'stack':>6}{'sh. KB':>7}{'wrp':>4}{'KB fly':>7}  "
+        f"{'op':<17}{'case':<33}{'kernel':<22}{'sm':>3}{'regs':>5}{'stack':>6}{'sh. KB':>7}{'wrp':>4}{'KB fly':>7}  "
         f"{'loads, bits':<18}{'stores, bits':<16}mma"
     )
     rows = []

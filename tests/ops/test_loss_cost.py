@@ -1,6 +1,8 @@
 """What the fused losses cost on Triton's core: FLOPs and bytes by the written model, no host sync, one product to
 evaluate."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +26,7 @@ class Traffic(Watch):
     """Counts also the bytes of matrices that are read and written; an operation it does not know is an error."""
 
     # What an operation does to its arguments and its result, both by number of passes over them.
-    _PASSES = {
+    _PASSES: ClassVar = {
         "mm": ((1, 1), 1),
         "index": ((), 2),  # the rows that are gathered
         "new_zeros": ((), 1),

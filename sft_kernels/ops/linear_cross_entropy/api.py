@@ -25,6 +25,7 @@ from ..softmax_grad.reduction import (
 )
 from . import matmul, tokens, vocab
 from .kept import KeptTokens
+from .parallel import Shards, local_head, replicated
 from .plan import Plan, make_plan
 
 
@@ -45,6 +46,11 @@ class _Options(NamedTuple):
     needs: _Needs
     reduce: bool
     stats: bool
+    shards: Shards | None  # of a head that is split over ranks
+
+    def merged(self, rows):
+        """The statistics over the whole vocabulary."""
+        return rows if self.shards is None else self.shards.merge(rows)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,15 +65,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, rows, targets, scale, inside, keep, options):
         x = _gather(hidden, rows, keep, options.dtype)
+        if options.shards is not None:
+            targets = targets - options.shards.start
         ctx.options = options
         ctx.gradients = None
         common = (options.core, x, weight, bias, targets)
         if options.plan.loop == "vocab":
-            stats = vocab.loss(*common, options.plan.chunk, options.stats)
+            stats = options.merged(vocab.loss(*common, options.plan.chunk, options.stats))
         elif options.reduce and any(options.needs):
             stats, ctx.back, ctx.gradients = _token_gradients(*common, scale, options)
         else:
-            stats = tokens.loss(*common, options.plan.chunk, options.stats)
+            stats = options.merged(tokens.loss(*common, options.plan.chunk, options.stats))
         ctx.save_for_backward(hidden, weight, bias, rows, targets, scale, keep, stats.lse)
         return reduce_rows(ctx, stats, options.loss, scale, inside, keep, options.reduce, options.stats)
 
@@ -124,15 +132,24 @@ def _held_back(scale, *tensors):
 
 def _token_gradients(core, x, weight, bias, targets, scale, options):
     back, scale = _held_back(scale, x, weight, bias)
+    dx_dtype = x.dtype
+    if options.shards is not None:
+        core, dx_dtype = options.shards.core(core), matmul.accumulator_dtype(x.dtype)
     stats, gradients = tokens.loss_and_gradients(
-        core, x, weight, bias, targets, scale, options.plan.chunk, options.needs, options.stats
+        core, x, weight, bias, targets, scale, options.plan.chunk, options.needs, options.stats, dx_dtype
     )
-    return stats, back, gradients
+    return stats, back, _over_ranks(gradients, options)
 
 
 def _vocab_gradients(core, x, weight, bias, targets, scale, lse, options):
     back, scale = _held_back(scale, x, weight, bias)
-    return back, vocab.gradients(core, x, weight, bias, targets, scale, lse, options.plan.chunk, options.needs)
+    gradients = vocab.gradients(core, x, weight, bias, targets, scale, lse, options.plan.chunk, options.needs)
+    return back, _over_ranks(gradients, options)
+
+
+def _over_ranks(gradients, options):
+    dx, *head = gradients
+    return dx if dx is None or options.shards is None else options.shards.sum(dx), *head
 
 
 def linear_cross_entropy(
@@ -154,6 +171,7 @@ def linear_cross_entropy(
     kept=None,
     chunking="auto",
     max_logits_bytes=None,
+    process_group=None,
     return_stats=False,
     impl="auto",
 ):
@@ -188,6 +206,11 @@ def linear_cross_entropy(
         chunking: ``"tokens"`` computes gradients in the forward (three products), ``"vocab"`` walks the vocabulary and
             recomputes (four products, bounded memory whatever V), ``"auto"`` takes the cheaper one (``plan.py``).
         max_logits_bytes: bound on the logits that exist at a time, in bytes.
+        process_group: of ranks that hold the same tokens and split the head over V, in their order: ``linear_weight``
+            and ``linear_bias`` are this rank's slices, ``[V / ranks, D]`` on every rank, or DTensors placed as
+            ``Shard(0)``, also unevenly. What else is passed is whole and the same on all ranks, as are the loss, the
+            statistics and the gradient of ``input``, which this op sums over the ranks. ``max_logits_bytes`` is one
+            rank's.
         return_stats: also return :class:`LossStats`, detached, of the scaled and capped logits.
         impl: ``"auto"`` or an implementation's name.
 
@@ -208,8 +231,13 @@ def linear_cross_entropy(
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1``; elsewhere the loss
             is NaN.
     """
+    check_tensor("linear_weight", linear_weight)
+    shards = None if process_group is None else Shards.of(linear_weight, process_group)
+    linear_weight, linear_bias = local_head(linear_weight, linear_bias, shards)
+    input, target = replicated(input, "input", shards), replicated(target, "target", shards)
     _check_head(input, linear_weight, linear_bias)
-    device, V, D = input.device, linear_weight.shape[0], input.shape[-1]
+    device, D = input.device, input.shape[-1]
+    V = linear_weight.shape[0] if shards is None else shards.classes
     places = linear_weight.shape[1:-1]
     shape = input.shape[:-1] + places
     probabilities = target is not None and check_target(target, shape, _with_classes(shape, V, places), device)
@@ -224,6 +252,8 @@ def linear_cross_entropy(
     scalar = matmul.accumulator_dtype(dtype)
 
     composed = whole or (weight is not None and bool(label_smoothing))
+    if composed and shards is not None:
+        raise ValueError("process_group: probabilities, and class weights with label smoothing, take a whole head")
     core = Core.resolve(impl, device, dtype, loss_options, composed)
 
     rows, keep, inside, of_target = None, None, None, None
@@ -251,16 +281,17 @@ def linear_cross_entropy(
                 scale = scale * of_target
             needs = _Needs(*(_requires_grad(t) for t in (input, linear_weight, linear_bias)))
             acc_dtype = matmul.accumulator_dtype(linear_weight.dtype)
+            width = V if shards is None else shards.longest
             plan = make_plan(
-                len(targets), D, V, dtype.itemsize,
+                len(targets), D, width, dtype.itemsize,
                 device_type=device.type,
                 chunking=chunking,
                 max_logits_bytes=max_logits_bytes,
                 grads=needs.dx + needs.dw,
-                accumulator=V * D * acc_dtype.itemsize if needs.dw and linear_weight.dtype != acc_dtype else 0,
+                accumulator=width * D * acc_dtype.itemsize if needs.dw and linear_weight.dtype != acc_dtype else 0,
             )  # fmt: skip
             bound = partial(core.softmax_grad, options=loss_options)
-            options = _Options(bound, core.scale_, loss_options, plan, dtype, needs, reduce, return_stats)
+            options = _Options(bound, core.scale_, loss_options, plan, dtype, needs, reduce, return_stats, shards)
             out = _LinearCrossEntropy.apply(
                 hidden, linear_weight, linear_bias, rows, targets, scale, inside, keep, options
             )

@@ -37,7 +37,7 @@ def logits(x, weight, bias=None):
     if bias is not None:
         bias = bias.to(x.dtype)
     V = weight.shape[0]
-    if weight.dtype == x.dtype and V == padded(V):
+    if weight.dtype == x.dtype and padded(V) == V:
         return F.linear(x, weight, bias)
     out = x.new_empty(x.shape[0], padded(V))[:, :V]
     for s in [slice(0, V)] if weight.dtype == x.dtype else _slices(weight):
@@ -49,14 +49,17 @@ def logits(x, weight, bias=None):
 
 
 def grad_input(dlogits, weight, out):
-    """``out = dlogits W``: [N, D], summed over the vocabulary in fp32 throughout, rounded once."""
+    """``out = dlogits W``: [N, D], summed over the vocabulary in fp32 throughout, rounded once to the dtype of ``out``,
+    which need not be theirs."""
     if weight.dtype == dlogits.dtype == out.dtype:
         torch.mm(dlogits, weight, out=out)
         return
-    acc = dlogits.new_zeros(dlogits.shape[0], weight.shape[1], dtype=accumulator_dtype(dlogits.dtype))
-    for s in _slices(weight):
+    dtype = accumulator_dtype(dlogits.dtype)
+    acc = out.zero_() if out.dtype == dtype else torch.zeros_like(out, dtype=dtype)
+    for s in [slice(0, len(weight))] if weight.dtype == dlogits.dtype else _slices(weight):
         accumulate(acc, dlogits[:, s], weight[s].to(dlogits.dtype))
-    out.copy_(acc)
+    if acc is not out:
+        out.copy_(acc)
 
 
 def grad_weight(dlogits, x, out):

@@ -12,7 +12,7 @@ def loss(core, x, weight, bias, targets, chunk, stats):
     return RowStats.cat(parts)
 
 
-def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stats):
+def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stats, dx_dtype):
     """Row statistics, and the gradients of ``Σ scale · loss`` by x, W and b; one that ``needs`` does not name is None.
 
     ::
@@ -23,7 +23,7 @@ def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stat
     """
     K, V = x.shape[0], weight.shape[0]
     spans = _chunks(K, chunk)
-    dx = x.new_empty(x.shape) if needs.dx else None
+    dx = x.new_empty(x.shape, dtype=dx_dtype) if needs.dx else None
     dw = db = None
     if needs.dw:
         dtype = weight.dtype if len(spans) == 1 else matmul.accumulator_dtype(weight.dtype)

@@ -14,7 +14,8 @@ from . import operators
 from .options import LossOptions
 
 _VEC = tl.constexpr(8)  # columns of a group: 16 bytes in half precision
-_GROUPS = 1024  # of a tile at most, over all its rows
+_GROUPS = 512  # of a tile at most, over all its rows
+_NIL = tl.constexpr(-200.0)  # exp of this is 0 in fp32, and 0 times it is 0, which 0 times −∞ is not
 _SCALE_BLOCK = 8192  # elements of a gradient that a program multiplies at a time
 _SCALE_PROGRAMS = 1024  # at most: where the factor is 1 they are all that it costs
 
@@ -42,6 +43,13 @@ def _slope(x, softcap, logit_scale, SCALED: tl.constexpr):
 def _base(max_logit):
     """What is subtracted before exponentials: the maximum, but 0 where all is ruled out."""
     return tl.where(max_logit == float("-inf"), 0.0, max_logit)
+
+
+@triton.jit
+def _tile(logits, first, o_g, m_g):
+    """Groups ``o_g`` of rows whose whole groups begin at ``first``, to be read once more: [ROWS, GROUPS, _VEC]."""
+    p = first[:, None, None] + (o_g * _VEC)[:, :, None] + tl.arange(0, _VEC)[None, None, :]
+    return tl.load(logits + p, mask=m_g[:, :, None], other=float("-inf"), eviction_policy="evict_last")
 
 
 @triton.jit
@@ -77,6 +85,7 @@ def _softmax_grad_kernel(
     ALIGNED: tl.constexpr,  # rows of logits and out lie the same way to 16 bytes, some of them (SKIP) not at 0
     SKIP: tl.constexpr,
     EDGES: tl.constexpr,  # rows may have columns outside whole groups
+    AHEAD: tl.constexpr,
     ROWS: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
@@ -129,12 +138,18 @@ def _softmax_grad_kernel(
             u_0 = tl.load(logits + o_n * stride, mask=live, other=0.0).to(tl.float32)
             u_0 = _shape(u_0, live, softcap, logit_scale, CAPPED, SCALED)
             u_0 = tl.where(tl.abs(u_0) < float("inf"), u_0, 0.0)
+        o_0 = tl.arange(0, GROUPS)[None, :]
+        if AHEAD:  # every tile is asked for while the one before it is summed
+            ahead = _tile(logits, first, o_0, live[:, None] & (o_0 < groups[:, None]))
         for i in range(tiles):
-            o_g = i * GROUPS + tl.arange(0, GROUPS)[None, :]
+            o_g = i * GROUPS + o_0
             m_g = (live[:, None] & (o_g < groups[:, None]))[:, :, None]  # [ROWS, GROUPS, 1]
-            p = first[:, None, None] + (o_g * _VEC)[:, :, None] + o_v
             c = (skip[:, None] + o_g * _VEC)[:, :, None] + o_v
-            x = tl.load(logits + p, mask=m_g, other=float("-inf"), eviction_policy="evict_last").to(tl.float32)
+            if AHEAD:
+                x = ahead.to(tl.float32)
+                ahead = _tile(logits, first, o_g + GROUPS, live[:, None] & (o_g + GROUPS < groups[:, None]))
+            else:
+                x = _tile(logits, first, o_g, live[:, None] & (o_g < groups[:, None])).to(tl.float32)
             u = _shape(x, m_g, softcap, logit_scale, CAPPED, SCALED)
             highest = tl.maximum(m, tl.max(u, 2))
             b = _base(highest)
@@ -142,7 +157,7 @@ def _softmax_grad_kernel(
             e = tl.where(c == y[:, None, None], 0.0, tl.exp(below))
             r = tl.exp(m - b)
             if STATS:
-                t = r * (t + s * (tl.where(m == float("-inf"), b, m) - b)) + tl.sum(tl.where(e > 0, e * below, 0.0), 2)
+                t = r * (t + s * tl.maximum(m - b, _NIL)) + tl.sum(e * tl.maximum(below, _NIL), 2)
             if SMOOTHED:
                 w += tl.sum(tl.where(m_g, u - u_0[:, None, None], 0.0), 2)
             s = s * r + tl.sum(e, 2)
@@ -163,7 +178,7 @@ def _softmax_grad_kernel(
             below_e = u_e - base[:, None]
             e_e = tl.where(c_e == y[:, None], 0.0, tl.exp(below_e))
             rest += tl.sum(e_e, 1)
-            away += tl.sum(tl.where(e_e > 0, e_e * below_e, 0.0), 1)
+            away += tl.sum(e_e * tl.maximum(below_e, _NIL), 1)
             offset += tl.sum(tl.where(m_e, u_e - u_0[:, None], 0.0), 1)
         below_y = u_y - base
         e_y = tl.exp(below_y)
@@ -175,7 +190,7 @@ def _softmax_grad_kernel(
         tl.store(target_logit + o_n, tl.where(live, u_y, 0.0), mask=m_n)
         tl.store(max_logit + o_n, tl.where(live, top, 0.0), mask=m_n)
         if STATS:
-            away += tl.where(e_y > 0, e_y * below_y, 0.0)
+            away += e_y * tl.maximum(below_y, _NIL)
             mean = base.to(tl.float64) + away.to(tl.float64) / tl.where(total > 0, total, 1.0)
             tl.store(mean_logit + o_n, tl.where(live, mean, 0.0), mask=m_n)
         if SMOOTHED:
@@ -292,9 +307,10 @@ def launch(logits, out, target, scale, lse, keep, options, stats):
         ALIGNED=aligned,
         SKIP=aligned and stride % 8 != 0,
         EDGES=stride % 8 != 0 or V % 8 != 0,
+        AHEAD=groups * 8 < V and options.softcap is None,  # else there is nothing ahead, or no register left
         ROWS=rows,
         GROUPS=groups,
-        num_warps=max(1, min(16, rows * groups // 64)),
+        num_warps=max(1, rows * groups // 64),
     )
     if scale is not None and destination is not out:
         out.copy_(destination)

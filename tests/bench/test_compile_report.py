@@ -1,0 +1,138 @@
+"""What is read off compiled kernels, and that a kernel that breaks its budget is reported."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench import compile_report
+from bench.binary import SMS, Facts, Need, broken, instructions, resident
+
+pytest.importorskip("triton")
+FACTS = Facts(90, 8, 40, 1024, 0, 0, {128: 2}, {128: 1}, {"HGMMA": 4}, 6, 49152)
+
+
+def test_lines_of_a_disassembly():
+    sass = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;   /* 0x00000a00ff017b82 */
+                                                            /* 0x000e220000000800 */
+        /*0010*/              @!P0 LDG.E.128.CONSTANT R4, desc[UR4][R2.64+0x10] ;
+        /*0020*/          @P1 BRA `(.L_x_1) 0x10 ;
+    """
+    assert instructions(sass) == [
+        (0, "LDC", " R1, c[0x0][0x28] "),
+        (16, "LDG.E.128.CONSTANT", " R4, desc[UR4][R2.64+0x10] "),
+        (32, "BRA", " `(.L_x_1) 0x10 "),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("warps", "registers", "shared", "ctas"),
+    [
+        (8, 32, 0, 8),
+        (8, 40, 0, 6),
+        (16, 40, 0, 3),
+        (4, 168, 0, 3),
+        (4, 32, 113 << 10, 2),
+        (1, 16, 0, 32),
+        (16, 129, 0, 0),
+    ],
+)
+def test_how_many_ctas_fit_an_sm(warps, registers, shared, ctas):
+    assert resident(SMS[90], warps, registers, shared) == ctas
+
+
+def test_a_kernel_inside_its_budget_breaks_nothing():
+    assert broken(FACTS, Need()) == []
+    need = Need(registers={80: 1, 90: 40}, shared=1024, warps=48, in_flight=49152, tensor_core={90: "HGMMA"})
+    assert broken(FACTS, need) == []
+
+
+@pytest.mark.parametrize(
+    ("fact", "need", "sentence"),
+    [
+        ({}, Need(registers=39), "registers 40, at most 39"),
+        ({}, Need(registers={90: 39}), "registers 40, at most 39"),
+        ({}, Need(shared=1023), "bytes of shared memory 1024, at most 1023"),
+        ({"shared": 228 << 10}, Need(), "bytes of shared memory 233472, at most 232448"),
+        ({"stack": 8}, Need(), "bytes of stack 8, at most 0"),
+        ({"local": 2}, Need(), "accesses of local memory 2, at most 0"),
+        ({"loads": {64: 3}}, Need(narrow=9), "bits of the widest load 64, at least 128"),
+        ({"loads": {16: 3, 128: 1}}, Need(), "narrow accesses 3, at most 0"),
+        ({"stores": {32: 1, 128: 1}}, Need(), "narrow accesses 1, at most 0"),
+        ({"stores": {32: 1}}, Need(narrow=1), "bits of the widest store 32, at least 128"),
+        ({}, Need(warps=49), "resident warps 48, at least 49"),
+        ({}, Need(in_flight=50000), "bytes in flight 49152, at least 50000"),
+        ({"tensor_core": {}}, Need(tensor_core="HGMMA"), "no HGMMA in a loop"),
+    ],
+)
+def test_what_is_outside_the_budget_is_said(fact, need, sentence):
+    assert broken(FACTS._replace(**fact), need) == [sentence]
+
+
+# Kernels whose binaries are known to be good and bad, compiled in a process that does not interpret.
+_PLANTED = """
+import sys, torch, triton, triton.language as tl
+from bench import compile_report, launches
+from bench.binary import Need
+
+@triton.jit
+def copy(x, y, n, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    for i in range(0, n, BLOCK):
+        o = i + tl.arange(0, BLOCK)
+        if MASKED:
+            tl.store(y + o, tl.load(x + o, mask=o < n, other=0.0), mask=o < n)
+        else:
+            tl.store(y + o, tl.load(x + o))
+
+def launch(masked, warps=4, offset=0, n=1 << 20):
+    x = torch.empty(1 << 20, dtype=torch.bfloat16)
+    copy[(1,)](x[offset:], x, n, MASKED=masked, BLOCK=8192, num_warps=warps)
+
+cases = {
+    "good": (lambda: launch(False), {"copy": Need()}),
+    "narrow": (lambda: launch(True, n=(1 << 20) - 1), {"copy": Need()}),
+    "unaligned": (lambda: launch(False, offset=1), {"copy": Need()}),
+    "crowded": (lambda: launch(False, warps=1), {"copy": Need(warps=32)}),
+}
+sys.modules[launches.__name__ + ".planted"] = type(sys)("planted")
+sys.modules[launches.__name__ + ".planted"].CASES = cases
+compile_report.OPS = (*compile_report.OPS, "planted")
+sys.exit(compile_report.main(["--ops", "planted", "--json", sys.argv[1]]))
+"""
+
+
+def test_planted_kernels_break_their_budgets(tmp_path):
+    program = tmp_path / "planted.py"
+    program.write_text(_PLANTED)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.getcwd(), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, program, tmp_path / "rows"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stderr
+    rows = json.loads((tmp_path / "rows").read_text())["rows"]
+    assert [(row["case"], row["facts"]["arch"]) for row in rows] == [
+        (case, arch) for case in ("good", "narrow", "unaligned", "crowded") for arch in (80, 90)
+    ]
+    assert {row["case"] for row in rows if row["broken"]} == {"narrow", "unaligned", "crowded"}
+    good = rows[0]["facts"]
+    assert set(good["loads"]) == set(good["stores"]) == {"128"}
+    assert good["in_flight"] == good["ctas"] * 8192 * 2  # one turn at a time, however often the loop is unrolled
+    assert done.stdout.splitlines()[-1] == "8 kernels, 6 outside their budget"
+
+
+def test_it_refuses_to_interpret(monkeypatch):
+    import triton
+
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), compile_report.recording(90):
+        pass
+
+
+def test_a_wrong_call_exits_with_two():
+    with pytest.raises(SystemExit) as stopped:
+        compile_report.main(["--ops", "nonsense"])
+    assert stopped.value.code == 2

@@ -1,0 +1,55 @@
+"""Several ranks on one machine: processes that run the same function and report to the test."""
+
+import datetime
+import os
+import traceback
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+_TIMEOUT = datetime.timedelta(seconds=60)
+
+
+class Ranks:
+    """``ranks(function, *args)`` runs ``function(*args)`` on each of ``count`` gloo ranks, seeded alike, and returns
+    what they returned, in their order; where one raises, so does this. ``function`` belongs to a module."""
+
+    def __init__(self, count, folder):
+        context = mp.get_context("spawn")
+        self._in, self._out = [context.Queue() for _ in range(count)], context.Queue()
+        self._processes = [
+            context.Process(target=_serve, args=(i, count, str(folder / "store"), inbox, self._out), daemon=True)
+            for i, inbox in enumerate(self._in)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def __call__(self, function, *args):
+        for inbox in self._in:
+            inbox.put((function, args))
+        found = dict(self._out.get(timeout=_TIMEOUT.total_seconds() * 3) for _ in self._in)
+        failed = {rank: text for rank, (text, _) in found.items() if text}
+        assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
+        return [found[rank][1] for rank in sorted(found)]
+
+    def close(self):
+        for inbox in self._in:
+            inbox.put(None)
+        for process in self._processes:
+            process.join(10)
+            process.kill()
+
+
+def _serve(rank, count, store, inbox, outbox):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, count), rank=rank, world_size=count, timeout=_TIMEOUT)
+    while (job := inbox.get()) is not None:
+        function, args = job
+        torch.manual_seed(0)
+        try:
+            outbox.put((rank, (None, function(*args))))
+        except BaseException:
+            outbox.put((rank, (traceback.format_exc(), None)))
+    dist.destroy_process_group()
