@@ -22,7 +22,10 @@ _IMPLEMENTATIONS = {
         "triton": "sft_kernels.ops.softmax_grad.triton_impl:scale_",
         "cuda": "sft_kernels.ops.softmax_grad.triton_impl:scale_",
     },
-    "adamw": {"torch": "sft_kernels.ops.adamw.torch_impl:step"},
+    "adamw": {
+        "torch": "sft_kernels.ops.adamw.torch_impl:step",
+        "triton": "sft_kernels.ops.adamw.triton_impl:step",
+    },
     "packed_attention": {
         "torch": "sft_kernels.ops.packed_attention.torch_impl:packed_attention",
         "flash": "sft_kernels.ops.packed_attention.flash_impl:packed_attention",

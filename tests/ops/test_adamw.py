@@ -262,7 +262,6 @@ def test_parameters_that_are_views_of_a_buffer(path, view):
         ({"differentiable": True, "state_dtype": torch.float32}, ValueError, "differentiable.*state_dtype"),
         ({"differentiable": True, "master_weights": "float32"}, ValueError, "differentiable.*master_weights"),
         ({"capturable": True, "skip_nonfinite": True, "foreach": True}, ValueError, "skip_nonfinite"),
-        ({"master_weights": "split"}, ValueError, "master_weights.*split.*Triton"),
         ({"master_weights": torch.float32}, ValueError, "master_weights"),
         ({"state_dtype": torch.int8}, ValueError, "state_dtype"),
         ({"state_dtype": "float32"}, ValueError, "state_dtype"),
