@@ -61,3 +61,11 @@ def test_device_data_is_read_for_checks_only_where_that_costs_nothing_or_is_aske
     assert not _backend.checks_enabled(gpu)
     monkeypatch.setenv("SFT_KERNELS_CHECK", "1")
     assert _backend.checks_enabled(gpu)
+
+
+def test_auto_never_means_cuda(monkeypatch):
+    """No results file shows it ahead."""
+    monkeypatch.setattr(_backend, "_why_no_cuda", lambda device: None)
+    for op in OPS:
+        for device in ("cpu", "cuda"):
+            assert _backend.resolve(op, "auto", torch.device(device)) is not _backend._load_of(op, "cuda")

@@ -1,5 +1,6 @@
 """The bodies of the CUDA kernels as a library for the CPU, every CUDA thread a fiber; g++ builds it once a session."""
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -148,9 +149,12 @@ def register():
     return library
 
 
-def use(monkeypatch):
-    """``impl="cuda"`` takes CPU tensors in a test: its kernels run there over fibers."""
+@contextlib.contextmanager
+def on_cpu():
+    """Within it ``impl="cuda"`` takes CPU tensors: its kernels run there over fibers. Skips where nothing builds them."""
     if why_not():
         pytest.skip(why_not())
     register()
-    monkeypatch.setattr(_csrc, "why_not", lambda device: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_csrc, "why_not", lambda device: None)
+        yield
