@@ -24,6 +24,8 @@ CSRC = Path("csrc")
 # 9.0a alone has clusters to offer; the portable code of 8.0 serves what is neither.
 ARCHITECTURES = "8.0+PTX 9.0a"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the oldest that is supported
+# AdamW's formula is written to the bit: each operation rounds on its own.
+FLAGS_OF = {"adamw": ["--fmad=false"]}
 FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
@@ -78,7 +80,7 @@ class BuildCuda(build_ext):
 
         def compiled(source):
             target = folder / f"{Path(source).stem}.o"
-            command = [nvcc, *common, "-c", source, "-o", str(target)]
+            command = [nvcc, *common, *FLAGS_OF.get(Path(source).stem, []), "-c", source, "-o", str(target)]
             stamp = target.with_suffix(".command")  # what it was made by, and of
             newest = max(headers, Path(source).stat().st_mtime)
             if not (stamp.exists() and stamp.read_text() == " ".join(command) and stamp.stat().st_mtime > newest):

@@ -5,6 +5,7 @@
 #include "numbers.cuh"
 
 #ifdef __CUDACC__
+#define SFT_BODY __device__ __forceinline__
 
 namespace sft {
 
@@ -50,5 +51,6 @@ __device__ __forceinline__ const T* cluster_peer(const T* own, unsigned rank) {
 }  // namespace sft
 
 #else
+#define SFT_BODY inline
 #include "fibers.h"
 #endif

@@ -85,12 +85,6 @@ inline Plan plan(int32_t V, int element_size, bool given, bool clusters, size_t 
   return {reads, parts, unsigned(threads), sizeof(Shared) + staged};
 }
 
-#if defined(__CUDACC__)
-#define SFT_BODY __device__ __forceinline__
-#else
-#define SFT_BODY inline
-#endif
-
 // exp(x) as 2^(x log2 e), in two instructions. Its relative error grows as |x| of a negative x: far slower than exp(x)
 // falls, so that sums and gradients see nothing of it.
 SFT_BODY float exp_of(float x) {

@@ -25,6 +25,7 @@ _IMPLEMENTATIONS = {
     "adamw": {
         "torch": "sft_kernels.ops.adamw.torch_impl:step",
         "triton": "sft_kernels.ops.adamw.triton_impl:step",
+        "cuda": "sft_kernels.ops.adamw.cuda_impl:step",
     },
     "packed_attention": {
         "torch": "sft_kernels.ops.packed_attention.torch_impl:packed_attention",

@@ -78,10 +78,14 @@ def why_torch(optimizer):
 class Tables:
     """The tables of ``optimizer`` as it stands, with its state made where it is missing.
 
+    ``by_value``: the addresses stay on the host, in ``table``, and travel with each launch.
+
     Attributes:
         launches: one :class:`Launch` per combination of dtypes; none where there is no gradient.
-        addresses: int64 ``[rows, COLUMNS]`` on the device.
-        rows: int32 ``[chunks]``, the row of each chunk.
+        addresses: int64 ``[rows, COLUMNS]`` on the device; None ``by_value``.
+        rows: int32 ``[chunks]``, the row of each chunk; None ``by_value``.
+        table: the addresses on the host.
+        row_ranges: of each launch its combination, its first row and the one behind its last.
         maps: int64 ``[·, 2]``, of ``sharding.placement_in_whole``; ``mapped``: whether there are any.
         ranks: :class:`sharding.Ranks`.
         hyper, sums, partials, done, finished, stats: working memory of the kernels.
@@ -90,7 +94,7 @@ class Tables:
         ValueError, RuntimeError: as the step does, before anything is written.
     """
 
-    def __init__(self, optimizer, partials):
+    def __init__(self, optimizer, partials, by_value=False):
         refuse_sparse(optimizer)
         groups = optimizer.param_groups
         self._groups = [(len(group["params"]), group["amsgrad"]) for group in groups]
@@ -104,7 +108,8 @@ class Tables:
         rounded = [optimizer.stochastic_rounding and p.dtype == torch.bfloat16 for p in params]
         whole = [placement_in_whole(p) if r else (0, []) for p, r in zip(params, rounded, strict=True)]
         self.ranks = Ranks(params)
-        self.launches, self.device = [], params[0].device if params else None
+        self.launches, self.row_ranges, self.device = [], [], params[0].device if params else None
+        self._by_value = by_value
         if not params:
             return
 
@@ -132,6 +137,7 @@ class Tables:
         chunks = np.maximum(-(-numel // CHUNK), 1)  # an empty tensor has a step to count
         ends = np.cumsum(chunks)
         self._table = np.zeros((len(order), COLUMNS), np.int64)
+        self.table = torch.from_numpy(self._table)
         self._table[:, NUMEL] = numel
         self._table[:, FIRST_CHUNK] = ends - chunks
         self._table[:, GROUP] = [owner[index[row]] for row in order]
@@ -141,14 +147,16 @@ class Tables:
         self._table[:, MAPS] = [len(whole[row][1]) for row in order]
         self._table[:, FIRST_MAP] = np.cumsum(self._table[:, MAPS]) - self._table[:, MAPS]
         self.mapped = any(maps for _, maps in whole)
-        first = 0
+        first = row = 0
         for kind, rows in combinations.items():
+            self.row_ranges.append((kind, row, row + len(rows)))
+            row += len(rows)
             count = int(chunks[: len(rows)].sum())
             chunks = chunks[len(rows) :]
             self.launches.append(Launch(kind, first, count))
             first += count
         row_of_chunk = np.repeat(np.arange(len(order), dtype=np.int32), np.diff(ends, prepend=0))
-        self.rows = _sent(row_of_chunk, self.device)
+        self.rows = None if by_value else _sent(row_of_chunk, self.device)
         self.maps = _sent(np.array([m for row in order for m in whole[row][1]] or [(1, 1)], np.int64), self.device)
         group_of_chunk = self._table[row_of_chunk, GROUP]
         edges = [0, *(np.flatnonzero(np.diff(group_of_chunk)) + 1).tolist(), first]
@@ -164,9 +172,10 @@ class Tables:
         self.done = zeros(len(order), dtype=torch.int32)  # chunks of a row
         self.finished = zeros(1, dtype=torch.int32)  # programs of the norm
         self.stats = zeros(first, 3, dtype=torch.float32) if optimizer.update_stats else None
-        self._spare = None
+        self._source = self._spare = self.addresses = None
         self._send(*self._read(optimizer, params, [p.grad for p in params]))
-        self._spare = _pinned(self._table, self.device)  # in a capture nothing may be pinned
+        if not by_value:
+            self._spare = _pinned(self._table, self.device)  # in a capture nothing may be pinned
 
     # ---- do they still hold
 
@@ -225,6 +234,8 @@ class Tables:
             self._table[self._place[rows], _COLUMN_OF[name]] = fixed[at : at + len(rows)]
             at += len(rows)
         self._table[:, ALIGNED] = (self._table[:, :STEP] % 16 == 0).all(1)
+        if self._by_value:
+            return
         # Memory of its own each time: a captured graph goes on reading what it was captured with.
         if self._spare is None:
             self._spare = _pinned(self._table, self.device)

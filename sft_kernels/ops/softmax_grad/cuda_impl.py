@@ -8,7 +8,7 @@ import torch
 from . import operators
 
 NAMESPACE = "sft_kernels_cuda"
-_library = torch.library.Library(NAMESPACE, "DEF")
+_library = torch.library.Library(NAMESPACE, "FRAGMENT")  # AdamW has its own
 for _schema in operators.SCHEMAS:
     _library.define(_schema, tags=operators.TAGS)
     torch.library.register_fake(f"{NAMESPACE}::{_schema.split('(')[0]}", operators.fake, lib=_library)
