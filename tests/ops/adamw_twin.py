@@ -25,7 +25,7 @@ def gradient_factor(norm=None, *, max_grad_norm=None, grad_scale=1.0, maximize=F
     return f32(np.float64(-1 if maximize else 1) / (clip * np.float64(grad_scale)))
 
 
-def update(theta, g, m, v, v_max=None, *, step, lr, beta1, beta2, eps, weight_decay, c=f32(1)):
+def update(theta, g, m, v, v_max=None, *, step, lr, beta1, beta2, eps, weight_decay, c=1.0):
     """``(θ', m, v, v_max or None)``, fp32 arrays, after the ``step + 1``-th gradient; ``c`` by :func:`gradient_factor`.
 
     All arrays are fp32, widened from whatever they are kept in. θ is the parameter or its decoded master.
