@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from sft_kernels import _csrc
+from sft_kernels.ops.adamw import cuda_impl as _adamw  # noqa: F401, whose operators it defines
+from sft_kernels.ops.adamw import tables
 from sft_kernels.ops.softmax_grad import cuda_impl, operators
 
 HERE = Path(__file__).parent
@@ -139,6 +141,67 @@ def softmax_grad_out(logits, out, target, scale, lse, keep, *options, arch=SM_90
     return fields
 
 
+class _Update(ctypes.Structure):
+    """``Update`` of adamw.cuh, without its table."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in "maps hyper sums grad_scale found_inf norm_out skipped done stats".split()),
+        *((name, ctypes.c_bool) for name in "has_norm clip skip shared_found round".split()),
+    ]
+
+
+class _Guarded:
+    """A table whose addresses are those of guarded copies of what lies there; ``give_back`` copies what was written."""
+
+    BYTES = (4, 2, 2)  # of an element, by the number of its dtype
+
+    def __init__(self, table, first, last, param, grad, state=None, master=None):
+        self.memory, self.there = Memory(), []
+        self.table = rows = table.numpy().copy()
+        sizes = {tables.GRAD: self.BYTES[grad]}
+        if state is not None:
+            sizes |= {tables.PARAM: self.BYTES[param], tables.STEP: 0}
+            sizes |= dict.fromkeys((tables.EXP_AVG, tables.EXP_AVG_SQ, tables.MAX_EXP_AVG_SQ), self.BYTES[state])
+            sizes[tables.MASTER] = (0, 4, 2)[master]
+        for row in range(first, last):
+            numel = int(rows[row, tables.NUMEL])
+            for column, size in sizes.items():
+                address = int(rows[row, column])
+                length = 4 if column == tables.STEP else numel * size
+                if address and length:
+                    there = (ctypes.c_uint8 * length).from_address(address)
+                    tensor = torch.frombuffer(there, dtype=torch.uint8)
+                    rows[row, column] = self.memory(tensor)
+                    self.there += [] if column == tables.GRAD else [tensor]
+
+    def give_back(self, error, *written):
+        self.memory.give_back(error, *self.there, *written)
+
+
+def adamw_sum_of_squares(table, partials, sums, finished, first, last, grad, anew):
+    """The operator ``adamw_sum_of_squares`` over fibers."""
+    guarded = _Guarded(table, first, last, None, grad)
+    pointers = [ctypes.c_void_p(guarded.memory(t)) for t in (partials, sums, finished)]
+    error = function("adamw_sum_of_squares")(
+        ctypes.c_void_p(guarded.table.ctypes.data), *pointers, *map(ctypes.c_int64, (first, last, grad)),
+        ctypes.c_bool(anew), ctypes.c_uint64(next(_launches)),
+    )  # fmt: skip
+    guarded.give_back(error, partials, sums, finished)
+
+
+def adamw_update(table, *rest):
+    """The operator ``adamw_update`` over fibers."""
+    tensors, (first, last, *kind), flags = rest[:9], rest[9:15], rest[15:]
+    guarded = _Guarded(table, first, last, *kind)
+    maps, hyper, sums, grad_scale, found_inf, norm_out, skipped, done, stats = tensors
+    arguments = _Update(*map(guarded.memory, tensors), *flags)
+    error = function("adamw_update")(
+        ctypes.byref(arguments), ctypes.c_void_p(guarded.table.ctypes.data),
+        *map(ctypes.c_int64, (first, last, *kind)), ctypes.c_uint64(next(_launches)),
+    )  # fmt: skip
+    guarded.give_back(error, norm_out, skipped, done, stats)
+
+
 @functools.cache
 def register():
     """Implement the operators of the compiled library for the CPU."""
@@ -146,15 +209,14 @@ def register():
     library.impl("softmax_grad_out", softmax_grad_out)
     for name in ("softmax_grad_", "softmax_stats"):
         library.impl(name, lambda logits, *rest: softmax_grad_out(logits, logits, *rest))
+    library.impl("adamw_sum_of_squares", adamw_sum_of_squares)
+    library.impl("adamw_update", adamw_update)
     return library
 
 
 @contextlib.contextmanager
 def on_cpu():
-    """Within it ``impl="cuda"`` takes CPU tensors: its kernels run there over fibers. Skips where nothing builds them."""
-    if why_not():
-        pytest.skip(why_not())
-    register()
+    """Within it ``impl="cuda"`` takes CPU tensors, where g++ is: its kernels run there over fibers."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_csrc, "why_not", lambda device: None)
+        patch.setattr(_csrc, "why_not", lambda device: why_not() or register() and None)
         yield

@@ -9,11 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sft_kernels import cross_entropy, linear_cross_entropy
-from sft_kernels._backend import Unavailable
 from sft_kernels._budget import check
 from sft_kernels.verify import loss_oracle, plain_cross_entropy, plain_linear_cross_entropy
-
-from ..csrc import host
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 N, D, V = 67, 24, 101  # primes, so that chunks are ragged
@@ -37,8 +34,6 @@ class Loss:
     def __init__(self, name, impl, ours, plain, shapes):
         self.name = name if impl == "torch" else f"{impl}-{name}"
         self.impl, self.ours, self.plain, self.shapes = impl, partial(ours, impl=impl), plain, shapes
-        if impl == "cuda":
-            self.ours = partial(_over_fibers, self.ours)
 
     def tensors(self, dtype=torch.float32, n=N, v=V):
         """Logits that spread over about ±6: neither uniform nor one-hot."""
@@ -56,15 +51,6 @@ class Loss:
         for i, (x, r, e) in enumerate(zip(results, ref, eager, strict=True)):
             check(f"gradient {i}" if i else "value", x, r, e)
         return results
-
-
-def _over_fibers(function, *args, **kwargs):
-    """A call with ``impl="cuda"``, whose kernels run on the CPU; skips the test where they do not carry an option."""
-    with host.on_cpu():
-        try:
-            return function(*args, **kwargs)
-        except Unavailable as reason:
-            pytest.skip(str(reason))
 
 
 def _linear(name, bias=False, impl="torch", **fixed):
