@@ -12,7 +12,7 @@ class AdamWStep(Suite):
     passes = "one step"
 
     def adapters(self):
-        return peers.optimizers()
+        return peers.optimizers(self.device)
 
     def cells(self):
         cuda = self.device.type == "cuda"

@@ -12,7 +12,7 @@ class CrossEntropy(Suite):
     passes = "forward + backward"
 
     def adapters(self):
-        return peers.losses()
+        return peers.losses(self.device)
 
     def cells(self):
         cuda = self.device.type == "cuda"

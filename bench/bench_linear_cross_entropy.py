@@ -12,7 +12,7 @@ class LinearCrossEntropy(Suite):
     passes = "forward + backward"
 
     def adapters(self):
-        return peers.linear_losses()
+        return peers.linear_losses(self.device)
 
     def cells(self):
         cuda = self.device.type == "cuda"

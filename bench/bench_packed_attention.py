@@ -19,7 +19,7 @@ class PackedAttention(Suite):
     passes = "one pass"
 
     def adapters(self):
-        return peers.attentions()
+        return peers.attentions(self.device)
 
     def cells(self):
         cuda = self.device.type == "cuda"

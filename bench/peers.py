@@ -66,27 +66,27 @@ def why(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-def ours(op, adapt):
+def ours(op, adapt, device):
     """Adapters of every implementation of ``op`` (a name in ``_backend``): ``adapt(impl)`` makes one.
 
-    What ``impl="auto"`` means here is called "ours".
+    What ``impl="auto"`` means on ``device`` is called "ours".
     """
 
     def adapter(impl):
         def load_implementation(device):
             try:
-                _backend.resolve(op, impl)
+                _backend.resolve(op, impl, device)
             except _backend.Unavailable as error:
                 raise Absent(str(error)) from error
             return adapt(impl)
 
         return load_implementation
 
-    auto = _backend.resolve(op)
+    auto = _backend.resolve(op, device=device)
     named = {}
     for impl in _backend.implementations(op):
         try:
-            default = _backend.resolve(op, impl) is auto
+            default = _backend.resolve(op, impl, device) is auto
         except (_backend.Unavailable, ImportError):
             default = False
         named["ours" if default else f"ours ({impl})"] = adapter(impl)
@@ -396,25 +396,25 @@ def _(device):
 # Ours.
 
 
-def linear_losses():
+def linear_losses(device):
     """Ours and the peers of ``linear_cross_entropy``."""
 
     def adapt(impl):
         return lambda x, w, y: sft_kernels.linear_cross_entropy(x, w, y, impl=impl)
 
-    return ours("softmax_grad", adapt) | LINEAR_LOSSES
+    return ours("softmax_grad", adapt, device) | LINEAR_LOSSES
 
 
-def losses():
+def losses(device):
     """Ours and the peers of ``cross_entropy``."""
 
     def adapt(impl):
         return Loss(lambda x, y: sft_kernels.cross_entropy(x, y, impl=impl))
 
-    return ours("softmax_grad", adapt) | LOSSES
+    return ours("softmax_grad", adapt, device) | LOSSES
 
 
-def optimizers():
+def optimizers(device):
     """Ours and the peers of ``AdamW``."""
 
     def adapt(impl):
@@ -424,10 +424,10 @@ def optimizers():
 
         return make
 
-    return ours("adamw", adapt) | OPTIMIZERS
+    return ours("adamw", adapt, device) | OPTIMIZERS
 
 
-def attentions():
+def attentions(device):
     """Ours and the peers of ``packed_attention``."""
 
     def adapt(impl):
@@ -438,4 +438,4 @@ def attentions():
 
         return make
 
-    return ours("packed_attention", adapt) | ATTENTIONS
+    return ours("packed_attention", adapt, device) | ATTENTIONS

@@ -34,7 +34,7 @@ def _not_compiled(monkeypatch):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_everyone_is_present_or_absent_for_a_reason(table):
-    adapters = TABLES[table][0]()
+    adapters = TABLES[table][0](CPU)
     present, absent = peers.load(adapters, CPU)
     assert next(iter(adapters)) == "ours"
     assert present.keys() | absent.keys() == adapters.keys()
@@ -49,7 +49,7 @@ def test_who_runs_here_agrees_with_plain_pytorch(table, dtype):
     adapters, error_of, options = TABLES[table]
     if options:
         options = (dtype, *options[1:])
-    for name, adapter in peers.load(adapters(), CPU)[0].items():
+    for name, adapter in peers.load(adapters(CPU), CPU)[0].items():
         found = right.checked(error_of, adapter, CPU, dtype, *options)
         assert "absent" in found or found["error"] <= 1, (name, found)
 
@@ -200,7 +200,7 @@ def flash_with_lse(*args, **kwargs):
 def test_adapters_call_what_the_peers_publish(monkeypatch, table, name, module, contents):
     adapters, error_of, options = TABLES[table]
     installed(monkeypatch, module, **contents)
-    found = right.checked(error_of, adapters()[name](CUDA), CPU, FP32, *options)
+    found = right.checked(error_of, adapters(CPU)[name](CUDA), CPU, FP32, *options)
     assert found.get("error", 2) <= 1, found
 
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_kernels import KeptTokens, linear_cross_entropy
 from sft_kernels._budget import check
+from sft_kernels.ops.linear_cross_entropy.matmul import padded
 from sft_kernels.verify import loss_oracle, plain_linear_cross_entropy
 
 from .helpers import D, N, labels, run, same_bits
@@ -16,6 +17,7 @@ from .ranks import Ranks
 
 V = 102
 RANKS = 2
+UNEVEN_BYTES = 7 * 56 * 4  # of logits at a time where the slices are not alike
 LOOPS = {
     "auto": {},
     "tokens": {"chunking": "tokens", "max_logits_bytes": 9 * 64 * 4},
@@ -223,7 +225,7 @@ def distributed(v, impl):
     ]
     loss = linear_cross_entropy(
         *leaves[:2], y, linear_bias=leaves[2], process_group=mesh.get_group(), impl=impl, chunking="tokens",
-        max_logits_bytes=10 * 64 * 4,
+        max_logits_bytes=UNEVEN_BYTES,
     )  # fmt: skip
     loss.backward()
     check("loss", loss.detach(), ref[0], whole[0])
@@ -234,9 +236,18 @@ def distributed(v, impl):
 
 
 @IMPLS
-@pytest.mark.parametrize("v", [102, 101, 3])
+@pytest.mark.parametrize("v", [102, 97, 3])
 def test_a_dtensor_may_be_split_unevenly(ranks, v, impl):
     ranks(distributed, v, impl)
+
+
+def test_ranks_of_unlike_slices_take_as_many_chunks():
+    """What the test above rests on: by its own slice, of 49 or 48 of 97 classes, each rank would plan another number."""
+    torch.manual_seed(0)
+    _, y = inputs(v=97)
+    kept = int((y != -100).sum())
+    chunks = {-(-kept // (UNEVEN_BYTES // (4 * padded(width)))) for width in (49, 48)}
+    assert len(chunks) == 2
 
 
 def refused(case):

@@ -153,6 +153,19 @@ def test_ruled_out_classes_and_rows_of_one_candidate(core, v, at):
     check("dlogits", x, ref.dlogits, gradient)
 
 
+@pytest.mark.parametrize("v", [40, TILE + 5])
+@pytest.mark.parametrize("margin", [12.0, 16.0, 20.0])
+def test_a_sure_token_keeps_the_digits_of_its_gradient(core, margin, v):
+    """p − 1 taken from a p near 1 would have none left at a margin of 20; plain code has none to excuse it with."""
+    logits = torch.randn(3, v)
+    target = torch.tensor([0, v // 2, v - 1])
+    logits.scatter_(1, target[:, None], margin)
+    core(x := logits.clone(), target, LossOptions(v), torch.ones(3))
+    ref = torch.as_tensor(reference.softmax_grad(logits.double().numpy(), target.numpy(), np.ones(3)).dlogits)
+    for row, r, y in zip(x, ref, target, strict=True):
+        check("p - 1", row[y : y + 1], r[y : y + 1], r[y : y + 1])
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_logit_makes_its_own_row_nan(core, bad):
     logits = rising(4, TILE + 3, torch.float32)

@@ -6,7 +6,8 @@ again, without a sync.
 """
 
 import weakref
-from operator import is_
+from itertools import chain, pairwise
+from operator import is_, itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -114,26 +115,29 @@ class Tables:
             return
 
         self._sharded = any(map(is_sharded, params))
-        self._names = {}
-        combinations = {}
+        self._names, combinations = [], {}
         for row, (i, p) in enumerate(zip(index, params, strict=True)):
             group = groups[owner[i]]
             names = _settle(optimizer, group, p)
-            for name in names:
-                self._names.setdefault(name, []).append(row)
+            self._names.append(names)
             state, master = optimizer.state[p], next((name for name in names if name in MASTERS), "none")
             kind = Combination(p.dtype, p.grad.dtype, state["exp_avg"].dtype, master, group["amsgrad"])
             combinations.setdefault(kind, []).append(row)
-        self._locals = list(map(local, params))
-        self._weak = {
-            name: [weakref.ref(optimizer.state[params[row]][name]) for row in rows]
-            for name, rows in self._names.items()
-        }
+        self._permuted = [row for row, p in enumerate(params) if not local(p).is_contiguous()]
+        self._getters = [itemgetter(*names) for names in self._names]
+        self._weak = [
+            weakref.ref(optimizer.state[p][name]) for p, names in zip(params, self._names, strict=True) for name in names
+        ]
 
         order = [row for rows in combinations.values() for row in rows]  # of the table; everything else is by `index`
-        self._place = np.empty(len(order), np.int64)
-        self._place[order] = np.arange(len(order))
-        numel = np.array([self._locals[row].numel() for row in order], np.int64)
+        place = np.empty(len(order), np.int64)
+        place[order] = np.arange(len(order))
+        owners = np.repeat(place, [len(names) for names in self._names])
+        columns = [_COLUMN_OF[name] for names in self._names for name in names]
+        n = len(order)  # where addresses go: parameters and states, and gradients
+        self._fixed_at = np.concatenate([place, owners]), np.concatenate([np.full(n, PARAM), columns])
+        self._moving_at = place, np.full(n, GRAD)
+        numel = np.array([local(params[row]).numel() for row in order], np.int64)
         chunks = np.maximum(-(-numel // CHUNK), 1)  # an empty tensor has a step to count
         ends = np.cumsum(chunks)
         self._table = np.zeros((len(order), COLUMNS), np.int64)
@@ -160,7 +164,7 @@ class Tables:
         self.maps = _sent(np.array([m for row in order for m in whole[row][1]] or [(1, 1)], np.int64), self.device)
         group_of_chunk = self._table[row_of_chunk, GROUP]
         edges = [0, *(np.flatnonzero(np.diff(group_of_chunk)) + 1).tolist(), first]
-        self._runs = [(int(group_of_chunk[a]), a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+        self._runs = [(int(group_of_chunk[a]), a, b) for a, b in pairwise(edges)]
 
         def zeros(*shape, dtype):
             return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -174,8 +178,8 @@ class Tables:
         self.stats = zeros(first, 3, dtype=torch.float32) if optimizer.update_stats else None
         self._source = self._spare = self.addresses = None
         self._send(*self._read(optimizer, params, [p.grad for p in params]))
-        if not by_value:
-            self._spare = _pinned(self._table, self.device)  # in a capture nothing may be pinned
+        if self.device.type == "cuda" and not by_value:
+            self._spare = _pinned(self._table, self.device)
 
     # ---- do they still hold
 
@@ -195,11 +199,9 @@ class Tables:
         if False in self._present:
             params = [p for p, present in zip(params, self._present, strict=True) if present]
             grads = [g for g in grads if g is not None]
-        if True in [g.is_sparse for g in grads]:
-            return False
         try:
             fixed, moving, what = self._read(optimizer, params, grads)
-        except KeyError:  # somebody emptied a state
+        except (KeyError, RuntimeError):  # somebody emptied a state; sparse gradients have no address
             return False
         if fixed != self._fixed or what != self._what:
             return False
@@ -209,39 +211,34 @@ class Tables:
 
     def _read(self, optimizer, params, grads):
         """Addresses of parameters and state, addresses of gradients, and what else must not change."""
-        shards, states = params, [optimizer.state[p] for p in params]
-        what = []
+        found = list(
+            chain.from_iterable(get(optimizer.state[p]) for get, p in zip(self._getters, params, strict=True))
+        )
+        what = [all(map(is_, found, [ref() for ref in self._weak]))]
         if self._sharded:
             what += [[getattr(t, "placements", None) for t in tensors] for tensors in (params, grads)]
-            shards, grads = list(map(local, params)), list(map(local, grads))
-        fixed = list(map(_address, shards))
-        for name, rows in self._names.items():
-            found = [s[name] for s in states] if len(rows) == len(states) else [states[row][name] for row in rows]
-            what.append(all(map(is_, found, [ref() for ref in self._weak[name]])))
-            fixed += map(_address, map(local, found) if self._sharded else found)
-        strides = [g.stride() for g in grads]
+            params, grads, found = (list(map(local, tensors)) for tensors in (params, grads, found))
         # A stretch of memory may come back with another dtype or another layout.
-        what += [[p.dtype for p in shards], [p.shape for p in shards], [p.stride() for p in shards], strides]
-        what.append([g.dtype for g in grads])
-        return fixed, list(map(_address, grads)), what
+        for tensors in (params, grads):
+            what += [list(map(_is_contiguous, tensors)), [t.dtype for t in tensors]]
+            what.append([tensors[i].stride() for i in self._permuted])
+        what.append(list(map(_numel, params)))
+        return [*map(_address, params), *map(_address, found)], list(map(_address, grads)), what
 
     def _send(self, fixed, moving, what):
         self._fixed, self._moving, self._what = fixed, moving, what
-        n, at = len(moving), len(moving)
-        self._table[self._place, PARAM] = fixed[:n]
-        self._table[self._place, GRAD] = moving
-        for name, rows in self._names.items():
-            self._table[self._place[rows], _COLUMN_OF[name]] = fixed[at : at + len(rows)]
-            at += len(rows)
+        self._table[self._fixed_at], self._table[self._moving_at] = fixed, moving
         self._table[:, ALIGNED] = (self._table[:, :STEP] % 16 == 0).all(1)
         if self._by_value:
             return
-        # Memory of its own each time: a captured graph goes on reading what it was captured with.
-        if self._spare is None:
-            self._spare = _pinned(self._table, self.device)
-        self._source, self._spare = self._spare, None
-        self._source.copy_(torch.from_numpy(self._table))
-        self.addresses = self._source.to(self.device, non_blocking=True, copy=True)
+        # Memory of its own each time: a captured graph goes on reading what it was captured with. While one is being
+        # captured nothing can be pinned.
+        if self._spare is not None and torch.cuda.is_current_stream_capturing():
+            self._source, self._spare = self._spare, None
+            self._source.copy_(torch.from_numpy(self._table))
+        else:
+            self._source = _pinned(self._table, self.device)
+        self.addresses = self._source.to(self.device, non_blocking=True)
 
     def keep_what_is_captured(self, optimizer):
         """Let what a graph is being captured with live as long as ``optimizer``."""
@@ -298,7 +295,7 @@ def _settle(optimizer, group, p):
     return [*names, "step"]
 
 
-_address = torch.Tensor.data_ptr
+_address, _numel, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous
 
 
 def _pinned(array, device):
