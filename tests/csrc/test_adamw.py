@@ -78,14 +78,18 @@ def test_every_number_of_sixteen_bits_is_read_and_rounded_as_torch_does(dtype):
     p, state = stepped(every, torch.zeros_like(every), every, every.abs(), lr=0.0, betas=(0.0, 0.0), state_dtype=dtype)
     assert same_bits(p[every.isfinite()], every[every.isfinite()])
     assert not state["exp_avg"][every.isfinite()].any()
-    halves = torch.cat([(torch.nextafter(every.float(), every.float() + s) + every.float()) / 2 for s in (1, -1)])
-    x = torch.cat([halves, torch.randn(1000)])
-    p, _ = stepped(torch.zeros_like(x).to(dtype), torch.zeros_like(x).to(dtype), x, torch.ones_like(x), lr=1.0,
-                   betas=(0.0, 0.0), weight_decay=0.0)  # fmt: skip
-    assert (p == 0).all()  # the first moment is forgotten
-    _, state = stepped(torch.zeros_like(x).to(dtype), x.to(dtype), *torch.zeros(2, x.numel(), dtype=dtype), betas=(0.0, 0.0),
-                       state_dtype=dtype)  # fmt: skip
-    assert same_bits(state["exp_avg"], x.to(dtype))
+    # A master that stays as it is: the parameter is its rounding.
+    near = every.float()[every.isfinite()]
+    halves = [(torch.nextafter(near.to(dtype), torch.tensor(end, dtype=dtype)).float() + near) / 2 for end in (9e4, -9e4)]
+    master = torch.cat([*halves, *(torch.nextafter(h, torch.tensor(end)) for h in halves for end in (9e9, -9e9)), near])
+    master = master[master.isfinite()]
+    p = nn.Parameter(torch.zeros_like(master).to(dtype))
+    optimizer = AdamW([p], lr=0.0, master_weights="float32", state_dtype=FP32, impl="cuda")
+    zeros = torch.zeros_like(master)
+    optimizer.state[p] = {"step": torch.zeros(()), "exp_avg": zeros, "exp_avg_sq": zeros.clone(), "master": master}
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    assert same_bits(p.detach(), master.to(dtype))
 
 
 def test_the_table_is_what_a_launch_may_carry():
@@ -111,21 +115,23 @@ def many(count, dtype=FP32, **options):
     return params, optimizer
 
 
-@pytest.mark.parametrize("count", [337, 338, 339, 800])
+@pytest.mark.parametrize("count", [338, 339, 700])
 def test_more_tensors_than_a_launch_takes(count):
     """Norm, statistics, steps and skips over several launches, as in one."""
     assert library().adamw_max_rows() == 338
     options = {"max_grad_norm": 0.5, "skip_nonfinite": True, "update_stats": True}
     ours, optimizer = many(count, impl="cuda", **options)
-    plain, other = many(count, impl="triton", **options)
+    plain, other = many(count, impl="torch", **{**options, "update_stats": False})
+    start = torch.cat([p.detach() for p in ours])
     for each in (optimizer, other):
         each.step()
     assert optimizer.last_grad_norm == pytest.approx(float(other.last_grad_norm), rel=1e-6)
     for p, q in zip(ours, plain, strict=True):
         assert torch.allclose(p, q, rtol=1e-6, atol=1e-7)
         assert optimizer.state[p]["step"] == 1
-    a, b = (each.update_statistics() for each in (optimizer, other))
-    assert torch.allclose(a.update_to_weight, b.update_to_weight, rtol=1e-5)
+    found, moved = optimizer.update_statistics(), torch.cat([p.detach() for p in ours]) - start
+    assert float(found.update_to_weight) == pytest.approx(float(moved.norm() / start.norm()), rel=1e-3)
+    assert float(found.rounded_away) == 0
     ours[-1].grad[0] = float("nan")
     before = [p.detach().clone() for p in ours]
     optimizer.step()
@@ -160,7 +166,7 @@ def test_a_block_of_the_norm_takes_several_chunks():
     assert float(optimizer.last_grad_norm) == pytest.approx(float(exact), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtypes", itertools.product((FP32, BF16, FP16), repeat=2), ids=str)
+@pytest.mark.parametrize("dtypes", [*itertools.product((FP32, BF16, FP16), repeat=2)], ids=str)
 def test_a_combination_is_carried_or_named_before_anything_is_written(dtypes):
     dtype, state_dtype = dtypes
     params, optimizer = many(3, dtype=dtype, state_dtype=state_dtype, impl="cuda")
