@@ -113,7 +113,7 @@ SFT_BODY void load(const T* from, float (&x)[COUNT]) {
 #pragma unroll
     for (int j = 0; j < COUNT / VEC<T>; ++j) {
       float part[VEC<T>];
-      unpack<T>(reinterpret_cast<const Vector*>(from)[j], part);
+      unpack<T>(read(reinterpret_cast<const Vector*>(from) + j), part);
 #pragma unroll
       for (int k = 0; k < VEC<T>; ++k) x[j * VEC<T> + k] = part[k];
     }
@@ -130,7 +130,7 @@ SFT_BODY void store(T* to, const float (&x)[COUNT]) {
       float part[VEC<T>];
 #pragma unroll
       for (int k = 0; k < VEC<T>; ++k) part[k] = x[j * VEC<T> + k];
-      reinterpret_cast<Vector*>(to)[j] = pack<T>(part);
+      write(reinterpret_cast<Vector*>(to) + j, pack<T>(part));
     }
   }
 }
@@ -141,7 +141,7 @@ SFT_BODY void load(const uint16_t* from, uint32_t (&x)[COUNT]) {
   if constexpr (COUNT == 1) {
     x[0] = *from;
   } else {
-    const Vector v = *reinterpret_cast<const Vector*>(from);
+    const Vector v = read(reinterpret_cast<const Vector*>(from));
 #pragma unroll
     for (int k = 0; k < COUNT; ++k) x[k] = (v.word[k / 2] >> (16 * (k % 2))) & 0xffff;
   }
@@ -155,7 +155,7 @@ SFT_BODY void store(uint16_t* to, const uint32_t (&x)[COUNT]) {
     Vector v;
 #pragma unroll
     for (int k = 0; k < 4; ++k) v.word[k] = (x[2 * k] & 0xffff) | (x[2 * k + 1] << 16);
-    *reinterpret_cast<Vector*>(to) = v;
+    write(reinterpret_cast<Vector*>(to), v);
   }
 }
 
@@ -289,17 +289,21 @@ struct Moved {
 SFT_BODY bool is_finite(uint32_t b) { return (b & 0x7fffffff) < 0x7f800000; }
 SFT_BODY bool is_nan(uint32_t b) { return (b & 0x7fffffff) > 0x7f800000; }
 
-// 32 random bits for an element, by its place in the whole.
+// 32 random bits for an element, by its place in the whole: in the shard where that is not MAPPED.
+template <bool MAPPED>
 SFT_BODY uint32_t random_bits(const Update& p, const Row& row, int64_t i, uint32_t key) {
-  for (int k = 0; k < row.maps; ++k) {
-    const int64_t* map = p.maps + 2 * (row.first_map + k);
-    i = i / map[0] * map[1] + i % map[0];
+  if constexpr (MAPPED) {
+#pragma unroll 1
+    for (int k = 0; k < row.maps; ++k) {
+      const int64_t* map = p.maps + 2 * (row.first_map + k);
+      i = i / map[0] * map[1] + i % map[0];
+    }
   }
   i += row.offset;
   return mix(uint32_t(i) ^ (uint32_t(uint64_t(i) >> 32) * 0x9e3779b1u) ^ key);
 }
 
-// COUNT elements from `at` on.
+// COUNT elements from `at` on, as vectors; where it is 1, of any alignment.
 template <class PARAM, class GRAD, class STATE, Master MASTER, int COUNT>
 SFT_BODY void elements(const Update& p, const Row& row, const Scalars& s, int64_t at, Moved& moved) {
   auto* param = static_cast<PARAM*>(row.param) + at;
@@ -359,7 +363,7 @@ SFT_BODY void elements(const Update& p, const Row& row, const Scalars& s, int64_
 #pragma unroll
         for (int k = 0; k < COUNT; ++k) {
           const uint32_t b = float_to_bits(next[k]);
-          const uint32_t rounded = (b + (random_bits(p, row, at + k, s.key) >> 16)) & 0xffff0000;
+          const uint32_t rounded = (b + (random_bits<COUNT == 1>(p, row, at + k, s.key) >> 16)) & 0xffff0000;
           if (is_finite(b)) kept[k] = bits_to_float(rounded);
         }
       }
@@ -397,7 +401,7 @@ SFT_BODY void update(const Update& p) {
 
   const int64_t start = int64_t(chunk - row.first_chunk) * CHUNK;
   const int left = int(row.numel - start < CHUNK ? row.numel - start : CHUNK);
-  const int whole = row.aligned ? left / COUNT : 0;
+  const int whole = row.aligned && !row.maps ? left / COUNT : 0;  // a map's divisions are worse than narrow accesses
   Moved moved;
   for (int i = thread; i < whole; i += THREADS) {
     elements<PARAM, GRAD, STATE, MASTER, COUNT>(p, row, s, start + i * COUNT, moved);

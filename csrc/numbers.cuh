@@ -89,6 +89,24 @@ struct alignas(16) Vector {
   uint32_t word[4];
 };
 
+// As one access: the compiler makes four of a plain copy.
+SFT_DEVICE Vector read(const Vector* at) {
+#ifdef __CUDA_ARCH__
+  const uint4 v = *reinterpret_cast<const uint4*>(at);
+  return {{v.x, v.y, v.z, v.w}};
+#else
+  return *at;
+#endif
+}
+
+SFT_DEVICE void write(Vector* at, const Vector& v) {
+#ifdef __CUDA_ARCH__
+  *reinterpret_cast<uint4*>(at) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
+#else
+  *at = v;
+#endif
+}
+
 template <class T>
 inline constexpr int VEC = 16 / sizeof(T);  // elements of a vector
 

@@ -227,9 +227,9 @@ SFT_BODY void row(const Params& p) {
   const bool here = y_long >= 0 && y_long < p.V;
   const int y = here ? int(y_long) : -COUNT - 1;  // in no vector
 
-  auto write = [&](int g, const float(&value)[COUNT]) {
+  auto write_group = [&](int g, const float(&value)[COUNT]) {
     if (alike) {
-      reinterpret_cast<Vector*>(d + skip)[g] = pack<T>(value);
+      write(reinterpret_cast<Vector*>(d + skip) + g, pack<T>(value));
     } else {
 #pragma unroll
       for (int k = 0; k < COUNT; ++k) d[skip + g * COUNT + k] = from_float<T>(value[k]);
@@ -245,7 +245,7 @@ SFT_BODY void row(const Params& p) {
     }
     if (p.scale) {
       const float zeros[COUNT] = {};
-      for (int g = mine; g < end; g += int(threads)) write(g, zeros);
+      for (int g = mine; g < end; g += int(threads)) write_group(g, zeros);
       if (edge) d[c_edge] = from_float<T>(0.0f);
     }
     return;
@@ -282,7 +282,7 @@ SFT_BODY void row(const Params& p) {
 #pragma unroll 2
     for (int g = mine; g < end; g += int(threads)) {
       float u[COUNT];
-      unpack<T>(READS == Reads::staged ? stage[g - begin] : x_vector[g], u);
+      unpack<T>(read(READS == Reads::staged ? stage + (g - begin) : x_vector + g), u);
 #pragma unroll
       for (int k = 0; k < COUNT; ++k) u[k] = shape<CAPPED>(u[k], p.softcap);
       add(sums, p, u, y - skip - g * COUNT, u_0);
@@ -328,11 +328,11 @@ SFT_BODY void row(const Params& p) {
 #pragma unroll 2
     for (int g = last; g >= mine; g -= int(threads)) {
       float value[COUNT];
-      unpack<T>(READS == Reads::staged ? stage[g - begin] : x_vector[g], value);
+      unpack<T>(read(READS == Reads::staged ? stage + (g - begin) : x_vector + g), value);
       const int k_y = y - skip - g * COUNT;
 #pragma unroll
       for (int k = 0; k < COUNT; ++k) value[k] = gradient(value[k], k == k_y);
-      write(g, value);
+      write_group(g, value);
     }
     if (edge) d[c_edge] = from_float<T>(gradient(x_edge, c_edge == y));
   }
