@@ -20,7 +20,7 @@ _MASTERS = ("no master", "fp32 master", "split master")
 
 # Of softmax_grad.cuh, for V = 128256: threads of a block, and its shared memory by (architecture, bytes of an element).
 # Without clusters such a row is read twice; what is staged there is at most 80 KB.
-_SHARED = 672
+_SHARED = 656
 SOFTMAX_GRAD = {
     "staged": (256, {(90, 2): _SHARED + 32064, (90, 4): _SHARED + 64128, (80, 2): 81 << 10, (80, 4): 81 << 10}),
     "twice": (1024, _SHARED),
@@ -36,7 +36,7 @@ _SOFTMAX_GRAD = {
     ("given", 2): Need(narrow=None, registers=64, warps=32),
     ("given", 4): Need(narrow=None, registers=64, warps=32),
 }
-ADAMW = {"update_kernel": (128, 552), "sum_of_squares_kernel": (128, 264)}
+ADAMW = {"update_kernel": (128, 168), "sum_of_squares_kernel": (128, 264)}
 # Twenty warps ask for 96 bytes a thread and more at a time: 60 KB, where a Hopper has 20 KB under way.
 _ADAMW = {
     "update_kernel": Need(narrow=None, registers=96, warps=20, in_flight=30 << 10),

@@ -8,6 +8,9 @@ using namespace sft::adamw;
 
 extern "C" {
 
+int adamw_threads() { return THREADS; }
+int adamw_norm_shared() { return NORM_SHARED; }
+int adamw_update_shared() { return UPDATE_SHARED; }
 int adamw_max_rows() { return MAX_ROWS; }
 int adamw_norm_bytes() { return sizeof(Norm); }
 int adamw_update_bytes() { return sizeof(Update); }

@@ -92,6 +92,23 @@ def test_every_number_of_sixteen_bits_is_read_and_rounded_as_torch_does(dtype):
     assert same_bits(p.detach(), master.to(dtype))
 
 
+@pytest.mark.parametrize(("offset", "maps"), [(0, []), (2**33 + 5, []), (7, [(10, 40)]), (2**32 - 9, [(6, 18), (30, 90)])])
+def test_rounding_counts_elements_by_their_place_in_the_whole(offset, maps, monkeypatch):
+    """As a shard of a larger tensor would: a place is (i ÷ L) · G + i mod L, for every map, and the offset."""
+    monkeypatch.setattr(tables, "placement_in_whole", lambda p: (offset, maps))
+    theta, g, m = (torch.randn(tables.CHUNK + 77).to(dtype) for dtype in (BF16, BF16, FP32))
+    v, hyper = torch.rand(theta.shape), {"lr": 3e-3, "eps": 1e-8, "weight_decay": 0.1}
+    p, _ = stepped(theta, g, m, v, step=4, betas=(0.9, 0.95), stochastic_rounding=True, **hyper)
+    i = np.arange(theta.numel())
+    for L, G in maps:
+        i = i // L * G + i % L
+    noise = twin.random_bits(i + offset, seed=0, t=5, index=0)
+    arrays = [t.float().numpy() for t in (theta, g, m, v)]
+    new, *_ = twin.update(*arrays, step=4, beta1=0.9, beta2=0.95, **hyper)
+    expected = twin.round_stochastically(new, noise)
+    assert (p.view(torch.int16).numpy().view(np.uint16) == expected).all()
+
+
 def test_the_table_is_what_a_launch_may_carry():
     assert library().adamw_norm_bytes() <= 32764
     assert library().adamw_update_bytes() <= 32764
