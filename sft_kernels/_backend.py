@@ -89,9 +89,7 @@ def _why_no_triton(device, interpreted):
 
 @torch.compiler.assume_constant_result
 def _why_no_cuda(device):
-    from . import _csrc  # not before it is asked for
-
-    return _csrc.why_not(device)
+    return import_module("sft_kernels._csrc").why_not(device)
 
 
 _loaded = {}

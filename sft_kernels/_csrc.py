@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def why_not(device):
     """Why the compiled kernels cannot run on ``device`` (None: the CPU); None where they can."""
     if device is None or device.type != "cuda":

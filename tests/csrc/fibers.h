@@ -1,7 +1,7 @@
 // CUDA on the host, for tests: every CUDA thread is a fiber with a stack of its own, run until it waits.
 //
-// The order in which fibers run is shuffled by a seed at every turn, and the order of clusters too: what is right only in
-// some order is wrong under some seed. Shared memory is full of 0xff when a block begins and out of reach when it has
+// The order in which fibers run is shuffled by a seed, so is that of clusters, and by the seed a warp or a block runs far
+// ahead of the others: what is right only in some order is wrong under some seed. Shared memory is full of 0xff when a block begins and out of reach when it has
 // ended; behind it, and around global memory from memory.cpp, no byte can be touched. An asynchronous copy is done when it
 // is waited for, no sooner. A launch returns what went wrong, or nullptr. Not shown: fences, the asynchronous proxy.
 #pragma once
@@ -174,18 +174,32 @@ __attribute__((noinline)) inline void run(Fiber& fiber) {
   _longjmp(fiber.resume, 1);
 }
 
+inline bool can_move(const Fiber& fiber) {
+  return !fiber.done && !(fiber.waits && fiber.waits->generation == fiber.generation);
+}
+
+// By turns, or one warp, or one block, as far as it gets before any other moves.
 inline void run_cluster(std::vector<Fiber*>& order, size_t shared_pages) {
+  enum { BY_TURNS, BY_WARPS, BY_BLOCKS };
+  const unsigned how = below(3);
   while (!order.empty()) {
     shuffle(order);
-    bool moved = false;
-    for (Fiber* fiber : order) {
-      if (fiber->waits && fiber->waits->generation == fiber->generation) continue;
-      fiber->waits = nullptr;
-      run(*fiber);
-      moved = true;
-      if (fiber->done && --fiber->block->running == 0) mprotect(fiber->block->pages, shared_pages, PROT_NONE);
+    const Fiber* first = nullptr;
+    bool moved = true;
+    while (moved) {
+      moved = false;
+      for (Fiber* fiber : order) {
+        if (!can_move(*fiber)) continue;
+        if (!first) first = fiber;
+        if (how != BY_TURNS && fiber->block != first->block) continue;
+        if (how == BY_WARPS && fiber->thread.x / 32 != first->thread.x / 32) continue;
+        fiber->waits = nullptr;
+        run(*fiber);
+        moved = how != BY_TURNS;
+        if (fiber->done && --fiber->block->running == 0) mprotect(fiber->block->pages, shared_pages, PROT_NONE);
+      }
     }
-    if (!moved) fail("deadlock: a barrier that not all threads reach");
+    if (!first) fail("deadlock: a barrier that not all threads reach");
     std::erase_if(order, [](Fiber* fiber) { return fiber->done; });
   }
 }
