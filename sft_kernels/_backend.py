@@ -87,7 +87,6 @@ def _why_no_triton(device, interpreted):
     return None
 
 
-@torch.compiler.assume_constant_result
 def _why_no_cuda(device):
     return import_module("sft_kernels._csrc").why_not(device)
 
@@ -108,7 +107,7 @@ def _import(target):
 
 # A compiler need not look inside. torch.compiler.assume_constant_result says so too, but imports the compiler, and
 # with it triton.
-_import._dynamo_marked_constant = True
+_import._dynamo_marked_constant = _why_no_cuda._dynamo_marked_constant = True
 
 
 def checks_enabled(device):
