@@ -35,7 +35,7 @@ def plan(V, dtype, arch, given=False):
 
 def at_phase(values, phase):
     """The same rows, the first ``phase`` elements behind sixteen bytes, and as far apart as they are long."""
-    storage = torch.empty(values.numel() + 16, dtype=values.dtype)
+    storage = torch.empty(values.numel() + 16, dtype=values.dtype, device=values.device)
     offset = (-storage.data_ptr() % 16) // storage.element_size() + phase
     view = storage[offset:][: values.numel()].view(values.shape)
     return view.copy_(values)
