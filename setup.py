@@ -1,8 +1,8 @@
 """The package, and beside it the CUDA kernels of ``csrc/`` where nvcc and torch's headers are.
 
-nvcc is called here and not by torch's ``CUDAExtension``, which refuses a torch without CUDA: whether there is a GPU, and
-which torch this is, does not matter to a library on torch's stable ABI. Without nvcc, or in an isolated build, which
-sees no torch, the wheel is pure Python and says so.
+nvcc is called here and not by torch's ``CUDAExtension``, which refuses a torch without CUDA: whether there is a GPU,
+and which torch this is, does not matter to a library on torch's stable ABI. Without nvcc, or in an isolated build,
+which sees no torch, the wheel is pure Python and says so.
 
 ``SFT_KERNELS_CUDA=0`` skips the kernels, ``=1`` makes their absence an error. ``TORCH_CUDA_ARCH_LIST`` names the
 architectures, as torch reads it.
@@ -93,7 +93,14 @@ class BuildCuda(build_ext):
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         # Linked to torch by name alone: the one that is imported is used. Its CUDA part comes with it.
-        linker = ["-shared", "-cudart=static", "-Xlinker=--no-as-needed", f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu"]
+        linker = [
+            "-shared",
+            "-cudart=static",
+            "-Xlinker=--no-as-needed",
+            f"-L{torch / 'lib'}",
+            "-ltorch",
+            "-ltorch_cpu",
+        ]
         run([nvcc, *architectures, *objects, *linker, "-o", str(library)])
 
 

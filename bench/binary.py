@@ -65,9 +65,7 @@ class Need(NamedTuple):
 def facts(cubin, arch, warps, shared=None):
     """:class:`Facts` of the one kernel in the file ``cubin``; ``shared`` is what the launch asks for, if that is
     known."""
-    return facts_of(
-        _cuobjdump("--dump-resource-usage", cubin), _cuobjdump("--dump-sass", cubin), arch, warps, shared
-    )
+    return facts_of(_cuobjdump("--dump-resource-usage", cubin), _cuobjdump("--dump-sass", cubin), arch, warps, shared)
 
 
 def kernels(library, name):

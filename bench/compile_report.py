@@ -1,9 +1,10 @@
 """Every Triton kernel compiled for sm_80 and sm_90 without a GPU, and held against a committed table of budgets.
 
-``python -m bench.compile_report [--ops NAME … | --csrc] [--json FILE]``. The cases in ``launches/`` call the real launchers with
-tensors on the CPU, under a driver that compiles what would be launched and launches nothing: so signatures, alignment
-and constants are those of the launcher, and nothing is measured that nobody launches. What is read off the binaries:
-``binary.py``. With ``--csrc`` the same of the CUDA kernels, from the library as it is built: ``csrc.py``. The exit status is 1 where a budget is broken, 2 for a wrong call.
+``python -m bench.compile_report [--ops NAME … | --csrc] [--json FILE]``. The cases in ``launches/`` call the real
+launchers with tensors on the CPU, under a driver that compiles what would be launched and launches nothing: so
+signatures, alignment and constants are those of the launcher, and nothing is measured that nobody launches. What is
+read off the binaries: ``binary.py``. With ``--csrc`` the same of the CUDA kernels, from the library as it is built:
+``csrc.py``. The exit status is 1 where a budget is broken, 2 for a wrong call.
 """
 
 import argparse

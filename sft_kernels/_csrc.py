@@ -17,7 +17,9 @@ def why_not(device):
         return reason
     index = torch.cuda.current_device() if device.index is None else device.index
     error = library.sft_kernels_error(index)  # a driver too old, a GPU that there is no code for
-    return f"the compiled kernels do not run on {torch.cuda.get_device_name(index)}: {error.decode()}" if error else None
+    return (
+        f"the compiled kernels do not run on {torch.cuda.get_device_name(index)}: {error.decode()}" if error else None
+    )
 
 
 @functools.cache

@@ -22,7 +22,9 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 COMPILER = os.environ.get("CXX") or "g++"
 # No contraction: the arithmetic is what is written. Plain memory is read as vectors, and longjmp goes between stacks.
-FLAGS = "-std=c++20 -O2 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas -fPIC".split()
+FLAGS = (
+    "-std=c++20 -O2 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -Wall -Wno-unknown-pragmas -fPIC".split()
+)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 SM_80, SM_90 = (False, 163 << 10), (True, 227 << 10)  # clusters, bytes of shared memory a block
 
@@ -82,7 +84,7 @@ class Memory:
         return self.copies[key][0]
 
     def give_back(self, launched, *written):
-        """Copy ``written`` back after a launch that returned ``launched``; raises :class:`Fault` for what went wrong."""
+        """Copy ``written`` back after a launch that returned ``launched``, or raise :class:`Fault`: what went wrong."""
         for tensor in written:
             if tensor is not None and tensor.numel() and launched is None:
                 address, size = self.copies[tensor.data_ptr(), tensor.shape, tensor.stride()]
@@ -145,7 +147,10 @@ class _Update(ctypes.Structure):
     """``Update`` of adamw.cuh, without its table."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in "maps hyper sums grad_scale found_inf norm_out skipped done stats".split()),
+        *(
+            (name, ctypes.c_void_p)
+            for name in "maps hyper sums grad_scale found_inf norm_out skipped done stats".split()
+        ),
         *((name, ctypes.c_bool) for name in "has_norm clip skip shared_found round".split()),
     ]
 
@@ -193,13 +198,12 @@ def adamw_update(table, *rest):
     """The operator ``adamw_update`` over fibers."""
     tensors, (first, last, *kind), flags = rest[:9], rest[9:15], rest[15:]
     guarded = _Guarded(table, first, last, *kind)
-    maps, hyper, sums, grad_scale, found_inf, norm_out, skipped, done, stats = tensors
     arguments = _Update(*map(guarded.memory, tensors), *flags)
     error = function("adamw_update")(
         ctypes.byref(arguments), ctypes.c_void_p(guarded.table.ctypes.data),
         *map(ctypes.c_int64, (first, last, *kind)), ctypes.c_uint64(next(_launches)),
     )  # fmt: skip
-    guarded.give_back(error, norm_out, skipped, done, stats)
+    guarded.give_back(error, *tensors[5:])  # norm_out, skipped, done, stats
 
 
 @functools.cache

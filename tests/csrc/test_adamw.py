@@ -80,7 +80,9 @@ def test_every_number_of_sixteen_bits_is_read_and_rounded_as_torch_does(dtype):
     assert not state["exp_avg"][every.isfinite()].any()
     # A master that stays as it is: the parameter is its rounding.
     near = every.float()[every.isfinite()]
-    halves = [(torch.nextafter(near.to(dtype), torch.tensor(end, dtype=dtype)).float() + near) / 2 for end in (9e4, -9e4)]
+    halves = [
+        (torch.nextafter(near.to(dtype), torch.tensor(end, dtype=dtype)).float() + near) / 2 for end in (9e4, -9e4)
+    ]
     master = torch.cat([*halves, *(torch.nextafter(h, torch.tensor(end)) for h in halves for end in (9e9, -9e9)), near])
     master = master[master.isfinite()]
     p = nn.Parameter(torch.zeros_like(master).to(dtype))
@@ -92,7 +94,9 @@ def test_every_number_of_sixteen_bits_is_read_and_rounded_as_torch_does(dtype):
     assert same_bits(p.detach(), master.to(dtype))
 
 
-@pytest.mark.parametrize(("offset", "maps"), [(0, []), (2**33 + 5, []), (7, [(10, 40)]), (2**32 - 9, [(6, 18), (30, 90)])])
+@pytest.mark.parametrize(
+    ("offset", "maps"), [(0, []), (2**33 + 5, []), (7, [(10, 40)]), (2**32 - 9, [(6, 18), (30, 90)])]
+)
 def test_rounding_counts_elements_by_their_place_in_the_whole(offset, maps, monkeypatch):
     """As a shard of a larger tensor would: a place is (i ÷ L) · G + i mod L, for every map, and the offset."""
     monkeypatch.setattr(tables, "placement_in_whole", lambda p: (offset, maps))
@@ -169,7 +173,9 @@ def test_the_norm_is_the_same_in_every_order_and_over_more_chunks_than_blocks(mo
         for _ in range(seed):
             next(_launches)
         optimizer.step()
-        norms.append((optimizer.last_grad_norm, [p.detach() for p in params], [optimizer.state[p]["step"] for p in params]))
+        norms.append(
+            (optimizer.last_grad_norm, [p.detach() for p in params], [optimizer.state[p]["step"] for p in params])
+        )
     assert all(same_bits(each, norms[0]) for each in norms)
     exact = torch.cat(grads).double().square().sum().sqrt()
     assert float(norms[0][0]) == pytest.approx(float(exact), rel=1e-6)

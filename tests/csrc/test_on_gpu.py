@@ -29,7 +29,9 @@ def test_the_core_stays_within_the_budget(dtype, V, options):
     rows = core(x, target.to(GPU), options, scale.to(GPU), stats=True)
     again = core(phase, target.to(GPU), options, scale.to(GPU), stats=True)
     for found, dlogits in ((rows, x), (again, phase)):
-        judge(type(found)(*(None if f is None else f.cpu() for f in found)), dlogits.cpu(), logits, target, scale, options)
+        judge(
+            type(found)(*(None if f is None else f.cpu() for f in found)), dlogits.cpu(), logits, target, scale, options
+        )
     out = torch.empty(x.shape[0], V + 3, dtype=dtype, device=GPU)[:, 1 : V + 1]
     assert core(logits.to(GPU), target.to(GPU), options, scale.to(GPU), lse=rows.lse, out=out) is None
     judge(None, out.cpu(), logits, target, scale, options)

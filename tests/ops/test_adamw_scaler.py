@@ -76,7 +76,9 @@ def test_overflows_growth_and_backoff_as_torch(path, dtype, clip, skip_nonfinite
 @pytest.mark.parametrize(("dtype", "options"), MIXED, ids=str)
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
-@pytest.mark.parametrize("path", [{}, {"foreach": False}, {"impl": "triton"}, {"impl": "cuda"}], ids=["chosen", "for-loop", *KERNELS])
+@pytest.mark.parametrize(
+    "path", [{}, {"foreach": False}, {"impl": "triton"}, {"impl": "cuda"}], ids=["chosen", "for-loop", *KERNELS]
+)
 def test_overflows_growth_and_backoff_on_the_mixed_path(dtype, options, clip, skip_nonfinite, path):
     """A scale is a power of two: the bits are those without a scaler, over the steps that did not overflow."""
     only_what_triton_carries(path, dtype, options.get("state_dtype"))

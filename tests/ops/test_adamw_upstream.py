@@ -10,7 +10,18 @@ from torch import nn
 from sft_kernels import AdamW
 from sft_kernels._budget import check
 
-from .adamw import KERNELS, SHAPES, check_state, flat, gradients, only_what_triton_carries, oracle, parameters, train, twins
+from .adamw import (
+    KERNELS,
+    SHAPES,
+    check_state,
+    flat,
+    gradients,
+    only_what_triton_carries,
+    oracle,
+    parameters,
+    train,
+    twins,
+)
 from .helpers import same_bits
 
 pytest.importorskip("expecttest", reason="torch's own test inputs need it")
