@@ -21,16 +21,16 @@ class AdamW(torch.optim.AdamW):
             allow it.
         max_grad_norm: clip the global 2-norm of all gradients to this, as ``torch.nn.utils.clip_grad_norm_`` would
             before the step. ``float("inf")`` clips nothing and still measures. The norm of DTensors is that of whole
-            tensors, each copy counted once. ``impl="torch"`` leaves the gradients clipped, the kernels leave them alone.
+            tensors, each copy counted once. ``impl="torch"`` leaves the gradients clipped, the others leave them alone.
         skip_nonfinite: where the norm is not finite, leave parameters, moments and step as they are and count it.
         master_weights: ``"float32"``: an fp16 or bf16 parameter has an fp32 copy in its state, under ``"master"``,
             which is updated in its place, and the parameter is its rounding. Without it, updates smaller than half a
             unit in the parameter's last place are lost. What else writes to the parameter, the next step overwrites.
-            ``"split"``: a bf16 parameter is the upper half of its master; the lower is kept as int16 under
+            ``"split"``: a bf16 parameter is the upper half of its master; the bits of the lower are kept under
             ``"remainder"``. The same updates for two bytes less; what else writes to the parameter counts.
         stochastic_rounding: a bf16 parameter without a master is rounded up or down at random, right on average. The
-            random bits depend on the group's ``"seed"`` (0 unless set, below 2³²), the parameter's step, its place among
-            the parameters, and the element's index in the unsharded tensor alone.
+            random bits depend on the group's ``"seed"`` (0 unless set, below 2³²), the parameter's step, its place
+            among the parameters, and the element's index in the unsharded tensor alone.
         state_dtype: the floating dtype of the moments; None for the parameter's, as in torch.
         update_stats: count what :meth:`update_statistics` gives.
         impl: ``"auto"`` or an implementation's name.
@@ -41,8 +41,8 @@ class AdamW(torch.optim.AdamW):
         skipped_steps: int64 0-d tensor on the device.
 
     ``impl="triton"`` updates all parameters of the same dtypes in one launch, after one more for the norm. fp64 and
-    complex numbers, parameters with gaps between their elements or on several devices, and ``differentiable`` are torch's
-    own code.
+    complex numbers, parameters with gaps between their elements or on several devices, and ``differentiable`` are
+    torch's own code.
 
     torch's kernels want parameter, gradient and moments of one dtype. Where any differs, or there is a master, every
     parameter is updated on its own: in fp32 (fp64 for fp64), each tensor that is written rounded once, without a sync.
@@ -297,7 +297,7 @@ class AdamW(torch.optim.AdamW):
             tensors = {name: tensor.to(self.state_dtype) for name, tensor in tensors.items()}
         if master is not None and p.dtype in HALF and master.dtype == torch.float32:
             tensors["master"] = master
-        elif remainder is not None and p.dtype == torch.bfloat16 and remainder.dtype == torch.int16:
+        elif remainder is not None and p.dtype == remainder.dtype == torch.bfloat16:
             tensors["remainder"] = remainder
         if self.defaults["differentiable"] and any(tensor.dtype != p.dtype for tensor in tensors.values()):
             raise ValueError(f"state_dict: differentiable=True takes moments of {p.dtype} alone")
@@ -315,16 +315,16 @@ class AdamW(torch.optim.AdamW):
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state):
-        super().__setstate__({"stochastic_rounding": False, "update_stats": False} | state)
+        super().__setstate__(state)  # also what torch's load_state_dict ends with
         self._forget()
 
 
 class UpdateStatistics(NamedTuple):
     """What the last step did, per group where not said otherwise.
 
-    ``rounded_away``: the share of elements that were to move and were kept in too few bits to do so. ``update_to_weight``:
-    the 2-norm of the update, decay included, over that of the weights before it. Both fp64 ``[groups]``. ``skipped_steps``:
-    int64, of all steps.
+    ``rounded_away``: the share of elements that were to move and were kept in too few bits to do so.
+    ``update_to_weight``: the 2-norm of the update, decay included, over that of the weights before it. Both fp64
+    ``[groups]``. ``skipped_steps``: int64, of all steps.
     """
 
     rounded_away: torch.Tensor

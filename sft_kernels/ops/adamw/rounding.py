@@ -8,20 +8,26 @@ _LOW = 0xFFFFFFFF
 
 
 def decode(weight, remainder):
-    """The fp32 master of a bf16 ``weight`` and its int16 ``remainder``."""
-    return ((weight.view(torch.int16).int() << 16) + remainder.int()).view(torch.float32)
+    """The fp32 master of a bf16 ``weight`` and what :func:`encode` left of it."""
+    lower = remainder.view(torch.int16).int()
+    return ((weight.view(torch.int16).int() << 16) + lower).view(torch.float32)
 
 
 def encode(master):
-    """``(weight, remainder)`` of an fp32 ``master``: bf16, halves away from zero, and int16, so that nothing is lost."""
+    """``(weight, remainder)`` of an fp32 ``master``, so that nothing is lost: its upper half, rounded, halves away from
+    zero, and the bits of the lower.
+
+    Both are bf16, though the remainder's value means nothing: collectives know no int16, and torch casts what it loads
+    to the parameter's dtype.
+    """
     bits = master.contiguous().view(torch.int32)
     nan = master.isnan()
-    weight = _low_half((bits + 0x8000) >> 16).where(~nan, 0x7FC0).view(torch.bfloat16)
-    return weight, _low_half(bits).where(~nan, 0)
+    weight = _low_half((bits + 0x8000) >> 16).where(~nan, 0x7FC0)
+    return weight.view(torch.bfloat16), _low_half(bits).where(~nan, 0).view(torch.bfloat16)
 
 
 def round_stochastically(values, *, seed, t, p, index):
-    """fp32 ``values`` of what lies here of ``p`` (row-major, the ``index``-th parameter), rounded to bf16 in step ``t``.
+    """fp32 ``values`` of what lies here of ``p``, the ``index``-th parameter, rounded to bf16 in step ``t``.
 
     ``t`` is a 0-d tensor: that a step counts is known on the device alone.
     """

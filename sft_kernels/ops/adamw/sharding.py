@@ -71,8 +71,8 @@ class Ranks:
 def placement_in_whole(p):
     """How the row-major indices of this rank's shard of ``p`` become those of the whole.
 
-    Returns ``(offset, maps)``: index ``i`` becomes ``i // L * G + i % L`` for each ``(L, G)`` in order, and then ``offset``
-    is added; for ``Shard(0)`` there are no maps. ``(0, [])`` for a plain tensor.
+    Returns ``(offset, maps)``: index ``i`` becomes ``i // L * G + i % L`` for each ``(L, G)`` in order, and then
+    ``offset`` is added; for ``Shard(0)`` there are no maps. ``(0, [])`` for a plain tensor.
 
     Raises:
         ValueError: a placement that is neither ``Shard`` nor ``Replicate``.

@@ -29,7 +29,7 @@ def state_of(optimizer, group, p):
             state[name] = torch.zeros_like(p, dtype=optimizer.state_dtype, requires_grad=False)
     if optimizer._wants_master(p) and not any(name in state for name in MASTERS):
         if optimizer.master_weights == "split":
-            state["remainder"] = torch.zeros_like(p, dtype=torch.int16, requires_grad=False)
+            state["remainder"] = torch.zeros_like(p, requires_grad=False)  # of bits: ``rounding.encode``
         else:
             state["master"] = p.detach().float()
     return state

@@ -126,7 +126,9 @@ class Tables:
         self._permuted = [row for row, p in enumerate(params) if not local(p).is_contiguous()]
         self._getters = [itemgetter(*names) for names in self._names]
         self._weak = [
-            weakref.ref(optimizer.state[p][name]) for p, names in zip(params, self._names, strict=True) for name in names
+            weakref.ref(optimizer.state[p][name])
+            for p, names in zip(params, self._names, strict=True)
+            for name in names
         ]
 
         order = [row for rows in combinations.values() for row in rows]  # of the table; everything else is by `index`
@@ -211,9 +213,7 @@ class Tables:
 
     def _read(self, optimizer, params, grads):
         """Addresses of parameters and state, addresses of gradients, and what else must not change."""
-        found = list(
-            chain.from_iterable(get(optimizer.state[p]) for get, p in zip(self._getters, params, strict=True))
-        )
+        found = list(chain.from_iterable(get(optimizer.state[p]) for get, p in zip(self._getters, params, strict=True)))
         what = [all(map(is_, found, [ref() for ref in self._weak]))]
         if self._sharded:
             what += [[getattr(t, "placements", None) for t in tensors] for tensors in (params, grads)]

@@ -3,7 +3,7 @@
 import torch
 
 from .rounding import decode, encode, round_stochastically
-from .sharding import Ranks, aligned_gradient, is_sharded, local
+from .sharding import Ranks, aligned_gradient, is_sharded, local, placement_in_whole
 from .state import laid_out_as, moments, refuse_sparse, state_of
 
 
@@ -147,27 +147,27 @@ def _mixed_update(optimizer, p, index, state, group, scale, skip):
         eps=group["eps"],
         weight_decay=group["weight_decay"],
     )
-    for tensor, value in zip(old, new_moments, strict=True):
-        write(tensor, value)
-    kept = new
+    kept = weight_new = new
     if remainder is not None:
-        upper, lower = encode(new)
-        write(weight, upper)
-        write(remainder, lower)
-    elif master is not None:
-        write(master, new)
-        write(weight, new)
-    else:
-        if optimizer._rounds(p):
-            new = round_stochastically(new, seed=group.get("seed", 0), t=step, p=p, index=index)
-        write(weight, new)
-        kept = new.to(p.dtype).to(dtype) if not p.is_complex() else new
-    write(state["step"], step)
-    if optimizer.update_stats:
+        weight_new, remainder_new = encode(new)
+    elif optimizer._rounds(p):
+        weight_new = round_stochastically(new, seed=group.get("seed", 0), t=step, p=p, index=index)
+    counted = None
+    if optimizer.update_stats:  # before anything is written: θ may be what is updated
+        if master is None and remainder is None:
+            kept = weight_new.to(weight.dtype).to(dtype)
         lost = (update != 0) & (kept == theta)
         sums = torch.stack([x.sum(dtype=torch.float64) for x in (update * update, theta * theta, lost)])
-        return sums, lost.numel(), skip
-    return None
+        counted = sums, lost.numel(), skip
+    for tensor, value in zip(old, new_moments, strict=True):
+        write(tensor, value)
+    write(weight, weight_new)
+    if remainder is not None:
+        write(remainder.view(torch.int16), remainder_new.view(torch.int16))
+    elif master is not None:
+        write(master, new)
+    write(state["step"], step)
+    return counted
 
 
 def _summed(optimizer, stats):
@@ -189,12 +189,16 @@ def _scalar(x, device):
 
 
 def _prepare(optimizer):
-    """Refuse sparse gradients before anything is updated, and follow what has changed since the path was chosen.
+    """Refuse what cannot be updated before anything is, and follow what has changed since the path was chosen.
 
     A model may be cast or laid out anew between steps. torch's fused CPU kernel walks parameter, gradient and moments
     by address, so that one of another layout would update the wrong elements: it is laid out as its parameter.
     """
     refuse_sparse(optimizer)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if optimizer._rounds(p) and p.grad is not None:
+                placement_in_whole(p)  # raises where it cannot say
     if not optimizer._mixed and any(
         (optimizer.master_weights is not None, optimizer.state_dtype is not None, optimizer.stochastic_rounding)
     ):

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import tables as at
 from ... import _triton  # noqa: F401  corrects the interpreter
+from . import tables as at
 from .tables import CHUNK, Tables
 
 _BLOCK = 1024  # elements of a tile: 8 a thread, 16 bytes of bf16
