@@ -33,12 +33,12 @@ def plan(V, dtype, arch, given=False):
     return parts, threads, shared_bytes, ("staged", "twice", "given")[reads]
 
 
-def at_phase(values, phase):
-    """The same rows, the first ``phase`` elements behind sixteen bytes, and as far apart as they are long."""
-    storage = torch.empty(values.numel() + 16, dtype=values.dtype, device=values.device)
+def at_phase(values, phase, gap=0):
+    """The same rows, the first ``phase`` elements behind sixteen bytes, with ``gap`` elements between two of them."""
+    n, v = values.shape
+    storage = torch.empty(n * (v + gap) + 16, dtype=values.dtype, device=values.device)
     offset = (-storage.data_ptr() % 16) // storage.element_size() + phase
-    view = storage[offset:][: values.numel()].view(values.shape)
-    return view.copy_(values)
+    return storage[offset:][: n * (v + gap)].view(n, v + gap)[:, :v].copy_(values)
 
 
 def inputs(V, dtype):
@@ -122,14 +122,14 @@ def test_statistics_and_gradient_stay_within_the_budget(dtype, V, arch, options)
 
 
 @pytest.mark.parametrize("arch", [SM_80, SM_90], ids=["sm_80", "sm_90"])
-@pytest.mark.parametrize("phase_out", [0, 1, 5])
+@pytest.mark.parametrize(("phase_out", "gap"), [(0, 0), (1, 0), (5, 3), (0, 16)])
 @pytest.mark.parametrize("phase", [0, 1, 7])
 @pytest.mark.parametrize(("V", "dtype"), [(1031, torch.bfloat16), (33001, torch.bfloat16), (1031, torch.float32)])
-def test_any_alignment_of_logits_and_gradient(V, dtype, phase, phase_out, arch):
+def test_any_alignment_of_logits_and_gradient(V, dtype, phase, phase_out, gap, arch):
     options = LossOptions(V, **EVERY)
     logits, target, scale = inputs(V, dtype)
     target[1], target[2] = 0, V - 1  # at the edges
-    x, out = at_phase(logits, phase), at_phase(torch.zeros_like(logits), phase_out)
+    x, out = at_phase(logits, phase), at_phase(torch.zeros_like(logits), phase_out, gap)
     rows = ours(x, target, scale, options, out=out, arch=arch)
     judge(rows, out, logits, target, scale, options)
     assert torch.equal(x, logits)

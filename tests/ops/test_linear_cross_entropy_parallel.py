@@ -242,7 +242,7 @@ def test_a_dtensor_may_be_split_unevenly(ranks, v, impl):
 
 
 def test_ranks_of_unlike_slices_take_as_many_chunks():
-    """What the test above rests on: by its own slice, of 49 or 48 of 97 classes, each rank would plan another number."""
+    """What the test above rests on: by its own slice, 49 or 48 of 97 classes, each rank would plan for itself."""
     torch.manual_seed(0)
     _, y = inputs(v=97)
     kept = int((y != -100).sum())
