@@ -106,11 +106,14 @@ STABLE_TORCH_LIBRARY_IMPL(sft_kernels_cuda, CUDA, m) {
 // Why these kernels do not run on a device: a driver older than the CUDA that they were built with, or no code for it.
 extern "C" __attribute__((visibility("default"))) const char* sft_kernels_error(int device) {
   int before = 0;
-  cudaFuncAttributes attributes;
   cudaError_t error = cudaGetDevice(&before);
   if (error == cudaSuccess) error = cudaSetDevice(device);
-  const auto kernel = sft::softmax_grad::kernel_of<float>(sft::softmax_grad::Reads::staged, false);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&attributes, kernel);
-  cudaSetDevice(before);
+  if (error == cudaSuccess) {
+    cudaFuncAttributes attributes;
+    const auto kernel = sft::softmax_grad::kernel_of<float>(sft::softmax_grad::Reads::staged, false);
+    error = cudaFuncGetAttributes(&attributes, kernel);
+    cudaSetDevice(before);
+  }
+  cudaGetLastError();  // which would otherwise be taken for the next launch's
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

@@ -125,6 +125,9 @@ def softmax_grad_out(logits, out, target, scale, lse, keep, *options, arch=SM_90
     classes, smoothing, softcap, logit_scale, z_loss, stats = options
     assert logit_scale is None
     assert z_loss == 0
+    for t, dtype in ((target, torch.int64), (scale, torch.float32), (lse, torch.float64), (keep, torch.bool)):
+        assert t is None or (t.dtype == dtype and t.is_contiguous())  # as the launcher asks
+    assert logits.stride(1) == out.stride(1) == 1 or logits.shape[1] < 2
     (N, V), fields = logits.shape, operators.fields(logits, lse, smoothing, stats)
     if N == 0:
         return fields

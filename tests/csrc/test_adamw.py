@@ -161,13 +161,13 @@ def test_more_tensors_than_a_launch_takes(count):
     assert {float(optimizer.state[p]["step"]) for p in ours} == {1.0}
 
 
-def test_the_norm_is_the_same_in_every_order_and_over_more_chunks_than_blocks(monkeypatch):
+def test_norm_and_statistics_are_the_same_in_every_order():
     numel = tables.CHUNK * 2 + 5
     grads = [torch.randn(numel), torch.randn(7), torch.randn(0), torch.randn(tables.CHUNK)]
     norms = []
-    for seed in range(4):
-        params = [nn.Parameter(torch.zeros(g.shape)) for g in grads]
-        optimizer = AdamW(params, max_grad_norm=1.0, impl="cuda")
+    for seed in range(6):
+        params = [nn.Parameter(torch.ones(g.shape)) for g in grads]
+        optimizer = AdamW(params, max_grad_norm=1.0, update_stats=True, impl="cuda")
         for p, g in zip(params, grads, strict=True):
             p.grad = g.clone()
         for _ in range(seed):
@@ -177,6 +177,8 @@ def test_the_norm_is_the_same_in_every_order_and_over_more_chunks_than_blocks(mo
             (optimizer.last_grad_norm, [p.detach() for p in params], [optimizer.state[p]["step"] for p in params])
         )
     assert all(same_bits(each, norms[0]) for each in norms)
+    moved = torch.cat(norms[0][1]).double() - 1
+    assert float(norms[0][3]) == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-4)
     exact = torch.cat(grads).double().square().sum().sqrt()
     assert float(norms[0][0]) == pytest.approx(float(exact), rel=1e-6)
 
