@@ -173,9 +173,8 @@ def test_norm_and_statistics_are_the_same_in_every_order():
         for _ in range(seed):
             next(_launches)
         optimizer.step()
-        norms.append(
-            (optimizer.last_grad_norm, [p.detach() for p in params], [optimizer.state[p]["step"] for p in params])
-        )
+        steps, moved = [optimizer.state[p]["step"] for p in params], optimizer.update_statistics().update_to_weight
+        norms.append((optimizer.last_grad_norm, [p.detach() for p in params], steps, moved))
     assert all(same_bits(each, norms[0]) for each in norms)
     moved = torch.cat(norms[0][1]).double() - 1
     assert float(norms[0][3]) == pytest.approx(float(moved.square().mean().sqrt()), rel=1e-4)
