@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from sft_kernels import cross_entropy
 from sft_kernels._budget import check
 from sft_kernels.ops.softmax_grad import torch_impl
-from sft_kernels.verify import loss_oracle
+from sft_kernels.verify import loss_oracle, plain_cross_entropy
 
 from .helpers import CROSS_ENTROPY, DTYPES, N, V, check_against_plain, labels, run, same_bits
 
@@ -85,3 +85,19 @@ def test_loss_scaling_reaches_fp16_gradients_before_they_are_rounded(num_items, 
     error = (x.grad.double() - torch.from_numpy(ref)).abs()
     # Two roundings to fp16, a normal number's or a subnormal one's.
     assert (error <= 2 * (torch.finfo(torch.float16).eps / 2 * torch.from_numpy(ref).abs() + 2.0**-25)).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(
+    "options", [{"logit_scale": 200.0}, {"z_loss": 0.5}, {"z_loss": 1e-4}, {"z_loss": 20.0, "softcap": 30.0}], ids=str
+)
+def test_steep_losses_stay_within_fp16(impl, options):
+    """The power of two that is kept back must leave room for all that multiplies a gradient."""
+    logits = torch.zeros(3, V, dtype=torch.float16)
+    logits[:, 5] = 0.25 if "logit_scale" in options else 200.0
+    y = torch.tensor([6, 5, 6])
+    x = logits.clone().requires_grad_()
+    cross_entropy(x, y, impl=impl, **options).backward()
+    double = logits.double().requires_grad_()
+    plain_cross_entropy(double, y, **options).backward()
+    torch.testing.assert_close(x.grad.double(), double.grad, rtol=2e-3, atol=1e-6)

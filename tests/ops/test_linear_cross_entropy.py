@@ -392,3 +392,52 @@ def test_the_gradient_of_a_token_that_the_model_is_sure_of_keeps_its_digits(requ
     error = (dhidden.double().diagonal() - ref).abs()
     # p_y is a number near 1, summed in fp32: four eps, as in the budget. Then p_y - 1 is rounded once.
     assert (error <= 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 2 * ref.abs()).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("shape", [(0,), (2, 0)])
+@pytest.mark.parametrize("shift", [False, True])
+def test_an_empty_batch_has_nothing_kept_whatever_the_capacity(impl, shape, shift):
+    kept = KeptTokens.from_labels(torch.zeros(shape, dtype=torch.int64), shift=shift, capacity=4)
+    hidden, weight = torch.zeros(*shape, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    for options in ({}, {"token_weight": torch.ones(shape)}, {"reduction": "none"}):
+        loss = linear_cross_entropy(hidden, weight, kept=kept, shift=shift, impl=impl, **options)
+        assert loss.sum() == 0
+        assert not any(g.any() for g in torch.autograd.grad(loss.sum(), (hidden, weight)))
+
+
+@pytest.mark.parametrize("loop", ["tokens", "vocab"])
+@pytest.mark.parametrize(("hidden", "head"), [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
+def test_float64_beside_another_dtype_under_autocast(hidden, head, loop):
+    x, w = torch.randn(20, D, dtype=hidden, requires_grad=True), torch.randn(V, D).to(head).requires_grad_()
+    y = labels(20, V)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(x, w, y, chunking=loop, max_logits_bytes=24 * 104 * 8 // 4)
+    grads = torch.autograd.grad(loss, (x, w))
+    plain = [t.detach().double().requires_grad_() for t in (x, w)]
+    wanted = torch.autograd.grad(torch.nn.functional.cross_entropy(plain[0] @ plain[1].T, y), plain)
+    assert [g.dtype for g in grads] == [hidden, head]
+    for found, ref in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(found.double(), ref, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", ["x", 2.5, torch.tensor(3), [1, 2]], ids=str)
+def test_an_ignore_index_that_is_no_integer_is_refused(value):
+    y = torch.tensor([1, 3, 4])
+    with pytest.raises(TypeError, match="ignore_index: expected an integer"):
+        linear_cross_entropy(torch.randn(3, D), torch.randn(V, D), y, ignore_index=value)
+    with pytest.raises(TypeError, match="ignore_index: expected an integer"):
+        KeptTokens.from_labels(y, value)
+
+
+def test_labels_that_are_none_are_refused():
+    for bad in ([1, 2], torch.tensor([1j])):
+        with pytest.raises(TypeError, match="labels: expected"):
+            KeptTokens.from_labels(bad)
+
+
+@pytest.mark.parametrize(("value", "error"), [(torch.tensor([0.1, 0.2]), TypeError), ("x", TypeError), (2, ValueError)])
+def test_label_smoothing_is_refused_by_name_beside_class_weights_too(value, error):
+    tensors = torch.randn(3, D), torch.randn(V, D), torch.tensor([1, 3, 4])
+    with pytest.raises(error, match="label_smoothing: expected"):
+        linear_cross_entropy(*tensors, label_smoothing=value, weight=torch.ones(V))

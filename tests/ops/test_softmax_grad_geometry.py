@@ -166,6 +166,20 @@ def test_a_sure_token_keeps_the_digits_of_its_gradient(core, margin, v):
         check("p - 1", row[y : y + 1], r[y : y + 1], r[y : y + 1])
 
 
+@pytest.mark.parametrize("v", [40, 101, TILE + 907])
+@pytest.mark.parametrize("at", [0, 7, -1])
+@pytest.mark.parametrize("far", [-1e4, -3e4, -1e9, 1e4])
+def test_one_class_far_from_all_others_leaves_the_mean_its_digits(core, far, at, v):
+    """As where a model rules a padding token out; with smoothed labels the mean of all logits is in the loss."""
+    logits = torch.randn(6, v)
+    logits[:, at] = far
+    target, options = torch.randint(1, v - 1, (6,)), LossOptions(v, label_smoothing=0.1)
+    rows = core(logits, target, options)
+    ref = reference.softmax_grad(logits.double().numpy(), target.numpy(), np.ones(6), label_smoothing=0.1)
+    losses, _ = eager(logits, target, torch.ones(6), options)
+    check("loss", rows.loss(options), ref.loss, losses)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_logit_makes_its_own_row_nan(core, bad):
     logits = rising(4, TILE + 3, torch.float32)

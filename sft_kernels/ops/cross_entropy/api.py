@@ -41,8 +41,8 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.options = options
         ctx.back, ctx.gradient = None, None
         if options.reduce and options.need_grad:
-            # No row is summed with another: what stays may be 256 times 1, a margin of as much to either side.
-            ctx.back, held = hold_back(scale, 1 / 256, input.dtype)
+            # No row is summed with another: 256 may stay, unless the loss is so steep that 2¹⁵ would be passed.
+            ctx.back, held = hold_back(scale, max(2**-8, options.loss.steepest * 2**-14), input.dtype)
             ctx.gradient = _empty_like(input)
             rows = options.core.softmax_grad(
                 input, targets, options.loss, held, stats=options.stats, keep=keep, out=ctx.gradient

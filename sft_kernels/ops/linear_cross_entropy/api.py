@@ -241,13 +241,13 @@ def linear_cross_entropy(
     places = linear_weight.shape[1:-1]
     shape = input.shape[:-1] + places
     probabilities = target is not None and check_target(target, shape, _with_classes(shape, V, places), device)
+    loss_options = LossOptions.checked(V, label_smoothing, softcap, logit_scale, z_loss)
     whole = probabilities or bool(places)
     _check_loops(whole, weight is not None and label_smoothing, shift, kept, chunking, max_logits_bytes)
     if probabilities and ignore_index is not None:
         raise ValueError("ignore_index: probabilities are all kept")
     check_options(reduction, num_items, token_weight, shape, device)
     check_class_weight(weight, V, device)
-    loss_options = LossOptions.checked(V, label_smoothing, softcap, logit_scale, z_loss)
     dtype = matmul.compute_dtype(input)
     scalar = matmul.accumulator_dtype(dtype)
 
@@ -261,6 +261,8 @@ def linear_cross_entropy(
         targets = target.movedim(-1 - len(places), -1).reshape(-1, V)
     else:
         kept = _kept_tokens(kept, target, shape, device, -100 if ignore_index is None else ignore_index, shift)
+        if kept.size == 0:  # nothing to be gathered for what is padded
+            kept = kept._replace(rows=kept.rows[:0], targets=kept.targets[:0], capacity=None)
         rows, targets, keep = kept.rows, kept.targets, kept.keep
         inside = check_labels(targets, V)
         of_target = target_weight(weight, targets, inside, keep, scalar)

@@ -33,8 +33,12 @@ class KeptTokens(NamedTuple):
 
         Raises ``TypeError`` for labels of another dtype, ``ValueError`` where more tokens are kept than ``capacity``.
         """
-        if labels.is_floating_point() or labels.dtype == torch.bool:
+        if not isinstance(labels, torch.Tensor):
+            raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+        if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
+        if not isinstance(ignore_index, int):
+            raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
         if shift and labels.dim() == 0:
             raise ValueError("shift=True needs labels with a sequence dimension, got a 0-d tensor")
         carried = labels = labels.long()

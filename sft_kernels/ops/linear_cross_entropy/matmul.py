@@ -80,8 +80,10 @@ def accumulate(acc, a, b):
     """``acc += a b`` with the sum in the dtype of ``acc``."""
     if a.dtype == acc.dtype:
         acc.addmm_(a, b)
-    else:
+    elif acc.dtype == torch.float32 and a.dtype.itemsize < 4:
         torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
+    else:  # float64 beside another dtype, under autocast
+        acc += a @ b
 
 
 def _slices(weight):

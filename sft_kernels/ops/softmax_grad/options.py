@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+_FP32 = torch.finfo(torch.float32)
+
 
 class LossOptions(NamedTuple):
     """The scalar options of both losses.
@@ -32,14 +34,23 @@ class LossOptions(NamedTuple):
         for name, value in given.items():
             if not isinstance(value, numbers.Real) and not (value is None and name in ("softcap", "logit_scale")):
                 raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        given = {name: value and _as_float(name, value) for name, value in given.items()}
+        label_smoothing, softcap, logit_scale, z_loss = given.values()
         if not 0 <= label_smoothing <= 1:
             raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
         for name, value in (("softcap", softcap), ("logit_scale", logit_scale)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: expected a positive number or None, got {value}")
+            if value is not None and not _FP32.tiny <= value <= _FP32.max:
+                raise ValueError(f"{name}: expected a positive number that fp32 can hold, or None, got {value}")
         if not 0 <= z_loss < math.inf:
             raise ValueError(f"z_loss: expected a number of at least 0, got {z_loss}")
-        return cls(classes, label_smoothing, softcap, logit_scale, z_loss)
+        return cls(classes, *given.values())
+
+    @property
+    def steepest(self):
+        """A bound on |∂loss/∂x| over logits that fp16 can hold."""
+        slope = self.logit_scale or 1.0
+        largest = 65504 * slope if self.softcap is None else self.softcap
+        return slope * (1 + 2 * self.z_loss * (largest + math.log(self.classes)))
 
     def shape(self, x):
         """u of logits ``x``: scaled, then capped; ``x`` itself where neither is asked for."""
@@ -54,3 +65,10 @@ class LossOptions(NamedTuple):
         """
         e = torch.exp(x.abs() * (-2 * (self.logit_scale or 1.0) / self.softcap))
         return 4 * e / (1 + e).square_()
+
+
+def _as_float(name, value):
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name}: expected a number that a float can hold") from error

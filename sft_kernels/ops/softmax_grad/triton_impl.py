@@ -132,12 +132,7 @@ def _softmax_grad_kernel(
         m = tl.full([ROWS, GROUPS], float("-inf"), tl.float32)
         s = tl.zeros([ROWS, GROUPS], tl.float32)
         t = tl.zeros([ROWS, GROUPS], tl.float32)
-        w = tl.zeros([ROWS, GROUPS], tl.float32)  # Σ (u − u_0)
-        u_0 = tl.zeros([ROWS], tl.float32)
-        if SMOOTHED:
-            u_0 = tl.load(logits + o_n * stride, mask=live, other=0.0).to(tl.float32)
-            u_0 = _shape(u_0, live, softcap, logit_scale, CAPPED, SCALED)
-            u_0 = tl.where(tl.abs(u_0) < float("inf"), u_0, 0.0)
+        w = tl.zeros([ROWS, GROUPS], tl.float32)  # Σ (u − m): of one sign, so that no digits cancel
         o_0 = tl.arange(0, GROUPS)[None, :]
         if AHEAD:  # every tile is asked for while the one before it is summed
             ahead = _tile(logits, first, o_0, live[:, None] & (o_0 < groups[:, None]))
@@ -159,7 +154,7 @@ def _softmax_grad_kernel(
             if STATS:
                 t = r * (t + s * tl.maximum(m - b, _NIL)) + tl.sum(e * tl.maximum(below, _NIL), 2)
             if SMOOTHED:
-                w += tl.sum(tl.where(m_g, u - u_0[:, None, None], 0.0), 2)
+                w += (i * _VEC) * tl.where(m == float("-inf"), 0.0, m - b) + tl.sum(tl.where(m_g, below, 0.0), 2)
             s = s * r + tl.sum(e, 2)
             m = highest
 
@@ -173,13 +168,17 @@ def _softmax_grad_kernel(
         r = tl.exp(m - base[:, None])
         rest = tl.sum(s * r, 1)
         away = tl.sum(r * t + s * r * (b - base[:, None]), 1)  # Σ exp(u − base)(u − base)
-        offset = tl.sum(w, 1)
+        offset = tl.zeros([ROWS], tl.float32)
+        if SMOOTHED:
+            o_g = tl.arange(0, GROUPS)[None, :]
+            columns = tl.cdiv(tl.maximum(groups[:, None] - o_g, 0), GROUPS) * _VEC  # that a thread's group has seen
+            offset = tl.sum(tl.where(columns > 0, w + columns * (b - base[:, None]), 0.0), 1)
         if EDGES:
             below_e = u_e - base[:, None]
             e_e = tl.where(c_e == y[:, None], 0.0, tl.exp(below_e))
             rest += tl.sum(e_e, 1)
             away += tl.sum(e_e * tl.maximum(below_e, _NIL), 1)
-            offset += tl.sum(tl.where(m_e, u_e - u_0[:, None], 0.0), 1)
+            offset += tl.sum(tl.where(m_e, below_e, 0.0), 1)
         below_y = u_y - base
         e_y = tl.exp(below_y)
         total = rest.to(tl.float64) + e_y.to(tl.float64)
@@ -194,7 +193,7 @@ def _softmax_grad_kernel(
             mean = base.to(tl.float64) + away.to(tl.float64) / tl.where(total > 0, total, 1.0)
             tl.store(mean_logit + o_n, tl.where(live, mean, 0.0), mask=m_n)
         if SMOOTHED:
-            whole = u_0.to(tl.float64) * V + offset.to(tl.float64)
+            whole = base.to(tl.float64) * V + offset.to(tl.float64)
             tl.store(sum_logit + o_n, tl.where(live, whole, 0.0), mask=m_n)
 
     if HAS_SCALE:
