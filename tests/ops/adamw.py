@@ -9,8 +9,15 @@ from torch import nn
 
 from sft_kernels._budget import check, compute_dtype_of
 from sft_kernels.ops.adamw import reference
+from sft_kernels.ops.adamw.rounding import decode, encode
 
-PATHS = pytest.mark.parametrize("path", [{}, {"foreach": True}, {"foreach": False}], ids=["fused", "foreach", "single"])
+KERNELS = ("triton", "cuda")  # implementations of the same formula, to the bit
+PATHS = pytest.mark.parametrize(
+    "path",
+    [{}, {"foreach": True}, {"foreach": False}, {"impl": "triton"}, {"impl": "cuda"}],
+    ids=["fused", "foreach", "single", "triton", "cuda"],
+)
+IMPLS = pytest.mark.parametrize("impl", ["torch", *KERNELS])
 HYPER = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}
 SHAPES = [(7, 5), (5,), (3, 2, 4), ()]
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -26,7 +33,29 @@ MIXED = [
     (torch.bfloat16, {"master_weights": "float32"}),
     (torch.bfloat16, {"master_weights": "float32", "state_dtype": torch.float32}),
     (torch.float16, {"master_weights": "float32", "state_dtype": torch.float32}),
+    (torch.bfloat16, {"master_weights": "split"}),
+    (torch.bfloat16, {"master_weights": "split", "state_dtype": torch.float32}),
 ]
+
+
+def flags(path):
+    """The flags by which torch's own optimiser takes ``path``, or for what is not torch's the fused one."""
+    return {"fused": True} if not path or "impl" in path else path
+
+
+def only_what_triton_carries(impl, *dtypes):
+    """``impl`` is a name, or options with one."""
+    impl = impl.get("impl") if isinstance(impl, dict) else impl
+    if impl in KERNELS and torch.float64 in dtypes:
+        pytest.skip("float64 is torch's own code")
+
+
+def precise(optimizer, p):
+    """What the updates of ``p`` are collected in: its master, or itself."""
+    state = optimizer.state.get(p, {})
+    if "remainder" in state:
+        return decode(p.detach(), state["remainder"])
+    return state.get("master", p)
 
 
 def parameters(dtype=torch.float32):
@@ -108,7 +137,7 @@ def check_state(optimizer, states, eager):
         for each in found:
             check(name, *each)
     for a, b in zip(ours, theirs, strict=True):
-        assert {*a} - {"master"} == {*b}
+        assert {*a} - {"master", "remainder"} == {*b}
 
 
 def check_step(optimizer, grads):
@@ -120,14 +149,15 @@ def check_step(optimizer, grads):
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     states = [dict(optimizer.state.get(p, {})) for p in params]
-    before = [state.get("master", p).detach().clone() for p, state in zip(params, states, strict=True)]
+    before = [precise(optimizer, p).detach().clone() for p in params]
     known = [
         {"t": float(s["step"])} | {m: s[name].double().numpy() for name, m in MOMENTS.items() if name in s} if s else {}
         for s in states
     ]
 
     double = torch.float64 in (params[0].dtype, optimizer.state_dtype)
-    compute = (torch.float64 if double else torch.float32) if optimizer._mixed else params[0].dtype
+    ours = optimizer._mixed or optimizer._impl in KERNELS
+    compute = (torch.float64 if double else torch.float32) if ours else params[0].dtype
     plain = twins(before, compute)
     left = iter(plain)
     names = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
@@ -153,7 +183,7 @@ def check_step(optimizer, grads):
     judged = {"compute_dtype": torch.float32 if clips else compute_dtype_of(compute)}
     for p, q, r, ref_state in zip(params, plain, ref, ref_states, strict=True):
         state = optimizer.state.get(p, {})
-        check("parameter", state.get("master", p), r, q, **judged)
+        check("parameter", precise(optimizer, p), r, q, **judged)
         for name, m in MOMENTS.items():
             if name in eager.state.get(q, {}):
                 # Stored, as anyone would have to: fp16 has no relative precision for a v below 6e-5.
@@ -161,3 +191,5 @@ def check_step(optimizer, grads):
         assert state.get("step") == eager.state.get(q, {}).get("step")
         if "master" in state:
             assert torch.equal(p, state["master"].to(p.dtype))
+        if "remainder" in state:
+            assert torch.equal(p, encode(precise(optimizer, p))[0])

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import queue
 import traceback
 
 import torch
@@ -28,10 +29,18 @@ class Ranks:
     def __call__(self, function, *args):
         for inbox in self._in:
             inbox.put((function, args))
-        found = dict(self._out.get(timeout=_TIMEOUT.total_seconds() * 3) for _ in self._in)
+        found = dict(self._report() for _ in self._in)
         failed = {rank: text for rank, (text, _) in found.items() if text}
         assert not failed, "\n".join(f"rank {rank}: {text}" for rank, text in failed.items())
         return [found[rank][1] for rank in sorted(found)]
+
+    def _report(self):
+        while True:
+            try:
+                return self._out.get(timeout=1)
+            except queue.Empty:
+                ended = [process.exitcode for process in self._processes if not process.is_alive()]
+                assert not ended, f"a rank ended with status {ended[0]}"
 
     def close(self):
         for inbox in self._in:

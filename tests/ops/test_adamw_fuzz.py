@@ -72,7 +72,7 @@ def cases(draw):
     layout = st.sampled_from([*LAYOUTS])
     params = draw(st.lists(st.tuples(st.sampled_from(SHAPES), layout, layout), min_size=1, max_size=4))
     row = st.lists(st.booleans() | st.just(True), min_size=len(params), max_size=len(params))
-    options = draw(st.sampled_from([{}, {}, {"foreach": True}, {"foreach": False}]))
+    options = draw(st.sampled_from([{}, {}, {"foreach": True}, {"foreach": False}, {"impl": "triton"}]))
     if not options.get("foreach"):
         options = options | draw(st.sampled_from([{}, {"master_weights": "float32"}]))
         options = options | draw(st.sampled_from([{}, *({"state_dtype": dtype} for dtype in DTYPES)]))

@@ -9,7 +9,20 @@ import torch
 
 from sft_kernels import AdamW
 
-from .adamw import HALF, HYPER, MIXED, MOMENTS, gradients, in_two_groups, parameters, snapshot, train, twins
+from .adamw import (
+    HALF,
+    HYPER,
+    KERNELS,
+    MIXED,
+    MOMENTS,
+    gradients,
+    in_two_groups,
+    parameters,
+    precise,
+    snapshot,
+    train,
+    twins,
+)
 from .helpers import same_bits
 
 PLAIN = [
@@ -17,7 +30,13 @@ PLAIN = [
     for dtype in (torch.float32, torch.bfloat16)
     for options in ({}, {"foreach": True}, {"foreach": False})
 ]
-CONFIGURATIONS = pytest.mark.parametrize(("dtype", "options"), [*PLAIN, *MIXED], ids=str)
+OF_KERNELS = [
+    (dtype, {**options, "impl": impl})
+    for impl in KERNELS
+    for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), *MIXED)
+    if torch.float64 not in (dtype, options.get("state_dtype"))
+]
+CONFIGURATIONS = pytest.mark.parametrize(("dtype", "options"), [*PLAIN, *MIXED, *OF_KERNELS], ids=str)
 
 
 def through_a_file(state_dict):
@@ -120,7 +139,7 @@ def test_torchs_checkpoint_takes_the_dtypes_that_are_asked_for(dtype, options):
     for p, q in zip(resumed, params, strict=True):
         assert same_bits(p.detach(), q.detach())
         if "master_weights" in options:
-            assert same_bits(ours.state[p]["master"], q.detach().float())  # there was none to load
+            assert same_bits(precise(ours, p), q.detach().float())  # there was none to load
 
 
 @CONFIGURATIONS

@@ -1,8 +1,11 @@
 """``AdamW``: torch's, with the defaults of fine-tuning, and clipping and skipping inside the step."""
 
+from typing import NamedTuple
+
 import torch
 
 from ..._backend import resolve
+from .state import HALF, MASTERS, MOMENTS, check_half
 
 
 class AdamW(torch.optim.AdamW):
@@ -17,12 +20,19 @@ class AdamW(torch.optim.AdamW):
         foreach, fused: as in torch; either selects ``impl="torch"``. With neither, the fused path where the parameters
             allow it.
         max_grad_norm: clip the global 2-norm of all gradients to this, as ``torch.nn.utils.clip_grad_norm_`` would
-            before the step. ``float("inf")`` clips nothing and still measures. The gradients are left clipped.
+            before the step. ``float("inf")`` clips nothing and still measures. The norm of DTensors is that of whole
+            tensors, each copy counted once. ``impl="torch"`` leaves the gradients clipped, the others leave them alone.
         skip_nonfinite: where the norm is not finite, leave parameters, moments and step as they are and count it.
         master_weights: ``"float32"``: an fp16 or bf16 parameter has an fp32 copy in its state, under ``"master"``,
             which is updated in its place, and the parameter is its rounding. Without it, updates smaller than half a
             unit in the parameter's last place are lost. What else writes to the parameter, the next step overwrites.
+            ``"split"``: a bf16 parameter is the upper half of its master; the bits of the lower are kept under
+            ``"remainder"``. The same updates for two bytes less; what else writes to the parameter counts.
+        stochastic_rounding: a bf16 parameter without a master is rounded up or down at random, right on average. The
+            random bits depend on the group's ``"seed"`` (0 unless set, below 2³²), the parameter's step, its place
+            among the parameters, and the element's index in the unsharded tensor alone.
         state_dtype: the floating dtype of the moments; None for the parameter's, as in torch.
+        update_stats: count what :meth:`update_statistics` gives.
         impl: ``"auto"`` or an implementation's name.
 
     Attributes:
@@ -30,13 +40,18 @@ class AdamW(torch.optim.AdamW):
             neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. The step does not wait for it.
         skipped_steps: int64 0-d tensor on the device.
 
+    ``impl="triton"`` updates all parameters of the same dtypes in one launch, after one more for the norm. fp64 and
+    complex numbers, parameters with gaps between their elements or on several devices, and ``differentiable`` are
+    torch's own code.
+
     torch's kernels want parameter, gradient and moments of one dtype. Where any differs, or there is a master, every
     parameter is updated on its own: in fp32 (fp64 for fp64), each tensor that is written rounded once, without a sync.
 
     Raises:
         ValueError: an option out of range, or a combination that cannot work: ``differentiable`` with an option that
             torch's lacks; ``foreach`` or ``fused`` where dtypes are to differ; ``foreach`` with ``capturable`` and
-            ``skip_nonfinite``.
+            ``skip_nonfinite``; ``stochastic_rounding`` with ``master_weights``; either but for ``"float32"`` with fp16
+            parameters; from ``step``, a DTensor that is rounded stochastically and neither sharded nor replicated.
         RuntimeError: sparse gradients, as in torch.
     """
 
@@ -57,36 +72,44 @@ class AdamW(torch.optim.AdamW):
         max_grad_norm=None,
         skip_nonfinite=False,
         master_weights=None,
+        stochastic_rounding=False,
         state_dtype=None,
+        update_stats=False,
         impl="auto",
     ):
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if impl not in ("auto", "torch") and (foreach is not None or fused is not None):
             raise ValueError(f"foreach and fused are options of impl='torch'; got impl={impl!r}")
-        if master_weights == "split":
-            raise ValueError("master_weights: 'split' needs the Triton kernel, which is not here yet; use 'float32'")
-        if master_weights not in (None, "float32"):
-            raise ValueError(f"master_weights: expected None or 'float32', got {master_weights!r}")
-        if state_dtype not in (None, torch.float32, torch.float64, *_HALF):
+        if master_weights not in (None, "float32", "split"):
+            raise ValueError(f"master_weights: expected None, 'float32' or 'split', got {master_weights!r}")
+        if stochastic_rounding and master_weights is not None:
+            raise ValueError("stochastic_rounding: a master needs none; got master_weights too")
+        if state_dtype not in (None, torch.float32, torch.float64, *HALF):
             raise ValueError(f"state_dtype: expected None or a floating dtype, got {state_dtype!r}")
         ours = {
             "max_grad_norm": max_grad_norm,
             "skip_nonfinite": skip_nonfinite or None,
             "master_weights": master_weights,
+            "stochastic_rounding": stochastic_rounding or None,
             "state_dtype": state_dtype,
+            "update_stats": update_stats or None,
         }
         asked = [name for name, value in ours.items() if value is not None]
         if differentiable and asked:
             raise ValueError(f"differentiable=True does not take {' or '.join(asked)}")
+        if update_stats and (foreach or fused):
+            raise ValueError("update_stats: torch's foreach and fused kernels count nothing")
         if capturable and skip_nonfinite and foreach:
             raise ValueError("skip_nonfinite reads a flag back with foreach=True, which capturable=True forbids")
         self._impl = "torch" if foreach is not None or fused is not None else impl
-        resolve("adamw", self._impl)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.master_weights = master_weights
+        self.stochastic_rounding = bool(stochastic_rounding)
         self.state_dtype = state_dtype
+        self.update_stats = bool(update_stats)
+        self._forget()
         super().__init__(
             params,
             lr,
@@ -100,6 +123,7 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        resolve("adamw", self._impl, self._device())
         self._choose_path()  # again: torch has set _step_supports_amp_scaling from ``fused`` alone
         self.last_grad_norm = None
         first = next((p for group in self.param_groups for p in group["params"]), torch.empty(0))
@@ -109,6 +133,13 @@ class AdamW(torch.optim.AdamW):
         """As in torch; a group that asks for neither ``foreach`` nor ``fused`` takes the fused path where it can."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        if group["foreach"] is not None or group["fused"] is not None:
+            if self._impl not in ("auto", "torch"):
+                self.param_groups.pop()
+                raise ValueError(f"foreach and fused are options of impl='torch'; got impl={self._impl!r}")
+            self._impl = "torch"
+        if self.stochastic_rounding:
+            group.setdefault("seed", 0)
         try:
             self._check_group(group)
         except ValueError:
@@ -121,35 +152,47 @@ class AdamW(torch.optim.AdamW):
         self._choose_path()
 
     def _check_group(self, group):
-        for name in ("max_grad_norm", "skip_nonfinite", "master_weights", "state_dtype", "impl"):
+        for name in (*_OPTIONS, "impl"):
             if name in group:
                 raise ValueError(f"{name} holds for all parameters: an option of AdamW, not of a group")
+        seed = group.get("seed", 0)
+        if not (isinstance(seed, int) and 0 <= seed < 2**32):
+            raise ValueError(f"seed: expected a whole number from 0 to 2³² − 1, got {seed!r}")
         one_dtype = next((name for name in ("fused", "foreach") if group[name]), None)
         for p in group["params"]:
+            check_half(self, p)
             if self.state_dtype is not None and p.is_complex():
                 raise ValueError(f"state_dtype: expected floating-point parameters, got one of {p.dtype}")
-            if one_dtype and (self.state_dtype not in (None, p.dtype) or self._wants_master(p)):
+            if one_dtype and (self.state_dtype not in (None, p.dtype) or self._wants_master(p) or self._rounds(p)):
                 raise ValueError(
-                    f"{one_dtype}=True updates tensors of one dtype; a {p.dtype} parameter is to have "
-                    f"state_dtype={self.state_dtype}, master_weights={self.master_weights!r}"
+                    f"{one_dtype}=True updates tensors of one dtype, to nearest; a {p.dtype} parameter is to have "
+                    f"state_dtype={self.state_dtype}, master_weights={self.master_weights!r}, "
+                    f"stochastic_rounding={self.stochastic_rounding}"
                 )
 
     def _wants_master(self, p):
-        return self.master_weights is not None and p.dtype in _HALF
+        return self.master_weights is not None and p.dtype in HALF
+
+    def _rounds(self, p):
+        return self.stochastic_rounding and p.dtype == torch.bfloat16
 
     def _is_mixed(self, p):
-        """Whether torch's kernels cannot update ``p``: its state has, or is to have, another dtype, or a master."""
+        """Whether torch's kernels cannot update ``p``: its state has, or is to have, another dtype, or a master; or it
+        is rounded stochastically."""
         state = self.state.get(p, {})
         dtype = state["exp_avg"].dtype if "exp_avg" in state else self.state_dtype or p.dtype
-        return dtype != p.dtype or "master" in state or self._wants_master(p)
+        return dtype != p.dtype or any(name in state for name in MASTERS) or self._wants_master(p) or self._rounds(p)
 
     def _choose_path(self):
         """To be called when parameters or state come in: looked up at each step, it would cost as much as a step."""
+        self._forget()
         fused = all(group["fused"] for group in self.param_groups)
         captured = any(group["capturable"] for group in self.param_groups)
         # Outside torch's fused kernel skipping reads a flag back; the mixed path does not.
-        self._mixed = (self.skip_nonfinite and captured and not fused) or any(
-            self._is_mixed(p) for group in self.param_groups for p in group["params"]
+        self._mixed = (
+            (self.skip_nonfinite and captured and not fused)
+            or self.update_stats
+            or any(self._is_mixed(p) for group in self.param_groups for p in group["params"])
         )
         # torch.amp.GradScaler then leaves unscaling to the step.
         self._step_supports_amp_scaling = self._mixed or fused
@@ -160,8 +203,42 @@ class AdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        resolve("adamw", self._impl)(self)
+        self._implementation()(self)
         return loss
+
+    def _device(self):
+        return next((p.device for group in self.param_groups for p in group["params"]), None)
+
+    def _implementation(self):
+        device = self._device()
+        implementation = resolve("adamw", self._impl, device)
+        if implementation is resolve("adamw", "torch") or (self._tables is not None and self._tables.hold(self)):
+            return implementation
+        from .tables import why_torch
+
+        self._tables = None
+        return resolve("adamw", self._impl, device, why_torch(self))
+
+    def _forget(self):
+        """Forget where the tensors lie. What graphs were captured with stays."""
+        self._tables = self._torch_stats = None
+        self._captured = getattr(self, "_captured", [])
+
+    def update_statistics(self):
+        """:class:`UpdateStatistics` of the last step that was taken, from ``update_stats=True``; None before the first.
+
+        Tensors on the device, to be read when it suits: nothing here waits. DTensors: of this rank's shards.
+        """
+        if not self.update_stats:
+            raise ValueError("update_statistics: wants AdamW(update_stats=True)")
+        if self._tables is not None:
+            sums, counts = self._tables.summed_stats(len(self.param_groups))
+        elif self._torch_stats is not None:
+            sums, counts = self._torch_stats
+        else:
+            return None
+        counts = torch.tensor(counts, dtype=torch.float64).to(sums.device, non_blocking=True)
+        return UpdateStatistics(sums[:, 2] / counts, (sums[:, 0] / sums[:, 1]).sqrt(), self.skipped_steps.clone())
 
     def load_state_dict(self, state_dict):
         """As in torch, but nothing is lost: moments keep the dtype they come with, unless ``state_dtype`` asks for one.
@@ -188,7 +265,7 @@ class AdamW(torch.optim.AdamW):
                         held.append((p, self._lossless(p, state[i])))
                         state[i] = {name: value for name, value in state[i].items() if name not in _LOSSLESS}
             groups = [
-                {**theirs, **{name: ours[name] for name in choices}}
+                {name: ours[name] for name in ours if name == "seed"} | theirs | {name: ours[name] for name in choices}
                 for theirs, ours in zip(groups, self.param_groups, strict=True)
             ]
             return {**state_dict, "state": state, "param_groups": groups}
@@ -215,11 +292,13 @@ class AdamW(torch.optim.AdamW):
         for name, tensor in tensors.items():
             if tensor.shape != p.shape:
                 raise ValueError(f"state_dict: expected {name} of shape {tuple(p.shape)}, got {tuple(tensor.shape)}")
-        master = tensors.pop("master", None)
+        master, remainder = (tensors.pop(name, None) for name in MASTERS)
         if self.state_dtype is not None:
             tensors = {name: tensor.to(self.state_dtype) for name, tensor in tensors.items()}
-        if master is not None and p.dtype in _HALF and master.dtype == torch.float32:
+        if master is not None and p.dtype in HALF and master.dtype == torch.float32:
             tensors["master"] = master
+        elif remainder is not None and p.dtype == remainder.dtype == torch.bfloat16:
+            tensors["remainder"] = remainder
         if self.defaults["differentiable"] and any(tensor.dtype != p.dtype for tensor in tensors.values()):
             raise ValueError(f"state_dict: differentiable=True takes moments of {p.dtype} alone")
         return tensors
@@ -227,10 +306,7 @@ class AdamW(torch.optim.AdamW):
     def __getstate__(self):
         own = (
             "_impl",
-            "max_grad_norm",
-            "skip_nonfinite",
-            "master_weights",
-            "state_dtype",
+            *_OPTIONS,
             "last_grad_norm",
             "skipped_steps",
             "_mixed",
@@ -238,9 +314,26 @@ class AdamW(torch.optim.AdamW):
         )
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
+    def __setstate__(self, state):
+        super().__setstate__(state)  # also what torch's load_state_dict ends with
+        self._forget()
 
-_HALF = (torch.float16, torch.bfloat16)
-_LOSSLESS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master")
+
+class UpdateStatistics(NamedTuple):
+    """What the last step did, per group where not said otherwise.
+
+    ``rounded_away``: the share of elements that were to move and were kept in too few bits to do so.
+    ``update_to_weight``: the 2-norm of the update, decay included, over that of the weights before it. Both fp64
+    ``[groups]``. ``skipped_steps``: int64, of all steps.
+    """
+
+    rounded_away: torch.Tensor
+    update_to_weight: torch.Tensor
+    skipped_steps: torch.Tensor
+
+
+_OPTIONS = ("max_grad_norm", "skip_nonfinite", "master_weights", "stochastic_rounding", "state_dtype", "update_stats")
+_LOSSLESS = (*MOMENTS, *MASTERS)
 
 
 def _fusible(p):

@@ -2,6 +2,10 @@
 
 import torch
 
+from .rounding import decode, encode, round_stochastically
+from .sharding import Ranks, aligned_gradient, is_sharded, local, placement_in_whole
+from .state import laid_out_as, moments, refuse_sparse, state_of
+
 
 def step(optimizer):
     """One update of ``optimizer`` (an :class:`sft_kernels.AdamW`), its gradients ready.
@@ -26,14 +30,15 @@ def step(optimizer):
     with torch.no_grad():
         if measured:
             grads = [torch.view_as_real(g) if g.is_complex() else g for g in grads]
-            norm = global_norm(grads)
+            ranks = Ranks(grads)
+            norm = global_norm(grads, ranks)
             if scale is not None:
                 norm = norm / scale.to(norm.device)
             optimizer.last_grad_norm = norm.float()
         if optimizer.skip_nonfinite:
             bad = ~norm.isfinite()
             if found_inf is not None:
-                bad |= found_inf.to(bad.device) > 0
+                bad |= ranks.sum_((found_inf > 0).float()).to(bad.device) > 0
             found_inf = bad.float()
             optimizer.skipped_steps += bad.to(optimizer.skipped_steps)
             if not fused and not optimizer._mixed and bad:
@@ -43,7 +48,7 @@ def step(optimizer):
             if optimizer._mixed or (fused and clip.dtype == torch.float32):
                 scale = clip if scale is None else clip * scale.to(clip.device)
             else:  # also for fp64: torch's fused kernel reads its scale in fp32
-                torch._foreach_mul_(grads, 1 / clip)
+                torch._foreach_mul_(list(map(local, grads)), 1 / clip)
         if optimizer._mixed:
             return _mixed_step(optimizer, scale, found_inf)
     if not fused:
@@ -57,80 +62,84 @@ def step(optimizer):
         vars(optimizer).update(outer)
 
 
-def global_norm(grads):
+def global_norm(grads, ranks):
     """The 2-norm of all ``grads`` together, 0-d, on the first one's device, without a sync.
 
-    fp32, or fp64 where any of them is.
+    fp32, or fp64 where any of them is. DTensors count as whole tensors: ``ranks`` (:class:`sharding.Ranks`) share it.
     """
     by_device = {}
     for grad in grads:
         by_device.setdefault((grad.device, grad.dtype == torch.float64), []).append(grad)
     dtype = torch.float64 if any(double for _, double in by_device) else torch.float32
-    norms = [
-        norm.to(grads[0].device, dtype)
-        for (_, double), g in by_device.items()
-        for norm in torch._foreach_norm(g, 2, torch.float64 if double else torch.float32)
-    ]
-    norm = torch.linalg.vector_norm(torch.stack(norms))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # a DTensor: reduced over the ranks
+    norms, copies = [], []
+    for (_, double), g in by_device.items():
+        found = torch._foreach_norm(list(map(local, g)), 2, torch.float64 if double else torch.float32)
+        norms += [norm.to(grads[0].device, dtype) for norm in found]
+        copies += map(ranks.copies, g)
+    if not ranks.groups:
+        return torch.linalg.vector_norm(torch.stack(norms))
+    squares = sum(norm.double() ** 2 / n for norm, n in zip(norms, copies, strict=True))
+    return ranks.sum_(squares).sqrt().to(dtype)
 
 
 def adamw(p, g, m, v, v_max=None, *, step, lr, beta1, beta2, eps, weight_decay):
-    """``p, m, v`` and, with amsgrad, ``v_max`` of one tensor after its ``step``-th gradient ``g``.
+    """``p, m, v`` and, with amsgrad, ``v_max`` of one tensor after its ``step``-th gradient ``g``; and last the update.
 
     All of one floating dtype, which is also the one of the arithmetic, and at least 1-d: so ``step``, an fp64 0-d
-    tensor, and ``lr`` and betas that are 0-d tensors, promote nothing. The bias corrections are rounded once,
-    from fp64.
+    tensor, and ``lr`` and betas that are fp64 0-d tensors, promote nothing. What is made of scalars alone is fp64 and
+    rounded once. The order of operations is the README's.
     """
     m = m + (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * g**2
+    v = beta2 * v + (1 - beta2) * (g * g)
     largest = v if v_max is None else torch.maximum(v_max, v)
-    m_hat = m / (1 - beta1**step)
-    v_hat = largest / (1 - beta2**step)
-    p = p - lr * (m_hat / (v_hat.sqrt() + eps) + weight_decay * p)
-    return (p, m, v) if v_max is None else (p, m, v, largest)
+    denominator = largest.sqrt() * (1 / (1 - beta2**step).sqrt()) + eps
+    update = lr / (1 - beta1**step) * (m / denominator) + lr * weight_decay * p
+    p = p - update
+    return (p, m, v, update) if v_max is None else (p, m, v, largest, update)
 
 
 def _mixed_step(optimizer, scale, found_inf):
     """Update every parameter by :func:`adamw` in fp32 (fp64 for fp64); each tensor is rounded once, without a sync."""
+    index, stats = 0, [] if optimizer.update_stats else None
     for group in optimizer.param_groups:
+        counted = []
         for p in group["params"]:
             if p.grad is not None:
                 skip = None if found_inf is None else found_inf.to(p.device) > 0
-                _mixed_update(p, _mixed_state(optimizer, group, p), group, scale, skip)
+                counted.append(_mixed_update(optimizer, p, index, state_of(optimizer, group, p), group, scale, skip))
+            index += 1
+        if stats is not None:
+            stats.append(counted)
+    if stats is not None:
+        optimizer._torch_stats = _summed(optimizer, stats)
 
 
-def _mixed_state(optimizer, group, p):
-    """The state of ``p``, with what it lacks. ``step`` stands on the device: whether it counts is known only there."""
-    state = optimizer.state[p]
-    state["step"] = state["step"].to(p.device) if state else torch.zeros((), dtype=torch.float32, device=p.device)
-    for name in _moments(group):
-        if name not in state:
-            state[name] = torch.zeros_like(p, dtype=optimizer.state_dtype)
-    if optimizer._wants_master(p) and "master" not in state:
-        state["master"] = p.detach().float()
-    return state
+def _mixed_update(optimizer, p, index, state, group, scale, skip):
+    """Update ``p``; with ``update_stats`` returns Σ δ², Σ θ² and how many updates were rounded away, and ``skip``."""
 
-
-def _mixed_update(p, state, group, scale, skip):
     def write(tensor, value):
         tensor.copy_(value if skip is None else torch.where(skip, tensor, value))
 
     real = torch.view_as_real if p.is_complex() else torch.atleast_1d
-    old = [real(t) for t in (state.get("master", p), *(state[name] for name in _moments(group)))]
-    dtype = torch.promote_types(torch.float32, torch.promote_types(old[0].dtype, old[1].dtype))
-    g = real(p.grad).to(dtype)
+    weight = real(local(p.detach()))
+    old = [real(local(state[name])) for name in moments(group)]
+    master, remainder = (real(local(state[name])) if name in state else None for name in ("master", "remainder"))
+    theta = weight if master is None else master
+    if remainder is not None:
+        theta = decode(weight, remainder)
+    dtype = torch.promote_types(torch.float32, torch.promote_types(theta.dtype, old[0].dtype))
+    g = real(local(p.grad)).to(dtype)
     if scale is not None:
-        g = g / scale.to(p.device, dtype)
-        write(real(p.grad), g)
+        g = g * (1 / scale.to(p.device, torch.float64)).to(dtype)
+        write(real(local(p.grad)), g)
     g = -g if group["maximize"] else g
     step = state["step"].double() + 1
     lr, beta1, beta2 = (_scalar(x, p.device) for x in (group["lr"], *group["betas"]))
-    param, *moments = (t.to(dtype) for t in old)
-    new = adamw(
-        param,
+    theta = theta.to(dtype)
+    new, *new_moments, update = adamw(
+        theta,
         g,
-        *moments,
+        *(t.to(dtype) for t in old),
         step=step,
         lr=lr,
         beta1=beta1,
@@ -138,50 +147,78 @@ def _mixed_update(p, state, group, scale, skip):
         eps=group["eps"],
         weight_decay=group["weight_decay"],
     )
-    for tensor, value in zip(old, new, strict=True):
+    kept = weight_new = new
+    if remainder is not None:
+        weight_new, remainder_new = encode(new)
+    elif optimizer._rounds(p):
+        weight_new = round_stochastically(new, seed=group.get("seed", 0), t=step, p=p, index=index)
+    counted = None
+    if optimizer.update_stats:  # before anything is written: θ may be what is updated
+        if master is None and remainder is None:
+            kept = weight_new.to(weight.dtype).to(dtype)
+        lost = (update != 0) & (kept == theta)
+        sums = torch.stack([x.sum(dtype=torch.float64) for x in (update * update, theta * theta, lost)])
+        counted = sums, lost.numel(), skip
+    for tensor, value in zip(old, new_moments, strict=True):
         write(tensor, value)
-    if "master" in state:
-        p.copy_(state["master"])
+    write(weight, weight_new)
+    if remainder is not None:
+        write(remainder.view(torch.int16), remainder_new.view(torch.int16))
+    elif master is not None:
+        write(master, new)
     write(state["step"], step)
+    return counted
 
 
-def _moments(group):
-    return ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
+def _summed(optimizer, stats):
+    """Sums and counts by group; of the step before where this one is skipped."""
+    device = optimizer.skipped_steps.device
+    before = optimizer._torch_stats and optimizer._torch_stats[0]
+    sums, counts = torch.zeros(len(stats), 3, dtype=torch.float64, device=device), []
+    for i, counted in enumerate(stats):
+        for each, _, skip in counted:
+            old = torch.zeros_like(each) if before is None else before[i] / len(counted)
+            sums[i] += (each if skip is None else torch.where(skip, old, each)).to(device)
+        counts.append(sum(count for _, count, _ in counted))
+    return sums, counts
 
 
 def _scalar(x, device):
     # A number stays one: to copy it to the device would wait for it.
-    return x.to(device, non_blocking=True).reshape(()) if isinstance(x, torch.Tensor) else x
+    return x.to(device, torch.float64, non_blocking=True).reshape(()) if isinstance(x, torch.Tensor) else x
 
 
 def _prepare(optimizer):
-    """Refuse sparse gradients before anything is updated, and follow what has changed since the path was chosen.
+    """Refuse what cannot be updated before anything is, and follow what has changed since the path was chosen.
 
     A model may be cast or laid out anew between steps. torch's fused CPU kernel walks parameter, gradient and moments
     by address, so that one of another layout would update the wrong elements: it is laid out as its parameter.
     """
-    if not optimizer._mixed and (optimizer.master_weights is not None or optimizer.state_dtype is not None):
+    refuse_sparse(optimizer)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if optimizer._rounds(p) and p.grad is not None:
+                placement_in_whole(p)  # raises where it cannot say
+    if not optimizer._mixed and any(
+        (optimizer.master_weights is not None, optimizer.state_dtype is not None, optimizer.stochastic_rounding)
+    ):
         optimizer._choose_path()
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is None:
                 continue
-            if p.grad.is_sparse:
-                raise RuntimeError("AdamW does not support sparse gradients")
+            if is_sharded(p):
+                aligned_gradient(p)
             if optimizer._mixed or not group["fused"]:
                 continue
             stride = p.stride()
             if p.grad.stride() != stride:
-                p.grad = _laid_out_as(p, p.grad)
+                p.grad = laid_out_as(p, p.grad)
             state = optimizer.state.get(p)
             if state and state["exp_avg"].dtype != p.dtype:
                 optimizer._choose_path()
             elif state and state["exp_avg"].stride() != stride:
-                state.update({name: _laid_out_as(p, state[name]) for name in _moments(group)})
-
-
-def _laid_out_as(p, tensor):
-    return torch.empty_like(p, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+                state.update({name: laid_out_as(p, state[name]) for name in moments(group)})
 
 
 def _torch_step(optimizer):

@@ -1,0 +1,50 @@
+"""The launches of AdamW, one case a combination of dtypes, and what each may cost."""
+
+from functools import partial
+
+import torch
+
+from sft_kernels import AdamW
+from sft_kernels.ops.adamw.triton_impl import step
+
+from ..binary import Need
+
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def _step(dtype, **options):
+    """One step of three tensors, on the CPU, through the launcher."""
+    params = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (1 << 16, 4096, 5)]
+    optimizer = AdamW(params, impl="torch", **options)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    step(optimizer)
+
+
+# Name: dtype, options, accesses of the tail's loop (8 elements a thread, each on its own), warps on an SM.
+_OPTIONS = {
+    "bf16": (_BF16, {}, 56, 20),
+    "bf16, fp32 moments": (_BF16, {"state_dtype": _FP32}, 56, 20),
+    "bf16, fp32 master": (_BF16, {"state_dtype": _FP32, "master_weights": "float32"}, 64, 20),
+    "bf16, split master": (_BF16, {"state_dtype": _FP32, "master_weights": "split"}, 72, 16),
+    "bf16, rounded": (_BF16, {"state_dtype": _FP32, "stochastic_rounding": True}, 56, 16),
+    "fp16, fp32 master": (_FP16, {"state_dtype": _FP32, "master_weights": "float32"}, 64, 20),
+    "fp32": (_FP32, {}, 56, 20),
+    "fp32, bf16 moments": (_FP32, {"state_dtype": _BF16}, 56, 20),
+    "fp32, amsgrad": (_FP32, {"amsgrad": True}, 72, 20),
+    "bf16, split, statistics": (
+        _BF16,
+        {"state_dtype": _FP32, "master_weights": "split", "update_stats": True},
+        72,
+        12,
+    ),
+}
+# The norm's loop over chunks also reads six words of the table.
+_NORM = Need(narrow=8 + 6, warps=36, in_flight=40 << 10)
+CASES = {
+    name: (
+        partial(_step, dtype, max_grad_norm=1.0, skip_nonfinite=True, **options),
+        {"_sum_of_squares_kernel": _NORM, "_update_kernel": Need(narrow=tail, warps=warps, in_flight=40 << 10)},
+    )
+    for name, (dtype, options, tail, warps) in _OPTIONS.items()
+}

@@ -1,0 +1,54 @@
+"""The state of one parameter: what torch keeps, in the dtypes asked for, and a master or its remainder."""
+
+import torch
+
+HALF = (torch.float16, torch.bfloat16)
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+MASTERS = ("master", "remainder")  # at most one of them
+
+
+def moments(group):
+    return MOMENTS[: 3 if group["amsgrad"] else 2]
+
+
+def refuse_sparse(optimizer):
+    """Before anything is written."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and p.grad.is_sparse:
+                raise RuntimeError("AdamW does not support sparse gradients")
+
+
+def state_of(optimizer, group, p):
+    """The state of ``p``, with what it lacks. ``step`` stands on the device: whether it counts is known only there."""
+    check_half(optimizer, p)
+    state = optimizer.state[p]
+    state["step"] = state["step"].to(p.device) if state else torch.zeros((), dtype=torch.float32, device=p.device)
+    for name in moments(group):
+        if name not in state:
+            state[name] = torch.zeros_like(p, dtype=optimizer.state_dtype, requires_grad=False)
+    if optimizer._wants_master(p) and not any(name in state for name in MASTERS):
+        if optimizer.master_weights == "split":
+            state["remainder"] = torch.zeros_like(p, requires_grad=False)  # of bits: ``rounding.encode``
+        else:
+            state["master"] = p.detach().float()
+    return state
+
+
+def check_half(optimizer, p):
+    """``ValueError`` where an option that knows bf16 alone meets fp16."""
+    if p.dtype == torch.float16:
+        if optimizer.master_weights == "split":
+            raise ValueError("master_weights: 'split' is for bf16 parameters, got one of torch.float16; use 'float32'")
+        if optimizer.stochastic_rounding:
+            raise ValueError("stochastic_rounding: rounds to bf16, got a parameter of torch.float16")
+
+
+def laid_out_as(p, tensor):
+    """``tensor`` with the strides of ``p``."""
+    return torch.empty_like(p, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
+def is_dense(p):
+    """Whether the elements of ``p`` fill their stretch of memory, so that moments can lie the same way."""
+    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
