@@ -32,7 +32,7 @@ def _needs(tensor_core=True, **stacks):
 
 
 # Two accumulators of 64 × 256 in fp32 and the operands of four products do not fit 255 registers.
-_WIDE = {"forward": {80: 16, 90: 48}, "dkey": {80: 192, 90: 384}}
+_WIDE = {"forward": {80: 16, 90: 48}, "dkey": {80: 192, 90: 416}}
 # Products of fp32 are made of single multiplications, of which the compiler unrolls more than it has registers for.
 _FP32 = {"tensor_core": False, "forward": {80: 32, 90: 192}, "dquery": 384, "dkey": {80: 0, 90: 384}}
 CASES = {
