@@ -65,10 +65,23 @@ class Need(NamedTuple):
 def facts(cubin, arch, warps, shared=None):
     """:class:`Facts` of the one kernel in the file ``cubin``; ``shared`` is what the launch asks for, if that is
     known."""
-    usage = _RESOURCES.search(_cuobjdump("--dump-resource-usage", cubin))
-    registers, stack, static = map(int, usage.groups())
+    return facts_of(_cuobjdump("--dump-resource-usage", cubin), _cuobjdump("--dump-sass", cubin), arch, warps, shared)
+
+
+def kernels(library, name):
+    """``{mangled name: (usage, disassembly)}`` of the code for architecture ``name``, such as "sm_90a", in
+    ``library``."""
+    usage, sass = (_cuobjdump(option, library, "-arch", name) for option in ("--dump-resource-usage", "--dump-sass"))
+    found = dict(re.findall(r"^\s*Function (\w+):\n(.*)$", usage, re.M))
+    code = dict(re.findall(r"^\s*Function : (\w+)\n(.*?)(?=^\s*Function :|\Z)", sass, re.M | re.S))
+    return {kernel: (found[kernel], code[kernel]) for kernel in found if kernel in code}
+
+
+def facts_of(usage, sass, arch, warps, shared=None):
+    """:class:`Facts` of one kernel from what ``cuobjdump`` says of it."""
+    registers, stack, static = map(int, _RESOURCES.search(usage).groups())
     shared = static if shared is None else shared
-    code = instructions(_cuobjdump("--dump-sass", cubin))
+    code = instructions(sass)
     loops = [(int(m, 16), at) for at, name, rest in code if name.startswith("BRA") for m in _targets(rest)]
     loops = [(start, end) for start, end in loops if start < end]
     inside = [(at, name) for at, name, _ in code if any(start <= at <= end for start, end in loops)]
@@ -198,8 +211,8 @@ def _count(values):
     return dict(sorted(found.items()))
 
 
-def _cuobjdump(option, cubin):
-    return subprocess.run([_tool(), option, str(cubin)], check=True, capture_output=True, text=True).stdout
+def _cuobjdump(option, file, *more):
+    return subprocess.run([_tool(), option, *more, str(file)], check=True, capture_output=True, text=True).stdout
 
 
 @cache

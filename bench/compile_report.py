@@ -1,9 +1,10 @@
 """Every Triton kernel compiled for sm_80 and sm_90 without a GPU, and held against a committed table of budgets.
 
-``python -m bench.compile_report [--ops NAME …] [--json FILE]``. The cases in ``launches/`` call the real launchers with
-tensors on the CPU, under a driver that compiles what would be launched and launches nothing: so signatures, alignment
-and constants are those of the launcher, and nothing is measured that nobody launches. What is read off the binaries:
-``binary.py``. The exit status is 1 where a budget is broken, 2 for a wrong call.
+``python -m bench.compile_report [--ops NAME … | --csrc] [--json FILE]``. The cases in ``launches/`` call the real
+launchers with tensors on the CPU, under a driver that compiles what would be launched and launches nothing: so
+signatures, alignment and constants are those of the launcher, and nothing is measured that nobody launches. What is
+read off the binaries: ``binary.py``. With ``--csrc`` the same of the CUDA kernels, from the library as it is built:
+``csrc.py``. The exit status is 1 where a budget is broken, 2 for a wrong call.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import binary, launches
+from . import binary, csrc, launches
 from .results import versions
 
 OPS = tuple(sorted(module.name for module in pkgutil.iter_modules(launches.__path__)))
@@ -115,14 +116,17 @@ def line(row):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="all without it")
+    parser.add_argument("--csrc", action="store_true", help="the kernels of csrc, as they are built, and not Triton's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows")
     args = parser.parse_args(argv)
+    if args.csrc and csrc.library() is None:
+        parser.error("--csrc: the library is not built: make cuda")
     print(
         f"{'op':<17}{'case':<33}{'kernel':<22}{'sm':>3}{'regs':>5}{'stack':>6}{'sh. KB':>7}{'wrp':>4}{'KB fly':>7}  "
         f"{'loads, bits':<18}{'stores, bits':<16}mma"
     )
     rows = []
-    for row in report(args.ops):
+    for row in map(Row._make, csrc.report()) if args.csrc else report(args.ops):
         rows.append(row)
         print(line(row), flush=True)
     off = sum(bool(row.broken) for row in rows)

@@ -80,6 +80,8 @@ def sanitizer(command):
     why = None
     if not any((ROOT / "csrc").glob("*.cu")):
         why = "there is no csrc"
+    elif not any((ROOT / "sft_kernels").glob("_C*.so")):
+        why = "the CUDA kernels are not built: make cuda"
     elif shutil.which("compute-sanitizer") is None:
         why = "compute-sanitizer is not on the path"
     if why:

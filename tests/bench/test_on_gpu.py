@@ -119,6 +119,9 @@ def test_sanitizer_is_absent_for_a_reason_or_runs_all_its_tools(tmp_path, monkey
     assert [part.absent for part in on_gpu.sanitizer(())] == ["there is no csrc"]
     (tmp_path / "csrc").mkdir()
     (tmp_path / "csrc" / "adamw.cu").touch()
+    assert [part.absent for part in on_gpu.sanitizer(())] == ["the CUDA kernels are not built: make cuda"]
+    (tmp_path / "sft_kernels").mkdir()
+    (tmp_path / "sft_kernels" / "_C.abi3.so").touch()
     monkeypatch.setenv("PATH", str(tmp_path))
     assert [part.absent for part in on_gpu.sanitizer(())] == ["compute-sanitizer is not on the path"]
     tool = tmp_path / "compute-sanitizer"

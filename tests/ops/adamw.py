@@ -11,12 +11,13 @@ from sft_kernels._budget import check, compute_dtype_of
 from sft_kernels.ops.adamw import reference
 from sft_kernels.ops.adamw.rounding import decode, encode
 
+KERNELS = ("triton", "cuda")  # implementations of the same formula, to the bit
 PATHS = pytest.mark.parametrize(
     "path",
-    [{}, {"foreach": True}, {"foreach": False}, {"impl": "triton"}],
-    ids=["fused", "foreach", "single", "triton"],
+    [{}, {"foreach": True}, {"foreach": False}, {"impl": "triton"}, {"impl": "cuda"}],
+    ids=["fused", "foreach", "single", "triton", "cuda"],
 )
-IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])
+IMPLS = pytest.mark.parametrize("impl", ["torch", *KERNELS])
 HYPER = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.05}
 SHAPES = [(7, 5), (5,), (3, 2, 4), ()]
 BAD = [float("nan"), float("inf"), -float("inf")]
@@ -44,7 +45,8 @@ def flags(path):
 
 def only_what_triton_carries(impl, *dtypes):
     """``impl`` is a name, or options with one."""
-    if "triton" in (impl, isinstance(impl, dict) and impl.get("impl")) and torch.float64 in dtypes:
+    impl = impl.get("impl") if isinstance(impl, dict) else impl
+    if impl in KERNELS and torch.float64 in dtypes:
         pytest.skip("float64 is torch's own code")
 
 
@@ -154,7 +156,7 @@ def check_step(optimizer, grads):
     ]
 
     double = torch.float64 in (params[0].dtype, optimizer.state_dtype)
-    ours = optimizer._mixed or optimizer._impl == "triton"
+    ours = optimizer._mixed or optimizer._impl in KERNELS
     compute = (torch.float64 if double else torch.float32) if ours else params[0].dtype
     plain = twins(before, compute)
     left = iter(plain)

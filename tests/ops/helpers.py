@@ -86,8 +86,13 @@ TRITON = [
     _linear("linear-tokens-chunked", bias=True, impl="triton", chunking="tokens", max_logits_bytes=9 * V * 8),
     _linear("linear-vocab-chunked", bias=True, impl="triton", chunking="vocab", max_logits_bytes=48 * N * 4),
 ]
-LINEAR += TRITON[1:]
-LOSSES = [CROSS_ENTROPY, TRITON[0], *LINEAR]
+CUDA = [
+    _over_logits("cuda"),
+    _linear("linear-tokens-chunked", bias=True, impl="cuda", chunking="tokens", max_logits_bytes=9 * V * 8),
+    _linear("linear-vocab-chunked", bias=True, impl="cuda", chunking="vocab", max_logits_bytes=48 * N * 4),
+]
+LINEAR += TRITON[1:] + CUDA[1:]
+LOSSES = [CROSS_ENTROPY, TRITON[0], CUDA[0], *LINEAR]
 
 
 def run(function, tensors, upstream=1.0):

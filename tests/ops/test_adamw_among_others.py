@@ -97,7 +97,9 @@ def one_rank():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"master_weights": "float32"}, {"impl": "triton"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"foreach": True}, {"master_weights": "float32"}, {"impl": "triton"}, {"impl": "cuda"}], ids=str
+)
 def test_sharded_parameters_step_as_whole_ones(options, one_rank):
     """What FSDP2 hands an optimiser; here on one rank."""
     values, steps = torch.randn(5, 3).bfloat16(), torch.randn(3, 5, 3).bfloat16()

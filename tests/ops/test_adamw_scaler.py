@@ -10,6 +10,7 @@ from .adamw import (
     HALF,
     HYPER,
     IMPLS,
+    KERNELS,
     MIXED,
     PATHS,
     check_state,
@@ -75,7 +76,9 @@ def test_overflows_growth_and_backoff_as_torch(path, dtype, clip, skip_nonfinite
 @pytest.mark.parametrize(("dtype", "options"), MIXED, ids=str)
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("skip_nonfinite", [False, True])
-@pytest.mark.parametrize("path", [{}, {"foreach": False}, {"impl": "triton"}], ids=["chosen", "for-loop", "triton"])
+@pytest.mark.parametrize(
+    "path", [{}, {"foreach": False}, {"impl": "triton"}, {"impl": "cuda"}], ids=["chosen", "for-loop", *KERNELS]
+)
 def test_overflows_growth_and_backoff_on_the_mixed_path(dtype, options, clip, skip_nonfinite, path):
     """A scale is a power of two: the bits are those without a scaler, over the steps that did not overflow."""
     only_what_triton_carries(path, dtype, options.get("state_dtype"))
@@ -153,7 +156,7 @@ def test_a_scale_and_a_flag_set_from_outside_are_honoured_as_by_torchs_fused_ste
         train(optimizer, mine, [grads])
         train(reference, other, [grads])
         check("parameters", flat(mine), flat(other).double(), flat(other))
-        assert impl == "triton" or same_bits(mine, other)
+        assert impl in KERNELS or same_bits(mine, other)
         assert same_bits(mine, params) == bool(found_inf)
         assert optimizer.skipped_steps == ("skip_nonfinite" in options)
         assert (optimizer.grad_scale, optimizer.found_inf) == (64, found_inf)  # left to who set them

@@ -9,7 +9,20 @@ import torch
 
 from sft_kernels import AdamW
 
-from .adamw import HALF, HYPER, MIXED, MOMENTS, gradients, in_two_groups, parameters, precise, snapshot, train, twins
+from .adamw import (
+    HALF,
+    HYPER,
+    KERNELS,
+    MIXED,
+    MOMENTS,
+    gradients,
+    in_two_groups,
+    parameters,
+    precise,
+    snapshot,
+    train,
+    twins,
+)
 from .helpers import same_bits
 
 PLAIN = [
@@ -17,12 +30,13 @@ PLAIN = [
     for dtype in (torch.float32, torch.bfloat16)
     for options in ({}, {"foreach": True}, {"foreach": False})
 ]
-TRITON = [
-    (dtype, {**options, "impl": "triton"})
+OF_KERNELS = [
+    (dtype, {**options, "impl": impl})
+    for impl in KERNELS
     for dtype, options in ((torch.float32, {}), (torch.bfloat16, {}), *MIXED)
     if torch.float64 not in (dtype, options.get("state_dtype"))
 ]
-CONFIGURATIONS = pytest.mark.parametrize(("dtype", "options"), [*PLAIN, *MIXED, *TRITON], ids=str)
+CONFIGURATIONS = pytest.mark.parametrize(("dtype", "options"), [*PLAIN, *MIXED, *OF_KERNELS], ids=str)
 
 
 def through_a_file(state_dict):

@@ -16,7 +16,7 @@ from sft_kernels.ops.adamw.tables import CHUNK
 from sft_kernels.ops.adamw.triton_impl import _BLOCK
 
 from . import adamw_twin as twin
-from .adamw import HALF, IMPLS, train
+from .adamw import HALF, IMPLS, KERNELS, train
 from .helpers import same_bits
 
 # A tile and its neighbours, the tail of a second chunk, a few elements, one, none.
@@ -88,7 +88,7 @@ def check_bits(optimizer, params, grads, *, c=np.float32(1)):  # noqa: B008
             found["remainder"] = found["remainder"].view(torch.int16)
         assert {*found} == {*each}
         # The mixed path's root is torch's, which on a CPU is not always rounded to nearest.
-        names = each if optimizer._impl == "triton" else {*each} - {"p", "master", "remainder"}
+        names = each if optimizer._impl in KERNELS else {*each} - {"p", "master", "remainder"}
         for name in names:
             x = each[name].flatten().to(found[name].dtype)
             assert same_bits(found[name].flatten(), x), (name, p.numel())
@@ -116,28 +116,31 @@ def test_options_keep_the_bits(more, impl):
         check_bits(optimizer, params, [scale * torch.randn(p.shape) for p in params], c=c)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("t", [1, 2, 1000, 2**20 + 1])
-def test_a_late_step_keeps_its_bits(t):
+def test_a_late_step_keeps_its_bits(t, impl):
     """βᵗ by squaring, in fp64."""
     params = [nn.Parameter(torch.randn(33))]
-    optimizer = AdamW(params, betas=(0.9, 0.9999), impl="triton")
+    optimizer = AdamW(params, betas=(0.9, 0.9999), impl=impl)
     optimizer.state[params[0]] = {
         "step": torch.tensor(float(t - 1)), "exp_avg": torch.randn(33), "exp_avg_sq": torch.rand(33)
     }  # fmt: skip
     check_bits(optimizer, params, [torch.randn(33)])
 
 
-def test_what_is_clipped_is_multiplied_once():
+@pytest.mark.parametrize("impl", KERNELS)
+def test_what_is_clipped_is_multiplied_once(impl):
     """A norm that any order of summation finds: 3 and 4 make 5, and 1e-6 is lost beside it in nothing."""
     params = [nn.Parameter(torch.randn(n)) for n in (_BLOCK + 3, 5)]
     grads = [torch.zeros(p.shape) for p in params]
     grads[0][-1], grads[1][2] = 3.0, 4.0
-    optimizer = AdamW(params, max_grad_norm=0.3, weight_decay=0.0, impl="triton")
+    optimizer = AdamW(params, max_grad_norm=0.3, weight_decay=0.0, impl=impl)
     check_bits(optimizer, params, grads, c=twin.gradient_factor(5.0, max_grad_norm=0.3))
     assert optimizer.last_grad_norm == 5.0
 
 
-def test_addresses_that_are_no_multiples_of_sixteen_are_updated_too():
+@pytest.mark.parametrize("impl", KERNELS)
+def test_addresses_that_are_no_multiples_of_sixteen_are_updated_too(impl):
     """Gradients that are views into a bucket, parameters into one buffer."""
     n = 2 * _BLOCK + 9
     for where in (1, 3):
@@ -148,7 +151,7 @@ def test_addresses_that_are_no_multiples_of_sixteen_are_updated_too():
         p, q = nn.Parameter(views[0]), nn.Parameter(views[0].clone())
         p.grad, q.grad = views[1], views[1].clone()
         for each in (p, q):
-            AdamW([each], impl="triton", max_grad_norm=1.0).step()
+            AdamW([each], impl=impl, max_grad_norm=1.0).step()
         assert same_bits(p.detach(), q.detach())
         rest = torch.ones(n + 8, dtype=torch.bool)
         rest[where : where + n] = False
@@ -179,12 +182,13 @@ def test_a_split_master_loses_nothing():
     assert same_bits(error[finite], nearest[finite])
 
 
-def test_the_kernel_encodes_every_kind_of_number():
+@pytest.mark.parametrize("impl", KERNELS)
+def test_the_kernel_encodes_every_kind_of_number(impl):
     """A step with lr 0 writes the master it has read."""
     x = every_kind_of_number()
     weight, remainder = rounding.encode(x)
     p = nn.Parameter(weight.clone())
-    optimizer = AdamW([p], lr=0.0, master_weights="split", impl="triton")
+    optimizer = AdamW([p], lr=0.0, master_weights="split", impl=impl)
     optimizer.state[p] = {"step": torch.tensor(0.0), "remainder": remainder.clone()}
     train(optimizer, [p], [[torch.zeros_like(weight)]])
     kept = x.isfinite()  # 0 · ∞ is NaN
@@ -290,9 +294,9 @@ def test_the_seed_is_the_groups_and_travels_with_the_state(impl):
 def test_two_parameters_and_two_implementations_are_rounded_alike_only_where_they_should():
     start, grad = torch.randn(300).bfloat16(), torch.randn(300).bfloat16()
     ends = {}
-    for impl in ("torch", "triton"):
+    for impl in ("torch", *KERNELS):
         params = [nn.Parameter(start.clone()) for _ in range(2)]
         train(AdamW(params, lr=1e-3, stochastic_rounding=True, impl=impl), params, [[grad, grad]])
         ends[impl] = [p.detach() for p in params]
-    assert same_bits(ends["torch"], ends["triton"])
+    assert all(same_bits(ends["torch"], ends[impl]) for impl in KERNELS)
     assert not same_bits(ends["torch"][0], ends["torch"][1])

@@ -10,7 +10,18 @@ from torch import nn
 from sft_kernels import AdamW
 from sft_kernels._budget import check
 
-from .adamw import SHAPES, check_state, flat, gradients, only_what_triton_carries, oracle, parameters, train, twins
+from .adamw import (
+    KERNELS,
+    SHAPES,
+    check_state,
+    flat,
+    gradients,
+    only_what_triton_carries,
+    oracle,
+    parameters,
+    train,
+    twins,
+)
 from .helpers import same_bits
 
 pytest.importorskip("expecttest", reason="torch's own test inputs need it")
@@ -27,13 +38,14 @@ FLAGS = {
     "for-loop": {"foreach": False, "fused": False},
     "mixed": {"state_dtype": torch.float64},  # for fp64, the chosen one
     "triton": {"impl": "triton"},
+    "cuda": {"impl": "cuda"},
 }
 
 
 def path_of(optimizer):
     """The flags by which torch takes the path that ``optimizer`` takes; for the mixed one, its plain code."""
     group = optimizer.param_groups[0]
-    if optimizer._mixed or optimizer._impl == "triton":
+    if optimizer._mixed or optimizer._impl in KERNELS:
         return {"foreach": False}
     return {name: group[name] for name in ("foreach", "fused")}
 
@@ -65,7 +77,7 @@ def test_every_configuration_of_torchs(configuration, flags, dtype):
     eager = torch.optim.AdamW(other, **options, **path_of(optimizer))
     train(optimizer, mine, steps)
     train(eager, other, steps)
-    assert optimizer._mixed or flags == "triton" or same_bits(mine, other)
+    assert optimizer._mixed or flags in KERNELS or same_bits(mine, other)
     ref, states = oracle(params, steps, eager.param_groups)
     check("parameters", flat(mine), flat(ref), flat(other))
     check_state(optimizer, states, eager)
@@ -102,7 +114,7 @@ def test_a_step_can_be_differentiated(options, tensors):
 
 
 @pytest.mark.parametrize("lr", [torch.tensor(0.01), torch.tensor([[0.01]]), torch.tensor(0.01).double()], ids=str)
-@pytest.mark.parametrize("flags", ["chosen", "for-loop", "mixed", "triton"])
+@pytest.mark.parametrize("flags", ["chosen", "for-loop", "mixed", *KERNELS])
 def test_a_scheduler_may_write_into_a_tensor_of_a_rate(lr, flags):
     params, steps = parameters(), gradients(4)
     mine, other = twins(params), twins(params)
@@ -114,7 +126,7 @@ def test_a_scheduler_may_write_into_a_tensor_of_a_rate(lr, flags):
         train(eager, other, [grads])
         for each in (optimizer, eager):
             each.param_groups[0]["lr"].mul_(0.5)
-    assert optimizer._mixed or flags == "triton" or same_bits(mine, other)
+    assert optimizer._mixed or flags in KERNELS or same_bits(mine, other)
     ref, states = params, None
     for i, grads in enumerate(steps):
         groups = [{**eager.param_groups[0], "lr": float(lr) * 0.5**i}]

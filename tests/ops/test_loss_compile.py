@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from sft_kernels import KeptTokens, cross_entropy, linear_cross_entropy
+from sft_kernels._backend import resolve
 from sft_kernels._budget import check
 
 from .helpers import D, N, V, labels, same_bits
 
-IMPLS = pytest.mark.parametrize("impl", ["torch", "triton"])
+IMPLS = pytest.mark.parametrize("impl", ["torch", "triton", "cuda"])
 
 
 @pytest.fixture(autouse=True)
@@ -91,15 +92,17 @@ def test_without_kept_tokens_the_graph_breaks_and_the_numbers_hold(impl):
     assert same_bits(torch.autograd.grad(found, tensors), torch.autograd.grad(reference, tensors))
 
 
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
 @pytest.mark.parametrize("name", ["softmax_stats", "softmax_grad_", "softmax_grad_out"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_the_operators_keep_what_their_schemas_and_fakes_say(name, smoothing):
-    from sft_kernels.ops.softmax_grad import triton_impl  # noqa: F401, which defines them
-
+def test_the_operators_keep_what_their_schemas_and_fakes_say(name, smoothing, impl):
+    resolve("softmax_grad", impl)  # which defines them
+    operators = torch.ops.sft_kernels if impl == "triton" else torch.ops.sft_kernels_cuda
+    logit_scale = 0.5 if impl == "triton" else None
     x, y, scale, keep = torch.randn(9, V), torch.randint(0, V, (9,)), torch.rand(9), torch.rand(9) < 0.5
     out = [torch.randn(9, V)] if name == "softmax_grad_out" else []
-    arguments = (x, *out, y, None if name == "softmax_stats" else scale, None, keep, V, smoothing, None, 0.5, 0.0, True)
-    torch.library.opcheck(getattr(torch.ops.sft_kernels, name).default, arguments)
+    rest = (None if name == "softmax_stats" else scale, None, keep, V, smoothing, None, logit_scale, 0.0, True)
+    torch.library.opcheck(getattr(operators, name).default, (x, *out, y, *rest))
 
 
 def test_the_scaling_operator_keeps_what_its_schema_says():

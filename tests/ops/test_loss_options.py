@@ -18,6 +18,7 @@ SCALARS = [
     {"softcap": 3.0},
     {"logit_scale": 0.25},
     {"z_loss": 0.01},
+    {"label_smoothing": 0.2, "softcap": 5.0},  # what the CUDA kernels carry
     {"label_smoothing": 0.2, "softcap": 5.0, "logit_scale": 2.0, "z_loss": 0.1},
 ]
 WEIGHTS = [{"weight": CLASS_WEIGHT}, {"weight": CLASS_WEIGHT, "z_loss": 0.1, "softcap": 4.0}]

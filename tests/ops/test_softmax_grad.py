@@ -18,7 +18,7 @@ PLAIN = LossOptions(V)
 FIELDS = ("lse", "nll", "entropy", "max_logit")
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "cuda"])
 def core(request):
     if request.param != "torch" and request.node.callspec.params.get("dtype") == torch.float64:
         pytest.skip("float64 is torch's own code")

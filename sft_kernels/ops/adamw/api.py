@@ -103,7 +103,6 @@ class AdamW(torch.optim.AdamW):
         if capturable and skip_nonfinite and foreach:
             raise ValueError("skip_nonfinite reads a flag back with foreach=True, which capturable=True forbids")
         self._impl = "torch" if foreach is not None or fused is not None else impl
-        resolve("adamw", self._impl)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.master_weights = master_weights
@@ -124,6 +123,7 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        resolve("adamw", self._impl, self._device())
         self._choose_path()  # again: torch has set _step_supports_amp_scaling from ``fused`` alone
         self.last_grad_norm = None
         first = next((p for group in self.param_groups for p in group["params"]), torch.empty(0))
@@ -206,9 +206,11 @@ class AdamW(torch.optim.AdamW):
         self._implementation()(self)
         return loss
 
+    def _device(self):
+        return next((p.device for group in self.param_groups for p in group["params"]), None)
+
     def _implementation(self):
-        first = next((p for group in self.param_groups for p in group["params"]), None)
-        device = None if first is None else first.device
+        device = self._device()
         implementation = resolve("adamw", self._impl, device)
         if implementation is resolve("adamw", "torch") or (self._tables is not None and self._tables.hold(self)):
             return implementation

@@ -79,10 +79,14 @@ def why_torch(optimizer):
 class Tables:
     """The tables of ``optimizer`` as it stands, with its state made where it is missing.
 
+    ``by_value``: the addresses stay on the host, in ``table``, and travel with each launch.
+
     Attributes:
         launches: one :class:`Launch` per combination of dtypes; none where there is no gradient.
-        addresses: int64 ``[rows, COLUMNS]`` on the device.
-        rows: int32 ``[chunks]``, the row of each chunk.
+        addresses: int64 ``[rows, COLUMNS]`` on the device; None ``by_value``.
+        rows: int32 ``[chunks]``, the row of each chunk; None ``by_value``.
+        table: the addresses on the host.
+        row_ranges: of each launch its combination, its first row and the one behind its last.
         maps: int64 ``[·, 2]``, of ``sharding.placement_in_whole``; ``mapped``: whether there are any.
         ranks: :class:`sharding.Ranks`.
         hyper, sums, partials, done, finished, stats: working memory of the kernels.
@@ -91,7 +95,7 @@ class Tables:
         ValueError, RuntimeError: as the step does, before anything is written.
     """
 
-    def __init__(self, optimizer, partials):
+    def __init__(self, optimizer, partials, by_value=False):
         refuse_sparse(optimizer)
         groups = optimizer.param_groups
         self._groups = [(len(group["params"]), group["amsgrad"]) for group in groups]
@@ -105,7 +109,8 @@ class Tables:
         rounded = [optimizer.stochastic_rounding and p.dtype == torch.bfloat16 for p in params]
         whole = [placement_in_whole(p) if r else (0, []) for p, r in zip(params, rounded, strict=True)]
         self.ranks = Ranks(params)
-        self.launches, self.device = [], params[0].device if params else None
+        self.launches, self.row_ranges, self.device = [], [], params[0].device if params else None
+        self._by_value = by_value
         if not params:
             return
 
@@ -144,6 +149,7 @@ class Tables:
         chunks = np.maximum(-(-numel // CHUNK), 1)  # an empty tensor has a step to count
         ends = np.cumsum(chunks)
         self._table = np.zeros((len(order), COLUMNS), np.int64)
+        self.table = torch.from_numpy(self._table)
         self._table[:, NUMEL] = numel
         self._table[:, FIRST_CHUNK] = ends - chunks
         self._table[:, GROUP] = [owner[index[row]] for row in order]
@@ -153,14 +159,16 @@ class Tables:
         self._table[:, MAPS] = [len(whole[row][1]) for row in order]
         self._table[:, FIRST_MAP] = np.cumsum(self._table[:, MAPS]) - self._table[:, MAPS]
         self.mapped = any(maps for _, maps in whole)
-        first = 0
+        first = row = 0
         for kind, rows in combinations.items():
+            self.row_ranges.append((kind, row, row + len(rows)))
+            row += len(rows)
             count = int(chunks[: len(rows)].sum())
             chunks = chunks[len(rows) :]
             self.launches.append(Launch(kind, first, count))
             first += count
         row_of_chunk = np.repeat(np.arange(len(order), dtype=np.int32), np.diff(ends, prepend=0))
-        self.rows = _sent(row_of_chunk, self.device)
+        self.rows = None if by_value else _sent(row_of_chunk, self.device)
         self.maps = _sent(np.array([m for row in order for m in whole[row][1]] or [(1, 1)], np.int64), self.device)
         group_of_chunk = self._table[row_of_chunk, GROUP]
         edges = [0, *(np.flatnonzero(np.diff(group_of_chunk)) + 1).tolist(), first]
@@ -176,9 +184,10 @@ class Tables:
         self.done = zeros(len(order), dtype=torch.int32)  # chunks of a row
         self.finished = zeros(1, dtype=torch.int32)  # programs of the norm
         self.stats = zeros(first, 3, dtype=torch.float32) if optimizer.update_stats else None
-        self._spare = None
+        self._source = self._spare = self.addresses = None
         self._send(*self._read(optimizer, params, [p.grad for p in params]))
-        self._spare = _pinned(self._table, self.device) if self.device.type == "cuda" else None
+        if self.device.type == "cuda" and not by_value:
+            self._spare = _pinned(self._table, self.device)
 
     # ---- do they still hold
 
@@ -235,6 +244,8 @@ class Tables:
         self._fixed, self._moving, self._what = fixed, moving, what
         self._table[self._fixed_at], self._table[self._moving_at] = fixed, moving
         self._table[:, ALIGNED] = (self._table[:, :STEP] % 16 == 0).all(1)
+        if self._by_value:
+            return
         # Memory of its own each time: a captured graph goes on reading what it was captured with. While one is being
         # captured nothing can be pinned.
         if self._spare is not None and torch.cuda.is_current_stream_capturing():

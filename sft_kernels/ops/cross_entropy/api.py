@@ -138,7 +138,7 @@ def cross_entropy(
     check_class_weight(weight, V, input.device)
     loss_options = LossOptions.checked(V, label_smoothing, softcap, logit_scale, z_loss)
     composed = probabilities or (weight is not None and bool(label_smoothing))
-    core = Core.resolve(impl, input.device, input.dtype, composed)
+    core = Core.resolve(impl, input.device, input.dtype, loss_options, composed)
 
     logits = input.movedim(classes, -1).reshape(-1, V)
     weights = None if token_weight is None else token_weight.reshape(-1)

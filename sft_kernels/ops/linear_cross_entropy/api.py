@@ -254,7 +254,7 @@ def linear_cross_entropy(
     composed = whole or (weight is not None and bool(label_smoothing))
     if composed and shards is not None:
         raise ValueError("process_group: probabilities, and class weights with label smoothing, take a whole head")
-    core = Core.resolve(impl, device, dtype, composed)
+    core = Core.resolve(impl, device, dtype, loss_options, composed)
 
     rows, keep, inside, of_target = None, None, None, None
     if probabilities:

@@ -14,8 +14,8 @@ class Core(NamedTuple):
     scale_: Any  # multiplies a gradient in place by a scalar on the device
 
     @classmethod
-    def resolve(cls, impl, device, dtype, composed=False):
-        """The implementation ``impl`` for logits of ``dtype`` on ``device``.
+    def resolve(cls, impl, device, dtype, options, composed=False):
+        """The implementation ``impl`` for logits of ``dtype`` on ``device`` and :class:`LossOptions`.
 
         ``composed`` losses and float64 are torch's own code: ``"auto"`` takes it, another name raises
         :class:`Unavailable`.
@@ -25,4 +25,6 @@ class Core(NamedTuple):
             needs_torch = "probabilities, class weights with label smoothing, and heads of more than two dimensions"
         elif dtype == torch.float64:
             needs_torch = "float64"
-        return cls(*(resolve(op, impl, device, needs_torch) for op in ("softmax_grad", "scale_")))
+        asked = {"logit_scale": options.logit_scale is not None, "z_loss": options.z_loss != 0}
+        needs_triton = " and no ".join(name for name, given in asked.items() if given)
+        return cls(*(resolve(op, impl, device, needs_torch, needs_triton) for op in ("softmax_grad", "scale_")))

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from ..._triton import tanh
+from . import operators
 from .options import LossOptions
-from .rows import RowStats
 
 _VEC = tl.constexpr(8)  # columns of a group: 16 bytes in half precision
 _GROUPS = 512  # of a tile at most, over all its rows
@@ -258,15 +258,7 @@ def _scale_kernel(gradient, factor, n, BLOCK: tl.constexpr):
 def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False, keep=None, out=None):
     """As ``torch_impl.softmax_grad``, for fp32, bf16 and fp16. Logits whose columns are not adjacent are copied."""
     rest = (target, scale, lse, keep, *options, stats)
-    if out is not None and scale is not None:
-        fields = torch.ops.sft_kernels.softmax_grad_out(logits, out, *rest)
-    elif scale is not None:
-        fields = torch.ops.sft_kernels.softmax_grad_(logits, *rest)
-    else:
-        fields = torch.ops.sft_kernels.softmax_stats(logits, *rest)
-    if lse is not None:
-        return None
-    return RowStats(*fields[:3], fields[3] if stats else None, fields[4] if options.label_smoothing else None)
+    return operators.call(torch.ops.sft_kernels, logits, out, *rest)
 
 
 def scale_(gradient, factor):
@@ -278,7 +270,7 @@ def scale_(gradient, factor):
 def launch(logits, out, target, scale, lse, keep, options, stats):
     """Launch the kernel; the fields of :class:`RowStats`, empty where not asked for or where ``lse`` is given."""
     N, V = logits.shape
-    fields = _fields(logits, lse, options.label_smoothing, stats)
+    fields = operators.fields(logits, lse, options.label_smoothing, stats)
     if N == 0:
         return fields
     source = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -325,32 +317,15 @@ def launch(logits, out, target, scale, lse, keep, options, stats):
     return fields
 
 
-def _fields(logits, lse, label_smoothing, stats):
-    rows = logits.shape[0] if lse is None else 0
-    wanted = (
-        (torch.float64, True),
-        (torch.float32, True),
-        (torch.float32, True),
-        (torch.float64, stats),
-        (torch.float64, bool(label_smoothing)),
-    )
-    return tuple(torch.empty(rows if want else 0, dtype=dtype, device=logits.device) for dtype, want in wanted)
+# ---- the same as operators
 
-
-# ---- the same as operators, so that torch.compile sees schemas and not kernels
-
-_REST = (
-    "Tensor target, Tensor? scale, Tensor? lse, Tensor? keep, int classes, float label_smoothing, float? softcap,"
-    " float? logit_scale, float z_loss, bool stats"
-)
-_FIELDS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _library = torch.library.Library("sft_kernels", "DEF")
 
 
 def _register(schema, function, fake):
     """Define an operator, for the GPU and, interpreted, the CPU; ``fake`` makes its results without values."""
     name = schema.split("(")[0]
-    _library.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+    _library.define(schema, tags=operators.TAGS)
     for device in ("CUDA", "CPU"):
         _library.impl(name, function, device)
     torch.library.register_fake(f"sft_kernels::{name}", fake, lib=_library)
@@ -365,11 +340,6 @@ def _in_place(logits, *rest):
     return _out_of_place(logits, logits, *rest)
 
 
-def _fake(logits, *rest):
-    *_, lse, _keep, _classes, label_smoothing, _softcap, _logit_scale, _z_loss, stats = rest
-    return _fields(logits, lse, label_smoothing, stats)
-
-
 def _scale(gradient, factor):
     if not gradient.is_contiguous():
         gradient.mul_(factor)
@@ -378,7 +348,6 @@ def _scale(gradient, factor):
         _scale_kernel[(programs,)](gradient, factor, n, BLOCK=_SCALE_BLOCK, num_warps=8)
 
 
-_register(f"softmax_stats(Tensor logits, {_REST}) -> {_FIELDS}", _in_place, _fake)
-_register(f"softmax_grad_(Tensor(a!) logits, {_REST}) -> {_FIELDS}", _in_place, _fake)
-_register(f"softmax_grad_out(Tensor logits, Tensor(a!) out, {_REST}) -> {_FIELDS}", _out_of_place, _fake)
+for _schema in operators.SCHEMAS:
+    _register(_schema, _out_of_place if "out," in _schema else _in_place, operators.fake)
 _register("scale_(Tensor(a!) gradient, Tensor factor) -> ()", _scale, lambda gradient, factor: None)
