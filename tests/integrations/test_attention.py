@@ -1,8 +1,13 @@
+import gc
+import subprocess
+import sys
+import weakref
+
 import pytest
 import torch
 import transformers
 
-from sft_kernels.integrations import attention
+from sft_kernels.integrations import assert_no_leak, attention
 
 
 def model(implementation=attention.NAME, **options):
@@ -75,11 +80,10 @@ def test_no_example_sees_another():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"cu_seq_lens_q": None}, "cu_seq_lens_q"),
         ({"attention_mask": torch.tensor([[0] + [1] * 14])}, "attention_mask"),
         ({"s_aux": torch.zeros(4)}, "s_aux"),
     ],
-    ids=["boundaries", "padding", "sinks"],
+    ids=["padding", "sinks"],
 )
 def test_what_is_not_computed_is_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
@@ -96,3 +100,201 @@ def test_two_rows_are_refused():
     batch = packed(torch.zeros(1, 15, dtype=torch.long))
     with pytest.raises(ValueError, match="one packed row"):
         model()(**{**batch, "input_ids": batch["input_ids"].expand(2, -1)})
+
+
+# ---- boundaries and tiles, once a forward
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What each layer's packed attention is given: boundaries and tiles."""
+    seen, function = [], attention.packed_attention
+
+    def spy(query, key, value, cu_seqlens, max_seqlen, *, tiles, **options):
+        seen.append((cu_seqlens, tiles))
+        return function(query, key, value, cu_seqlens, max_seqlen, tiles=tiles, **options)
+
+    monkeypatch.setattr(attention, "packed_attention", spy)
+    return seen
+
+
+def by_positions(ids):
+    return {name: value for name, value in packed(ids).items() if name not in ("cu_seq_lens_q", "max_length_q")}
+
+
+def test_without_boundaries_they_are_found_in_the_positions_once_a_forward(calls):
+    ids, llama = torch.randint(0, 64, (1, 15)), model()
+    with torch.no_grad():
+        given, derived = llama(**packed(ids)).logits, llama(**by_positions(ids)).logits
+    assert torch.equal(derived, given)
+    _, _, (first, _), (second, _) = calls
+    assert first is second
+    assert first.tolist() == CU_SEQLENS.tolist()
+    assert first.dtype == torch.int32
+
+
+@pytest.mark.parametrize(
+    ("positions", "bounds"),
+    [
+        ([0, 1, 2, 3], [0, 4]),
+        ([7, 8, 0, 1], [0, 2, 4]),
+        ([0, 1, 0, 0], [0, 2, 3, 4]),
+        ([0, 0, 5, 6], [0, 1, 2, 4]),
+        ([3], [0, 1]),
+    ],
+    ids=str,
+)
+def test_an_example_begins_where_positions_do_not_go_on(positions, bounds):
+    assert attention._boundaries_of(torch.tensor([positions])).tolist() == bounds
+
+
+def test_positions_that_were_written_to_are_read_again():
+    positions = torch.tensor([[0, 1, 2, 0]])
+    assert attention._boundaries_of(positions).tolist() == [0, 3, 4]
+    positions[0, 2] = 0
+    assert attention._boundaries_of(positions).tolist() == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("shape", [None, (3, 1, 15), (2, 15), (1, 14)])
+def test_positions_that_say_nothing_of_one_row_are_refused(shape):
+    positions = None if shape is None else torch.arange(shape[-1]).expand(shape)
+    given = (torch.randn(1, 2, 15, 8) for _ in range(3))
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        attention.attention_forward(torch.nn.Module(), *given, None, position_ids=positions)
+
+
+def test_what_is_remembered_dies_with_its_tensor_and_another_tensor_is_another_question():
+    asked = []
+
+    @attention.once_a_forward
+    def answer(tensor):
+        asked.append(tensor.tolist())
+        return tensor.clone()
+
+    tensor = torch.tensor([1])
+    first = weakref.ref(answer(tensor))
+    assert answer(tensor) is first()
+    answer(tensor.clone())
+    assert asked == [[1], [1]]
+    answer(tensor)
+    assert len(asked) == 3
+    last = weakref.ref(answer(tensor))
+    del tensor
+    gc.collect()
+    assert last() is None
+    with torch.inference_mode():
+        tensor = torch.tensor([1])
+        assert answer(tensor) is not answer(tensor)
+
+
+def test_layers_share_one_list_of_tiles(calls, monkeypatch):
+    """As on a GPU: here Triton is interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("Triton is interpreted only where there is no GPU")
+    ids, llama = torch.randint(0, 64, (1, 15)), model()
+    with torch.no_grad():
+        expected = llama(**packed(ids)).logits
+        monkeypatch.setenv("SFT_KERNELS_IMPL", "triton")
+        for batch in (packed(ids), by_positions(ids)):
+            calls.clear()
+            torch.testing.assert_close(llama(**batch).logits, expected)
+            (_, first), (_, second) = calls
+            assert first is second
+            assert first.total_tokens == 15
+
+
+def test_compiled_whole_it_needs_the_boundaries(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("Triton is interpreted only where there is no GPU")
+    monkeypatch.setenv("SFT_KERNELS_IMPL", "triton")
+    torch._dynamo.reset()
+    ids, llama = torch.randint(0, 64, (1, 15)), model()
+    compiled = torch.compile(llama, backend="aot_eager", fullgraph=True)
+    batch = packed(ids)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch).logits, llama(**batch).logits)
+        with pytest.raises(Exception, match=r"cu_seq_lens_q.*torch\.compile"):
+            compiled(**by_positions(ids))
+
+
+# ---- one import
+
+
+def test_one_import_makes_the_name_known():
+    code = """
+import torch, transformers, sft_kernels.integrations
+config = transformers.LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+    num_attention_heads=1, attn_implementation="sft_kernels")
+model = transformers.AutoModelForCausalLM.from_config(config)
+print(model(torch.zeros(1, 3, dtype=torch.long), use_cache=False).logits.shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "[1, 3, 8]" in done.stdout, done.stderr
+
+
+# ---- the leak test
+
+
+def ones(batch):
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+@pytest.mark.parametrize("prepare", [packed, by_positions, lambda ids: ones(by_positions(ids))])
+@pytest.mark.parametrize("example", [None, 1, 2])
+def test_nothing_leaks_here(prepare, example):
+    assert_no_leak(model(), prepare(torch.randint(0, 64, (1, 15))), example=example)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_mask_of_ones_leaks_in_transformers_own(implementation):
+    """A two-dimensional mask that allows all turns off what would have kept the examples apart."""
+    batch = by_positions(torch.randint(0, 64, (1, 15)))
+    assert_no_leak(model(implementation), batch)
+    with pytest.raises(AssertionError, match=r"example 0 was changed, and the logits of example 1 moved by up to 0\.0"):
+        assert_no_leak(model(implementation), ones(batch))
+
+
+def test_boundaries_one_off_leak(monkeypatch):
+    """A boundary that an implementation puts a token too late."""
+    function = attention.packed_attention
+
+    def late(query, key, value, cu_seqlens, *args, **options):
+        return function(query, key, value, cu_seqlens + torch.tensor([0, 1, 1, 0]), *args, **options)
+
+    monkeypatch.setattr(attention, "packed_attention", late)
+    with pytest.raises(AssertionError, match="example 1 moved"):
+        assert_no_leak(model(), packed(torch.randint(0, 64, (1, 15))))
+
+
+def test_a_model_that_does_not_read_its_input_does_not_pass():
+    llama = model()
+    torch.nn.init.zeros_(llama.lm_head.weight)
+    with pytest.raises(AssertionError, match="its own logits did not move"):
+        assert_no_leak(llama, packed(torch.randint(0, 64, (1, 15))))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(training):
+    llama = model().train(training)
+    batch = packed(torch.randint(0, 64, (1, 15)))
+    ids = batch["input_ids"].clone()
+    assert_no_leak(llama, batch)
+    assert llama.training is training
+    assert all(p.grad is None for p in llama.parameters())
+    assert torch.equal(batch["input_ids"], ids)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "match"),
+    [
+        ({"input_ids": torch.zeros(2, 15, dtype=torch.long)}, {}, "batch: expected input_ids of one packed row"),
+        ({"cu_seq_lens_q": torch.tensor([0, 0, 15])}, {}, "at least two examples"),
+        ({"cu_seq_lens_q": None, "position_ids": None}, {}, "cu_seq_lens_q or position_ids"),
+        ({}, {"example": 3}, "example"),
+    ],
+    ids=["rows", "one example", "no boundaries", "example"],
+)
+def test_a_batch_that_shows_nothing_is_refused(change, options, match):
+    batch = {**packed(torch.zeros(1, 15, dtype=torch.long)), **change}
+    with pytest.raises(ValueError, match=match):
+        assert_no_leak(model(), batch, **options)

@@ -1,16 +1,44 @@
 """What the tests of packed attention share: the oracle, the plain code beside it, and the budget between them."""
 
+import os
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
 import torch
 
-from sft_kernels import packed_attention
+from sft_kernels import AttentionTiles, packed_attention
 from sft_kernels._budget import check
 from sft_kernels.ops.packed_attention import reference
 from sft_kernels.verify import plain_packed_attention
 
 from .helpers import run
 
+SMALL_TILES = 32
 DEFAULTS = {"causal": True, "scale": None, "window_size": (-1, -1), "softcap": None}
 NAMES = ("out", "lse", "dquery", "dkey", "dvalue")
+
+
+@pytest.fixture(params=["torch", "triton"])
+def impl(request, monkeypatch):
+    """What ``impl="auto"`` means in a test. Triton is interpreted, over tiles that short segments fill."""
+    monkeypatch.setenv("SFT_KERNELS_IMPL", request.param)
+    if request.param == "triton":
+        from sft_kernels.ops.packed_attention import triton_impl
+
+        if torch.cuda.is_available():
+            pytest.skip("Triton is interpreted only where there is no GPU")
+        small = SimpleNamespace(from_cu_seqlens=partial(AttentionTiles.from_cu_seqlens, block=SMALL_TILES))
+        monkeypatch.setattr(triton_impl, "AttentionTiles", small)
+    return request.param
+
+
+torch_only = pytest.mark.parametrize("impl", ["torch"], indirect=True)
+
+
+def skip_what_triton_leaves_to_torch(dtype):
+    if dtype == torch.float64 and os.environ.get("SFT_KERNELS_IMPL") == "triton":
+        pytest.skip("float64 is torch's own code")
 
 
 def differentiate(function, given, upstream):
@@ -28,18 +56,18 @@ def differentiate(function, given, upstream):
 
 def oracle(given, cu_seqlens, upstream, **options):
     """The same five from the NumPy oracle, as float64 tensors."""
-    arrays = (t.detach().double().numpy() for t in given)
-    return [
-        *map(torch.from_numpy, reference.packed_attention(*arrays, cu_seqlens, upstream.double().numpy(), **options))
-    ]
+    *arrays, dout = (t.detach().double().cpu().numpy() for t in (*given, upstream))
+    return [*map(torch.from_numpy, reference.packed_attention(*arrays, cu_seqlens, dout, **options))]
 
 
-def check_case(given, cu_seqlens, max_seqlen=None, *, impl="auto", **options):
+def check_case(given, cu_seqlens, max_seqlen=None, *, impl="auto", tiles=None, **options):
     """Hold output, lse and gradients to the budget against the oracle, and what they are to what is promised."""
     query, bounds = given[0], cu_seqlens.tolist()
-    upstream = torch.randn(query.shape).to(query.dtype)
+    upstream = torch.randn(query.shape).to(query.device, query.dtype)
     results = differentiate(
-        lambda *t: packed_attention(*t, cu_seqlens, max_seqlen, return_lse=True, impl=impl, **options), given, upstream
+        lambda *t: packed_attention(*t, cu_seqlens, max_seqlen, return_lse=True, impl=impl, tiles=tiles, **options),
+        given,
+        upstream,
     )
     options = {**DEFAULTS, **options}
     eager = differentiate(lambda *t: plain_packed_attention(*t, bounds, **options), given, upstream)

@@ -8,8 +8,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sft_kernels import packed_attention
 from sft_kernels.ops.packed_attention import api
 
-from .attention import check_case, differentiate
+from .attention import check_case, differentiate, impl, skip_what_triton_leaves_to_torch, torch_only  # noqa: F401
 from .helpers import DTYPES, Watch, run, same_bits
+
+pytestmark = pytest.mark.usefixtures("impl")
 
 BOUNDS = {
     "segments": [0, 5, 6, 17, 24],
@@ -29,6 +31,7 @@ def bounds(name="segments", dtype=torch.int32):
 
 
 def tensors(dtype=torch.float32, heads=4, key_heads=4, t=T):
+    skip_what_triton_leaves_to_torch(dtype)
     return tuple(torch.randn(t, h, D).to(dtype) for h in (heads, key_heads, key_heads))
 
 
@@ -57,7 +60,7 @@ WINDOWS = [
 
 @pytest.mark.parametrize(("left", "right", "causal"), WINDOWS)
 def test_windows(left, right, causal):
-    check_case(tensors(), bounds(), causal=causal, window_size=(left, right))
+    check_case(tensors(heads=2, key_heads=2), bounds(), causal=causal, window_size=(left, right))
 
 
 @pytest.mark.parametrize(("causal", "right"), [(True, -1), (True, 0), (True, 5), (False, 0)])
@@ -129,6 +132,7 @@ def test_inputs_that_are_slices_of_one_projection():
     check_case((query, key, value), bounds())
 
 
+@torch_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_under_autocast_dtypes_and_bits_are_those_of_torchs_own_attention(dtype):
     """One segment of the whole row, so that torch's own is the same thing; fp64 is not cast."""
@@ -213,6 +217,7 @@ def test_nothing_but_tail_or_nothing_at_all_is_still_differentiable(name, t, dty
     assert (lse == -torch.inf).all()
 
 
+@torch_only
 @pytest.mark.parametrize("return_lse", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("window_size", [(-1, -1), (50, -1)], ids=str)
@@ -271,6 +276,7 @@ def test_bad_boundaries_are_named_before_anything_is_launched(cu_seqlens, error,
         packed_attention(*given, cu_seqlens, scale=-1.0)
 
 
+@torch_only
 def test_boundaries_that_cost_a_sync_to_check_are_read_once_by_the_implementation(monkeypatch):
     given = tensors()
     expected = packed_attention(*given, bounds("tail"))

@@ -1,8 +1,8 @@
 """Where everything of a step lies: one table of addresses on the device, and a map from chunks of work to its rows.
 
-A row stands for a parameter that has a gradient. Rows of the same dtypes stand together, so that one launch is one range
-of chunks. The tables hold as long as the tensors are the same; where only gradients lie elsewhere the addresses are sent
-again, without a sync.
+A row stands for a parameter that has a gradient. Rows of the same dtypes stand together, so that one launch is one
+range of chunks. The tables hold as long as the tensors are the same; where only gradients lie elsewhere the addresses
+are sent again, without a sync.
 """
 
 import weakref
@@ -19,8 +19,8 @@ from .state import HALF, MASTERS, check_half, is_dense, laid_out_as, moments, re
 CHUNK = 16384  # elements of a tensor that one program updates
 # Columns of a row, int64: addresses of what is updated,
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, MASTER, STEP = range(7)
-# and what else a program has to know. ALIGNED: all addresses are multiples of 16. OFFSET, FIRST_MAP, MAPS: where elements
-# stand in the whole (``sharding.placement_in_whole``).
+# and what else a program has to know. ALIGNED: all addresses are multiples of 16. OFFSET, FIRST_MAP, MAPS: where
+# elements stand in the whole (``sharding.placement_in_whole``).
 NUMEL, FIRST_CHUNK, GROUP, INDEX, COPIES, ALIGNED, OFFSET, FIRST_MAP, MAPS = range(7, 16)
 COLUMNS = 16
 HYPER = 8  # columns of a group, fp64: lr, β1, β2, ε, λ, −1 or 1, max_grad_norm or 0, seed
@@ -271,7 +271,8 @@ class Tables:
     # ---- statistics
 
     def summed_stats(self, groups):
-        """fp64 ``[groups, 3]`` of this rank: Σ δ², Σ θ², and how many updates were rounded away; and the elements, a list."""
+        """fp64 ``[groups, 3]`` of this rank: Σ δ², Σ θ², and how many updates were rounded away; and a list, how many
+        elements."""
         sums = torch.zeros(groups, 3, dtype=torch.float64, device=self.device)
         for group, first, last in self._runs:
             sums[group] += self.stats[first:last].sum(0, dtype=torch.float64)

@@ -1,7 +1,7 @@
 """The step in Triton: one launch that sums squares, where a norm is asked for, and one that updates; no sync.
 
-The formula and the order of its operations are the README's. Every program of the update works out the scalars for itself,
-in fp64: what a step needs besides its tensors is a few numbers that the first launch, or the host, has left.
+The formula and the order of its operations are the README's. Every program of the update works out the scalars for
+itself, in fp64: what a step needs besides its tensors is a few numbers that the first launch, or the host, has left.
 """
 
 import contextlib
@@ -303,7 +303,7 @@ def _update_kernel(
         skip = skip | (tl.load(sums + 1) > 0)
     elif HAS_FOUND:
         skip = skip | (tl.load(found_inf) > 0)
-    if REPORT:
+    if REPORT:  # noqa: SIM102  this one is compiled away
         if pid == 0:
             if HAS_NORM:
                 tl.store(norm_out, n.to(tl.float32))

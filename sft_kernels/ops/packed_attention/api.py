@@ -8,6 +8,7 @@ import torch
 
 from ..._backend import checks_enabled, resolve
 from .segments import segment_lengths
+from .tiles import AttentionTiles, check_boundaries
 
 
 def packed_attention(
@@ -21,6 +22,7 @@ def packed_attention(
     scale=None,
     window_size=(-1, -1),
     softcap=None,
+    tiles=None,
     return_lse=False,
     impl="auto",
 ):
@@ -44,9 +46,12 @@ def packed_attention(
         window_size: ``(left, right)`` tokens seen on either side beside the token itself, -1 for no bound (flash-attn's
             convention); with ``causal`` nothing on the right is seen.
         softcap: positive bound of the scores, or None; flash-attn's 0.0 for none is refused.
+        tiles: :class:`AttentionTiles` of ``cu_seqlens`` and T, on the device of ``query``, as a batch's layers share
+            them; None builds them anew. Of use to ``impl="triton"``: the others go by ``cu_seqlens``.
         return_lse: whether to return the logsumexp too. It carries no gradient.
-        impl: ``"auto"``, which never picks ``"flash"``, or an implementation's name. ``"flash"`` takes fp16 and bf16 on
-            an NVIDIA GPU. Its gradients need not repeat to the bit but under ``torch.use_deterministic_algorithms``.
+        impl: ``"auto"``, which is Triton on a GPU for what that carries (D to 256, in fp32 to 128; no fp64) and else
+            torch, or an implementation's name. ``"flash"`` takes fp16 and bf16 on an NVIDIA GPU. Its gradients need not
+            repeat to the bit but under ``torch.use_deterministic_algorithms``; those of the others always do.
 
     Returns:
         ``[T, Hq, D]`` in the dtype of ``query``; under autocast all three are cast first, as torch does for its own.
@@ -54,12 +59,13 @@ def packed_attention(
 
     Raises:
         ValueError, TypeError: an argument of a wrong shape, dtype, device or range, by name; boundaries that do not
-            start at 0, that decrease, pass T or are further apart than ``max_seqlen``. ``impl="flash"`` reads
-            boundaries on a GPU only under ``SFT_KERNELS_CHECK=1`` or without ``max_seqlen``.
+            start at 0, that decrease, pass T or are further apart than ``max_seqlen``; tiles of other boundaries. On a
+            GPU ``impl="triton"`` reads boundaries only under ``SFT_KERNELS_CHECK=1``, ``impl="flash"`` also without
+            ``max_seqlen``.
         RuntimeError: a named implementation cannot run here, with what it lacks.
     """
-    implementation = resolve("packed_attention", impl)
     _check_tensors(query, key, value, cu_seqlens)
+    implementation = resolve("packed_attention", impl, query.device, _needs_torch(query))
     if max_seqlen is not None:
         max_seqlen = _checked_length(max_seqlen)
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
@@ -71,6 +77,8 @@ def packed_attention(
         raise ValueError(f"window_size: expected (left, right), each -1 or more, got {window_size!r}")
     # Where reading them costs nothing or is asked for, else left to the implementation.
     lengths = segment_lengths(cu_seqlens, len(query), max_seqlen) if checks_enabled(cu_seqlens.device) else None
+    if tiles is not None:
+        _check_tiles(tiles, query, cu_seqlens)
     if causal:
         window_size = (window_size[0], 0)
     device = query.device.type
@@ -87,6 +95,7 @@ def packed_attention(
             cu_seqlens,
             max_seqlen,
             lengths,
+            tiles=tiles,
             scale=scale,
             window_size=tuple(window_size),
             softcap=softcap,
@@ -99,8 +108,44 @@ def _autocast(device):
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
+def _needs_torch(query):
+    """What of a call our own kernels do not carry; None where they do."""
+    if query.dtype == torch.float64:
+        return "float64 tensors"
+    if query.shape[2] > (128 if query.dtype == torch.float32 and not _autocast(query.device) else 256):
+        return "head dimensions above 256 (in float32 above 128)"
+    return _beyond(query.device, query.shape[2]) if query.is_cuda else None
+
+
+def _beyond(device, D):
+    """Why ``device`` is too small for the kernels of heads of D."""
+    gpu = torch.cuda.get_device_properties(device)
+    if gpu.major < 8:
+        return f"GPUs of compute capability {gpu.major}.{gpu.minor}"
+    if D > 128 and gpu.shared_memory_per_block_optin < 163 << 10:
+        return f"head dimensions above 128 on {gpu.name}"
+    return None
+
+
+_beyond._dynamo_marked_constant = True  # a compiler need not look inside; see _backend.py
+
+
+def _check_tiles(tiles, query, cu_seqlens):
+    if not isinstance(tiles, AttentionTiles):
+        raise TypeError(f"tiles: expected AttentionTiles or None, got {type(tiles).__name__}")
+    if tiles.total_tokens != len(query):
+        raise ValueError(f"tiles: expected those of {len(query)} tokens as query, got those of {tiles.total_tokens}")
+    for t in (tiles.query, tiles.key):
+        if t.device != query.device:
+            raise ValueError(f"tiles: expected device {query.device} as query, got {t.device}")
+    if checks_enabled(cu_seqlens.device) and checks_enabled(query.device):
+        same = AttentionTiles.from_cu_seqlens(cu_seqlens.to(query.device), tiles.total_tokens, block=tiles.block)
+        if not (torch.equal(same.query, tiles.query) and torch.equal(same.key, tiles.key)):
+            raise ValueError("tiles: expected those of cu_seqlens, got those of other boundaries")
+
+
 def _check_tensors(query, key, value, cu_seqlens):
-    for name, tensor in (("query", query), ("key", key), ("value", value), ("cu_seqlens", cu_seqlens)):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if query.dim() != 3 or query.shape[2] == 0:
@@ -121,10 +166,7 @@ def _check_tensors(query, key, value, cu_seqlens):
             raise ValueError(f"{name}: expected device {query.device} as query, got {tensor.device}")
     if key.shape[1] == 0 or Hq % key.shape[1]:
         raise ValueError(f"query: expected a multiple of the {key.shape[1]} key heads, got {Hq} heads")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        raise ValueError(f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
+    check_boundaries(cu_seqlens)
     if cu_seqlens.device != query.device and cu_seqlens.device.type != "cpu":
         raise ValueError(f"cu_seqlens: expected device cpu or {query.device} as query, got {cu_seqlens.device}")
 

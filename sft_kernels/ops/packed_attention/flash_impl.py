@@ -31,8 +31,8 @@ class Options(NamedTuple):
         return self.window_size[1] == 0
 
 
-def packed_attention(query, key, value, cu_seqlens, max_seqlen, lengths, **options):
-    """See :func:`sft_kernels.packed_attention`; the lse is None unless asked for.
+def packed_attention(query, key, value, cu_seqlens, max_seqlen, lengths, *, tiles, **options):
+    """See :func:`sft_kernels.packed_attention`; the lse is None unless asked for, ``tiles`` are not needed.
 
     ``lengths`` are the segments', None where the boundaries were not read. Then without ``max_seqlen`` they are read on
     the host, a sync; with it they are forced into the row, so that no library reads past it.

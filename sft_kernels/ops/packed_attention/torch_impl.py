@@ -9,11 +9,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .segments import attend_nothing, segment_lengths, unseen_lse
 
 
-def packed_attention(query, key, value, cu_seqlens, max_seqlen, lengths, *, scale, window_size, softcap, return_lse):
+def packed_attention(
+    query, key, value, cu_seqlens, max_seqlen, lengths, *, tiles, scale, window_size, softcap, return_lse
+):
     """See :func:`sft_kernels.packed_attention`; the lse is None unless asked for.
 
     ``lengths`` are the segments', None where the boundaries are still to be read on the host: for a GPU tensor one sync
-    a call.
+    a call. ``tiles`` say the same, and are not needed.
     """
     T = query.shape[0]
     lengths = [l for l in (segment_lengths(cu_seqlens, T, max_seqlen) if lengths is None else lengths) if l]

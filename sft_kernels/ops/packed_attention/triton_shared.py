@@ -1,0 +1,174 @@
+"""What the Triton kernels of both passes share: scores, who sees whom, and the sizes that each is launched with.
+
+In the kernels i counts queries and j keys, both from the beginning of the packed row; scores are in base 2, that is
+times log₂ e, since the hardware's exponential is of base 2.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..._triton import tanh
+from .tiles import BLOCK
+
+
+@triton.jit
+def scores(s, slope, cap, CAPPED: tl.constexpr):
+    """Products q · k as scores in base 2, and tanh of their argument where they are capped (else the scores again)."""
+    s = s * slope
+    t = s
+    if CAPPED:
+        t = tanh(s)
+        s = t * cap
+    return s, t
+
+
+@triton.jit
+def seen(i, j, stop, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Whether query i sees key j of its segment, which ends at ``stop``."""
+    m = (i < stop) & (j < stop)
+    if LEFT:
+        m &= j >= i - left
+    if RIGHT:
+        m &= j <= i + right
+    return m
+
+
+@triton.jit
+def keys_met(start, stop, first, ROWS, INNER, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Of the queries from ``first`` on: the first key that one of them sees, the end of the steps of ``INNER`` keys in
+    which every query sees every key, and the end of what is seen."""
+    last = tl.minimum(first + ROWS, stop)
+    lo, hi, common = start, stop, stop
+    if LEFT:
+        lo = tl.maximum(start, first - left)
+        common = lo
+    if RIGHT:
+        hi = tl.minimum(stop, last + right)
+        common = tl.minimum(common, first + right + 1)
+    return lo, lo + tl.maximum(common - lo, 0) // INNER * INNER, hi
+
+
+@triton.jit
+def queries_met(start, stop, first, ROWS, left, right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
+    """Of the keys from ``first`` on: the first query that sees one of them, and the end of what sees them."""
+    lo, hi = start, stop
+    if RIGHT:
+        lo = tl.maximum(start, first - right)
+    if LEFT:
+        hi = tl.minimum(stop, tl.minimum(first + ROWS, stop) + left)
+    return lo, hi
+
+
+@triton.jit
+def rows(tensor, first, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers to ``ROWS`` rows of one head from ``first`` on, and which of their columns there are."""
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    base = tensor + tl.cast(first, tl.int64) * stride
+    return base + tl.arange(0, ROWS)[:, None] * stride + o_d, o_d < D  # [ROWS, BLOCK_D], [1, BLOCK_D]
+
+
+class Config(NamedTuple):
+    """How one kernel is launched."""
+
+    rows: int  # of a tile that a program takes: all 128, or 64, where two programs share a tile
+    inner: int  # rows that a step of its loop meets
+    warps: int
+    stages: int
+
+
+# For half precision, by compute capability and head dimension, rounded up to a power of two of at least 64. Chosen for
+# what the compiler makes of them, not by time: no spills up to 128 whatever the options, the largest steps that leave
+# none, loads two stages ahead or more where they fit. The budgets are in bench/launches/packed_attention.py.
+CONFIGS = {
+    "forward": {
+        (8, 64): Config(128, 64, 4, 3),
+        (8, 128): Config(128, 32, 8, 3),
+        (8, 256): Config(64, 64, 8, 2),
+        (9, 64): Config(128, 64, 4, 3),
+        (9, 128): Config(128, 64, 8, 3),
+        (9, 256): Config(128, 64, 8, 2),
+    },
+    "dquery": {
+        (8, 64): Config(128, 32, 8, 3),
+        (8, 128): Config(128, 32, 8, 2),
+        (8, 256): Config(64, 32, 8, 2),
+        (9, 64): Config(128, 64, 8, 3),
+        (9, 128): Config(128, 64, 8, 2),
+        (9, 256): Config(64, 32, 8, 2),
+    },
+    "dkey": {
+        (8, 64): Config(128, 32, 8, 2),
+        (8, 128): Config(64, 32, 8, 2),
+        (8, 256): Config(64, 32, 8, 1),
+        (9, 64): Config(128, 64, 8, 2),
+        (9, 128): Config(128, 32, 8, 2),
+        (9, 256): Config(64, 32, 8, 1),
+    },
+}
+# fp32 has no tensor cores at full precision: it is carried for comparison, in steps whose operands fit the registers.
+FP32 = Config(64, 16, 8, 1)
+
+
+def capability():
+    """The compute capability whose configurations are taken: 9 where an SM has as much shared memory, else 8."""
+    if triton.knobs.runtime.interpret:
+        return 9
+    return 9 if triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10) else 8
+
+
+def config_of(name, capability, D, key_heads):
+    """The :class:`Config` of kernel ``name`` in half precision.
+
+    A program of the keys' kernel goes over all query heads of its key head. Where there are few key heads, and so few
+    programs, that of the longest segment's first keys would outlast all others: it takes half a tile.
+    """
+    config = CONFIGS[name][capability, max(triton.next_power_of_2(D), 64)]
+    return config._replace(rows=64) if name == "dkey" and key_heads < 4 else config
+
+
+def sizes(name, query, key, block):
+    """The constants and launch options of kernel ``name`` for ``query`` [T, Hq, D] over tiles of ``block`` rows."""
+    D = query.shape[2]
+    config = FP32 if query.dtype == torch.float32 else config_of(name, capability(), D, key.shape[1])
+    return {
+        "D": D,
+        "BLOCK_D": max(triton.next_power_of_2(D), 16),
+        "ROWS": config.rows * block // BLOCK,
+        "SMALL": block // 2,
+        "SPLIT": BLOCK // config.rows,
+        "INNER": max(config.inner * block // BLOCK, 16),
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+class Mask(NamedTuple):
+    """The scores' options as the kernels take them."""
+
+    scale: float
+    slope: float  # of a product, for its score in base 2, or for the argument of tanh
+    cap: float
+    left: int
+    right: int
+
+    @classmethod
+    def of(cls, scale, softcap, window_size, T):
+        """A window that no segment of T tokens reaches binds nothing."""
+        left, right = (size if 0 <= size < T else -1 for size in window_size)
+        log2_e = math.log2(math.e)
+        if softcap is None:
+            return cls(scale, scale * log2_e, 0.0, left, right)
+        return cls(scale, scale / softcap, softcap * log2_e, left, right)
+
+    @property
+    def flags(self):
+        return {"CAPPED": self.cap > 0, "LEFT": self.left >= 0, "RIGHT": self.right >= 0}
+
+
+def by_rows(tensor):
+    """``tensor`` [T, H, D] as the kernels address it: columns adjacent, rows of a tile within 32 bits; else a copy."""
+    return tensor if tensor.stride(2) == 1 and tensor.stride(0) < 1 << 24 else tensor.contiguous()

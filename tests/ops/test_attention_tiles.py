@@ -1,0 +1,158 @@
+"""``AttentionTiles``: every row once, longest first, within the bound, whatever the lengths."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sft_kernels import AttentionTiles
+from sft_kernels.ops.packed_attention import tiles as module
+
+from .helpers import same_bits
+
+BLOCKS = (32, 64, 128)
+
+
+def boundaries(lengths, dtype=torch.int32):
+    return torch.tensor([0, *torch.tensor(lengths, dtype=torch.int64).cumsum(0)], dtype=dtype)
+
+
+def expected(lengths, tail, block):
+    """The lists in plain Python."""
+    query, key, start = [], [], 0
+    for l in lengths:
+        for offset in range(0, l, block):
+            rows = min(block, l - offset)
+            tile, size = (start, start + l, start + offset), 2 if rows > block // 2 else 1
+            steps = [-(-met // (block // 2)) * size for met in (offset + rows, l - offset)]
+            query.append((steps[0], tile))
+            key.append((steps[1], tile))
+        start += l
+    behind = [(-1, start + tail, first) for first in range(start, start + tail, block)]
+    n = (start + tail) // block + len(lengths) + 1
+    fill = [(-1, -1, -1)] * (n - len(query) - len(behind))
+    return [[*(tile for _, tile in sorted(found, key=lambda each: -each[0])), *behind, *fill] for found in (query, key)]
+
+
+@settings(max_examples=200)
+@given(
+    st.lists(st.one_of(st.integers(0, 5), st.integers(0, 300)), max_size=12),
+    st.integers(0, 300),
+    st.sampled_from(BLOCKS),
+    st.sampled_from([torch.int32, torch.int64]),
+)
+def test_the_lists_are_those_of_a_loop_over_the_segments(lengths, tail, block, dtype):
+    found = AttentionTiles.from_cu_seqlens(boundaries(lengths, dtype), sum(lengths) + tail, block=block)
+    query, key = expected(lengths, tail, block)
+    assert found.query.tolist() == [list(tile) for tile in query]
+    assert found.key.tolist() == [list(tile) for tile in key]
+    assert (found.total_tokens, found.block) == (sum(lengths) + tail, block)
+    assert found.query.dtype == found.key.dtype == torch.int32
+
+
+@pytest.mark.parametrize("lengths", ["ones", "mix", "zeros", "one long", "edges"])
+def test_a_hundred_thousand_segments(lengths):
+    """What a loop would take long for: every row is in one tile, the lists are sorted and no longer than promised."""
+    n = 100_000
+    l = {
+        "ones": torch.ones(n),
+        "mix": torch.empty(n).log_normal_(5.36, 1.0).clamp(16, 4096),
+        "zeros": torch.randint(0, 2, (n,)) * 7,
+        "one long": torch.cat([torch.full((n - 1,), 16), torch.tensor([1 << 20])]),
+        "edges": torch.arange(n) % 258,
+    }[lengths].long()
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), l.cumsum(0)])
+    T = int(bounds[-1]) + 1000
+    tiles = AttentionTiles.from_cu_seqlens(bounds, T)
+    for found in (tiles.query, tiles.key):
+        assert len(found) == T // 128 + n + 1
+        live = found[found[:, 2] >= 0].long()
+        assert len(live) == int(((torch.cat([l, torch.tensor([1000])]) + 127) // 128).sum())
+        assert (found[len(live) :] == -1).all()
+        start, stop, first = live.unbind(1)
+        seen = torch.zeros(T + 1, dtype=torch.int64)
+        seen.index_add_(0, first, torch.ones_like(first))
+        seen.index_add_(0, torch.minimum(first + 128, stop), -torch.ones_like(first))
+        assert (seen.cumsum(0)[:T] == 1).all()
+        segments = start >= 0
+        assert ((first - start)[segments] % 128 == 0).all()
+        work = first + 128 - start if found is tiles.query else stop - first
+        size = torch.where(stop - first > 64, 2, 1)
+        work = torch.where(segments, (torch.minimum(work, stop - start) + 63) // 64 * size, 0)
+        assert (work.diff() <= 0).all()
+
+
+def test_the_same_lists_every_time():
+    bounds = boundaries(torch.randint(0, 400, (2000,)).tolist())
+    once, again = (AttentionTiles.from_cu_seqlens(bounds, int(bounds[-1])) for _ in range(2))
+    assert same_bits(once[:2], again[:2])
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Fails where a value would be brought to the host, or a shape would depend on one."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave")
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_on_the_host(monkeypatch):
+    monkeypatch.setattr(module, "checks_enabled", lambda device: False)
+    with NothingIsRead():
+        AttentionTiles.from_cu_seqlens(boundaries([3, 0, 200, 128], torch.int64), 340)
+
+
+def test_other_lengths_under_the_same_bounds_give_lists_of_the_same_shape(monkeypatch):
+    """So that a graph that built one builds the other. Traced once, as a graph would be."""
+    monkeypatch.setattr(module, "checks_enabled", lambda device: False)
+
+    def build(bounds):
+        tiles = AttentionTiles.from_cu_seqlens(bounds, 400)
+        return tiles.query, tiles.key
+
+    a, b = boundaries([3, 0, 200, 128]), boundaries([100, 100, 100, 100])
+    graph = make_fx(build, tracing_mode="fake")(a)
+    assert same_bits(graph(a), build(a))
+    assert same_bits(graph(b), build(b))
+
+
+@pytest.mark.parametrize("wrong", [[3, 5, 9], [0, 9, 4, 9], [0, 5, 400], [-7, -3, 5], [0, 2**31 - 1, 3]], ids=str)
+def test_wrong_boundaries_that_nobody_reads_still_give_every_row_once_and_none_outside(wrong, monkeypatch):
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        AttentionTiles.from_cu_seqlens(torch.tensor(wrong), 300)
+    monkeypatch.setattr(module, "checks_enabled", lambda device: False)
+    tiles = AttentionTiles.from_cu_seqlens(torch.tensor(wrong), 300)
+    for found in (tiles.query, tiles.key):
+        rows = [range(first, min(first + 128, stop)) for _, stop, first in found.tolist() if first >= 0]
+        assert sorted(row for tile in rows for row in tile) == [*range(300)]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"cu_seqlens": [0, 3]}, TypeError, "cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0.0, 3.0])}, TypeError, "cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([[0, 3]])}, ValueError, "cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, ValueError, "cu_seqlens"),
+        ({"total_tokens": -1}, ValueError, "total_tokens"),
+        ({"total_tokens": 2**31}, ValueError, "total_tokens"),
+        ({"total_tokens": 3.0}, ValueError, "total_tokens"),
+        ({"total_tokens": 2}, ValueError, "cu_seqlens"),
+        ({"block": 96}, ValueError, "block"),
+    ],
+    ids=str,
+)
+def test_a_bad_argument_is_named(change, error, match):
+    arguments = {"cu_seqlens": torch.tensor([0, 3]), "total_tokens": 3} | change
+    with pytest.raises(error, match=match):
+        AttentionTiles.from_cu_seqlens(**arguments)
+
+
+def test_tiles_move_with_the_batch():
+    tiles = AttentionTiles.from_cu_seqlens(boundaries([3, 200]), 210)
+    moved = tiles.to("meta")
+    assert moved.query.device.type == moved.key.device.type == "meta"
+    assert moved[2:] == tiles[2:]
