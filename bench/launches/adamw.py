@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from sft_kernels import AdamW
+from sft_kernels.ops.adamw.tables import Tables
 from sft_kernels.ops.adamw.triton_impl import step
 
 from ..binary import Need
@@ -12,12 +13,17 @@ from ..binary import Need
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
-def _step(dtype, **options):
-    """One step of three tensors, on the CPU, through the launcher."""
+def _step(dtype, scaled=False, mapped=False, **options):
+    """One step of three tensors, on the CPU, through the launcher: ``scaled`` by a GradScaler, ``mapped`` as a
+    DTensor's columns are."""
     params = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n in (1 << 16, 4096, 5)]
     optimizer = AdamW(params, impl="torch", **options)
     for p in params:
         p.grad = torch.zeros_like(p)
+    if scaled:
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.zeros(())
+    optimizer._tables = Tables(optimizer, 1024)
+    optimizer._tables.mapped = mapped
     step(optimizer)
 
 
@@ -29,6 +35,7 @@ _OPTIONS = {
     "bf16, split master": (_BF16, {"state_dtype": _FP32, "master_weights": "split"}, 72, 16),
     "bf16, rounded": (_BF16, {"state_dtype": _FP32, "stochastic_rounding": True}, 56, 16),
     "fp16, fp32 master": (_FP16, {"state_dtype": _FP32, "master_weights": "float32"}, 64, 20),
+    "fp16, scaled": (_FP16, {"state_dtype": _FP32, "scaled": True}, 56, 20),
     "fp32": (_FP32, {}, 56, 20),
     "fp32, bf16 moments": (_FP32, {"state_dtype": _BF16}, 56, 20),
     "fp32, amsgrad": (_FP32, {"amsgrad": True}, 72, 20),
@@ -47,4 +54,9 @@ CASES = {
         {"_sum_of_squares_kernel": _NORM, "_update_kernel": Need(narrow=tail, warps=warps, in_flight=40 << 10)},
     )
     for name, (dtype, options, tail, warps) in _OPTIONS.items()
+} | {  # its inner loop is that over maps
+    "bf16, rounded columns": (
+        partial(_step, _BF16, state_dtype=_FP32, stochastic_rounding=True, mapped=True),
+        {"_update_kernel": Need(width=None)},
+    )
 }

@@ -1,4 +1,4 @@
-"""What only a GPU can show of ``AdamW``: the compiled kernels' bits, no wait for the device, and replay in a CUDA graph."""
+"""What only a GPU can show of ``AdamW``: the compiled kernels' bits, no wait for the device, replay in a CUDA graph."""
 
 import numpy as np
 import pytest
