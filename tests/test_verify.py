@@ -200,7 +200,6 @@ def test_the_command_prints_the_table_writes_the_rows_and_fails_on_a_fault(monke
         "cross_entropy",
         "--impls",
         "torch",
-        "triton",
         "--dtypes",
         "float32",
         "--device",

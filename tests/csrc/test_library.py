@@ -10,7 +10,7 @@ from bench import csrc
 from .host import COMPILER, needs_compiler
 
 # A torch without CUDA lacks one function, which stands in here. Nothing is launched.
-STUB = "extern \"C\" int aoti_torch_get_current_cuda_stream(int, void** stream) { *stream = nullptr; return 0; }"
+STUB = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void** stream) { *stream = nullptr; return 0; }'
 LOAD = """
 import ctypes, sys, torch
 stub, path = sys.argv[1:]
