@@ -125,6 +125,12 @@ class Tables:
             combinations.setdefault(kind, []).append(row)
         self._permuted = [row for row, p in enumerate(params) if not local(p).is_contiguous()]
         self._getters = [itemgetter(*names) for names in self._names]
+        self._get = self._getters[0] if all(names == self._names[0] for names in self._names) else None
+        self._keys = list(optimizer.state)
+        at = {id(p): i for i, p in enumerate(self._keys)}
+        self._positions = [at[id(p)] for p in params]
+        if self._positions == list(range(len(self._keys))):
+            self._positions = None
         self._weak = [
             weakref.ref(optimizer.state[p][name])
             for p, names in zip(params, self._names, strict=True)
@@ -213,7 +219,16 @@ class Tables:
 
     def _read(self, optimizer, params, grads):
         """Addresses of parameters and state, addresses of gradients, and what else must not change."""
-        found = list(chain.from_iterable(get(optimizer.state[p]) for get, p in zip(self._getters, params, strict=True)))
+        # States by their place: to look each up would hash each parameter, in Python.
+        states = list(optimizer.state.values())
+        if len(states) != len(self._keys) or not all(map(is_, optimizer.state, self._keys)):
+            raise KeyError("other parameters have state")
+        if self._positions is not None:
+            states = [states[i] for i in self._positions]
+        if self._get is not None:
+            found = list(chain.from_iterable(map(self._get, states)))
+        else:
+            found = [t for get, state in zip(self._getters, states, strict=True) for t in get(state)]
         what = [all(map(is_, found, [ref() for ref in self._weak]))]
         if self._sharded:
             what += [[getattr(t, "placements", None) for t in tensors] for tensors in (params, grads)]
