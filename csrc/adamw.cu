@@ -16,15 +16,17 @@ __global__ void __launch_bounds__(THREADS, 5) update_kernel(const __grid_constan
 
 // The rows, on the host, of `table`.
 const int64_t* rows_of(const Tensor& table, int64_t first, int64_t last) {
-  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long && table.is_contiguous(), "table: expected int64 on the host");
-  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == COLUMNS, "table: expected [rows, ", int(COLUMNS), "]");
+  STD_TORCH_CHECK(table.is_cpu() && table.scalar_type() == ScalarType::Long, "table: expected int64 on the host");
+  STD_TORCH_CHECK(table.is_contiguous() && table.dim() == 2, "table: expected [rows, columns]");
+  STD_TORCH_CHECK(table.size(1) == COLUMNS, "table: expected ", int(COLUMNS), " columns");
   STD_TORCH_CHECK(0 <= first && first < last && last <= table.size(0), "table: no rows ", first, " to ", last);
   return static_cast<const int64_t*>(table.const_data_ptr());
 }
 
 template <class T>
 T* pointer(const Tensor& tensor, const char* name, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.scalar_type() == dtype && tensor.is_contiguous(), name, ": wrong device or dtype");
+  const bool right = tensor.is_cuda() && tensor.scalar_type() == dtype && tensor.is_contiguous();
+  STD_TORCH_CHECK(right, name, ": wrong device, dtype or layout");
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 
@@ -34,7 +36,8 @@ T* pointer(const std::optional<Tensor>& tensor, const char* name, ScalarType dty
 }
 
 // Σ g² over the gradients of rows `first` to `last`, added to sums[0] unless `anew`.
-void sum_of_squares_op(Tensor table, Tensor partials, Tensor sums, Tensor finished, int64_t first, int64_t last, int64_t grad, bool anew) {
+void sum_of_squares_op(Tensor table, Tensor partials, Tensor sums, Tensor finished, int64_t first, int64_t last,
+                       int64_t grad, bool anew) {
   const int64_t* rows = rows_of(table, first, last);
   const int32_t device = sums.get_device();
   const torch::stable::accelerator::DeviceGuard guard(device);
@@ -43,7 +46,9 @@ void sum_of_squares_op(Tensor table, Tensor partials, Tensor sums, Tensor finish
   p.sums = pointer<double>(sums, "sums", ScalarType::Double);
   p.finished = pointer<int32_t>(finished, "finished", ScalarType::Int);
   STD_TORCH_CHECK(partials.numel() >= NORM_BLOCKS, "partials: expected ", NORM_BLOCKS);
-  const auto kernel = grad == 0 ? sum_of_squares_kernel<float> : grad == 1 ? sum_of_squares_kernel<bf16> : sum_of_squares_kernel<fp16>;
+  const auto kernel = grad == 0   ? sum_of_squares_kernel<float>
+                      : grad == 1 ? sum_of_squares_kernel<bf16>
+                                  : sum_of_squares_kernel<fp16>;
   for (int64_t row = first; row < last; row += p.table.rows) {
     fill(p.table, rows, row, last);
     p.chunks = int32_t(chunks_of(p.table));
@@ -53,10 +58,10 @@ void sum_of_squares_op(Tensor table, Tensor partials, Tensor sums, Tensor finish
 }
 
 // One step of rows `first` to `last`, of one combination of dtypes.
-void update_op(Tensor table, Tensor maps, Tensor hyper, Tensor sums, std::optional<Tensor> grad_scale, std::optional<Tensor> found_inf,
-               std::optional<Tensor> norm_out, std::optional<Tensor> skipped, Tensor done, std::optional<Tensor> stats, int64_t first,
-               int64_t last, int64_t param, int64_t grad, int64_t state, int64_t master, bool has_norm, bool clip, bool skip,
-               bool shared_found, bool round) {
+void update_op(Tensor table, Tensor maps, Tensor hyper, Tensor sums, std::optional<Tensor> grad_scale,
+               std::optional<Tensor> found_inf, std::optional<Tensor> norm_out, std::optional<Tensor> skipped,
+               Tensor done, std::optional<Tensor> stats, int64_t first, int64_t last, int64_t param, int64_t grad,
+               int64_t state, int64_t master, bool has_norm, bool clip, bool skip, bool shared_found, bool round) {
   const int64_t* rows = rows_of(table, first, last);
   const int32_t device = hyper.get_device();
   const torch::stable::accelerator::DeviceGuard guard(device);

@@ -36,8 +36,13 @@ struct Row {
   bool aligned;  // all addresses are multiples of 16
 };
 
-// CUDA passes 32,764 bytes of arguments from 12.1 on; 256 of them are for what else there is.
-constexpr int MAX_ROWS = (32764 - 256) / int(sizeof(Row));
+// The bytes of arguments that CUDA passes; 256 of them are for what else there is.
+#if defined(CUDART_VERSION) && CUDART_VERSION < 12010
+constexpr int ARGUMENTS = 4096;
+#else
+constexpr int ARGUMENTS = 32764;
+#endif
+constexpr int MAX_ROWS = (ARGUMENTS - 256) / int(sizeof(Row));
 
 struct Table {
   int32_t first_row, rows, first_chunk;  // of this launch, in the whole table
@@ -66,6 +71,8 @@ struct Update {
   bool has_norm, clip, skip, shared_found, round;
   Table table;
 };
+
+static_assert(sizeof(Norm) <= ARGUMENTS && sizeof(Update) <= ARGUMENTS);
 
 // As many rows from `from` on as a launch takes, of the `count` there are; the rows taken.
 inline int fill(Table& table, const int64_t* rows, int64_t from, int64_t count) {

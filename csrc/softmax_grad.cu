@@ -16,15 +16,19 @@ __global__ void __launch_bounds__(READS == Reads::twice ? THREADS_TWICE : THREAD
 template <class T>
 auto kernel_of(Reads reads, bool capped) {
   switch (reads) {
-    case Reads::staged: return capped ? softmax_grad_kernel<T, Reads::staged, true> : softmax_grad_kernel<T, Reads::staged, false>;
-    case Reads::twice: return capped ? softmax_grad_kernel<T, Reads::twice, true> : softmax_grad_kernel<T, Reads::twice, false>;
-    default: return capped ? softmax_grad_kernel<T, Reads::given, true> : softmax_grad_kernel<T, Reads::given, false>;
+    case Reads::staged:
+      return capped ? softmax_grad_kernel<T, Reads::staged, true> : softmax_grad_kernel<T, Reads::staged, false>;
+    case Reads::twice:
+      return capped ? softmax_grad_kernel<T, Reads::twice, true> : softmax_grad_kernel<T, Reads::twice, false>;
+    default:
+      return capped ? softmax_grad_kernel<T, Reads::given, true> : softmax_grad_kernel<T, Reads::given, false>;
   }
 }
 
 using Fields = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-const void* pointer(const std::optional<Tensor>& tensor, const char* name, ScalarType dtype, int64_t N, const Tensor& like) {
+const void* pointer(const std::optional<Tensor>& tensor, const char* name, ScalarType dtype, int64_t N,
+                    const Tensor& like) {
   if (!tensor) return nullptr;
   STD_TORCH_CHECK(tensor->scalar_type() == dtype, name, ": wrong dtype");
   STD_TORCH_CHECK(tensor->dim() == 1 && tensor->size(0) == N && tensor->is_contiguous(), name, ": expected [N]");
@@ -32,8 +36,8 @@ const void* pointer(const std::optional<Tensor>& tensor, const char* name, Scala
   return tensor->const_data_ptr();
 }
 
-Fields softmax_grad_out(Tensor logits, Tensor out, Tensor target, std::optional<Tensor> scale, std::optional<Tensor> lse,
-                        std::optional<Tensor> keep, int64_t classes, double label_smoothing,
+Fields softmax_grad_out(Tensor logits, Tensor out, Tensor target, std::optional<Tensor> scale,
+                        std::optional<Tensor> lse, std::optional<Tensor> keep, int64_t classes, double label_smoothing,
                         std::optional<double> softcap, std::optional<double> logit_scale, double z_loss, bool stats) {
   STD_TORCH_CHECK(!logit_scale && z_loss == 0, "logit_scale and z_loss are not in the CUDA kernels");
   STD_TORCH_CHECK(logits.dim() == 2 && logits.is_cuda(), "logits: expected [N, V] on a GPU");
@@ -50,8 +54,9 @@ Fields softmax_grad_out(Tensor logits, Tensor out, Tensor target, std::optional<
   const auto field = [&](ScalarType dtype, bool wanted) {
     return torch::stable::new_empty(logits, {wanted && !lse ? N : 0}, dtype);
   };
-  const Fields fields = {field(ScalarType::Double, true), field(ScalarType::Float, true), field(ScalarType::Float, true),
-                         field(ScalarType::Double, stats), field(ScalarType::Double, label_smoothing != 0)};
+  const Fields fields = {field(ScalarType::Double, true), field(ScalarType::Float, true),
+                         field(ScalarType::Float, true), field(ScalarType::Double, stats),
+                         field(ScalarType::Double, label_smoothing != 0)};
   if (N == 0) return fields;
 
   Params p = {};

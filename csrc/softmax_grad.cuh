@@ -35,8 +35,8 @@ enum class Reads {
   given,   // once: the logsumexp is known
 };
 
-// Over some of a row's logits u, all but the target's where a sum is of exponentials: where the model is sure, p_y − 1 is
-// made of the rest, which would lose its digits beside 1.
+// Over some of a row's logits u. Where a sum is of exponentials, all but the target's: where the model is sure, p_y − 1
+// is made of the rest, which would lose its digits beside 1.
 struct Sums {
   float largest = -INFINITY;
   float exponentials = 0;  // Σ exp(u − base)

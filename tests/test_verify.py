@@ -198,6 +198,8 @@ def test_the_command_prints_the_table_writes_the_rows_and_fails_on_a_fault(monke
         "verify",
         "--ops",
         "cross_entropy",
+        "--impls",
+        "torch",
         "--dtypes",
         "float32",
         "--device",

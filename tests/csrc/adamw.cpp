@@ -12,8 +12,6 @@ int adamw_threads() { return THREADS; }
 int adamw_norm_shared() { return NORM_SHARED; }
 int adamw_update_shared() { return UPDATE_SHARED; }
 int adamw_max_rows() { return MAX_ROWS; }
-int adamw_norm_bytes() { return sizeof(Norm); }
-int adamw_update_bytes() { return sizeof(Update); }
 
 // What went wrong, or null.
 const char* adamw_sum_of_squares(const int64_t* table, double* partials, double* sums, int32_t* finished, int64_t first,
@@ -40,7 +38,8 @@ const char* adamw_update(const Update* given, const int64_t* table, int64_t firs
     fill(p->table, table, row, last);
     const char* error = nullptr;
     const bool carried = for_combination(param, grad, state, master, [&]<class P, class G, class S, Master M> {
-      error = fibers::launch(unsigned(chunks_of(p->table)), 1, THREADS, UPDATE_SHARED, seed, [&] { update<P, G, S, M>(*p); });
+      const unsigned blocks = unsigned(chunks_of(p->table));
+      error = fibers::launch(blocks, 1, THREADS, UPDATE_SHARED, seed, [&] { update<P, G, S, M>(*p); });
     });
     if (!carried) return "no kernel for this combination of dtypes";
     if (error) return error;

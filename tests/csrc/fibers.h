@@ -1,9 +1,10 @@
 // CUDA on the host, for tests: every CUDA thread is a fiber with a stack of its own, run until it waits.
 //
-// The order in which fibers run is shuffled by a seed, so is that of clusters, and by the seed a warp or a block runs far
-// ahead of the others: what is right only in some order is wrong under some seed. Shared memory is full of 0xff when a block begins and out of reach when it has
-// ended; behind it, and around global memory from memory.cpp, no byte can be touched. An asynchronous copy is done when it
-// is waited for, no sooner. A launch returns what went wrong, or nullptr. Not shown: fences, the asynchronous proxy.
+// The order in which fibers run is shuffled by a seed, so is that of clusters, and by the seed a warp or a block runs
+// far ahead of the others: what is right only in some order is wrong under some seed. Shared memory is full of 0xff when
+// a block begins and out of reach when it has ended; behind it, and around global memory from memory.cpp, no byte can be
+// touched. An asynchronous copy is done when it is waited for, no sooner. A launch returns what went wrong, or nullptr.
+// Not shown: fences, the asynchronous proxy.
 #pragma once
 
 #include <csetjmp>
