@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/sft-kernels demo --out out/demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .
