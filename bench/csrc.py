@@ -20,7 +20,7 @@ _MASTERS = ("no master", "fp32 master", "split master")
 
 # Of softmax_grad.cuh, for V = 128256: threads of a block, and its shared memory by (architecture, bytes of an element).
 # Without clusters such a row is read twice; what is staged there is at most 80 KB.
-_SHARED = 656
+_SHARED = 784
 SOFTMAX_GRAD = {
     "staged": (256, {(90, 2): _SHARED + 32064, (90, 4): _SHARED + 64128, (80, 2): 81 << 10, (80, 4): 81 << 10}),
     "twice": (1024, _SHARED),

@@ -41,7 +41,8 @@ struct Sums {
   float largest = -INFINITY;
   float exponentials = 0;  // Σ exp(u − base)
   float away = 0;          // Σ exp(u − base) (u − base)
-  float offset = 0;        // Σ (u − u_0)
+  float offset = 0;        // Σ (u − base): of one sign, so that no digits cancel
+  float count = 0;         // of what is in it
   float target = 0;        // the target's u, once
 };
 
@@ -124,7 +125,7 @@ SFT_BODY float shape(float x, float softcap) {
 
 // More logits; the target is the one at `y`, if it is among them. What nobody asked for is not summed.
 template <int COUNT>
-SFT_BODY void add(Sums& sums, const Params& p, const float (&u)[COUNT], int y, float u_0) {
+SFT_BODY void add(Sums& sums, const Params& p, const float (&u)[COUNT], int y) {
   float largest = sums.largest;
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) largest = fmaxf(largest, u[k]);
@@ -133,6 +134,7 @@ SFT_BODY void add(Sums& sums, const Params& p, const float (&u)[COUNT], int y, f
     const float r = exp_of(sums.largest - base);
     sums.away = r * fmaf(sums.exponentials, base_of(sums.largest) - base, sums.away);
     sums.exponentials *= r;
+    sums.offset += sums.count * (base_of(sums.largest) - base);
     sums.largest = largest;
   }
   float e[COUNT];
@@ -148,7 +150,8 @@ SFT_BODY void add(Sums& sums, const Params& p, const float (&u)[COUNT], int y, f
   }
   if (p.sum_logit) {
 #pragma unroll
-    for (int k = 0; k < COUNT; ++k) sums.offset += u[k] - u_0;
+    for (int k = 0; k < COUNT; ++k) sums.offset += u[k] - base;
+    sums.count += COUNT;
   }
 }
 
@@ -160,7 +163,10 @@ SFT_BODY Sums merge(const Sums& a, const Sums& b) {
   const float away_b = fmaf(b.exponentials, base_of(b.largest) - base, b.away);
   sum.exponentials = r_a * a.exponentials + r_b * b.exponentials;
   sum.away = r_a * away_a + r_b * away_b;
-  sum.offset = a.offset + b.offset;
+  const float offset_a = a.offset + a.count * (base_of(a.largest) - base);
+  const float offset_b = b.offset + b.count * (base_of(b.largest) - base);
+  sum.offset = offset_a + offset_b;
+  sum.count = a.count + b.count;
   sum.target = a.target + b.target;
   return sum;
 }
@@ -174,6 +180,7 @@ SFT_BODY Sums warp_sum(Sums sums) {
     other.exponentials = __shfl_xor_sync(0xffffffff, sums.exponentials, bits);
     other.away = __shfl_xor_sync(0xffffffff, sums.away, bits);
     other.offset = __shfl_xor_sync(0xffffffff, sums.offset, bits);
+    other.count = __shfl_xor_sync(0xffffffff, sums.count, bits);
     other.target = __shfl_xor_sync(0xffffffff, sums.target, bits);
     sums = merge(sums, other);
   }
@@ -181,7 +188,7 @@ SFT_BODY Sums warp_sum(Sums sums) {
 }
 
 // What the gradient needs of a row whose sums are complete; the statistics are written where `write`.
-SFT_BODY Row finish(const Params& p, int64_t i, const Sums& sums, bool here, float u_0, bool write) {
+SFT_BODY Row finish(const Params& p, int64_t i, const Sums& sums, bool here, bool write) {
   const float target = here ? sums.target : -INFINITY;
   const float base = base_of(sums.largest), e_y = exp_of(target - base);
   const double total = double(sums.exponentials) + double(e_y);
@@ -193,7 +200,7 @@ SFT_BODY Row finish(const Params& p, int64_t i, const Sums& sums, bool here, flo
       const float away = sums.away + (e_y > 0.0f ? e_y * (target - base) : 0.0f);
       p.mean_logit[i] = double(base) + double(away) / (total > 0 ? total : 1.0);
     }
-    if (p.sum_logit) p.sum_logit[i] = double(u_0) * p.V + double(sums.offset);
+    if (p.sum_logit) p.sum_logit[i] = double(base) * p.V + double(sums.offset);
   }
   const float a = p.scale ? p.scale[i] : 0.0f;
   const float minus = -sums.exponentials / float(total);  // p_y − 1
@@ -269,11 +276,6 @@ SFT_BODY void row(const Params& p) {
     row.factor = shared.row.factor;
     row.at_target = shared.row.at_target;
   } else {
-    float u_0 = 0;
-    if (p.sum_logit) {
-      u_0 = shape<CAPPED>(to_float(x[0]), p.softcap);
-      u_0 = fabsf(u_0) < INFINITY ? u_0 : 0.0f;
-    }
     if constexpr (READS == Reads::staged) {
       for (int g = mine; g < end; g += int(threads)) copy_async(&stage[g - begin], &x_vector[g]);
       copy_wait();
@@ -285,11 +287,11 @@ SFT_BODY void row(const Params& p) {
       unpack<T>(read(READS == Reads::staged ? stage + (g - begin) : x_vector + g), u);
 #pragma unroll
       for (int k = 0; k < COUNT; ++k) u[k] = shape<CAPPED>(u[k], p.softcap);
-      add(sums, p, u, y - skip - g * COUNT, u_0);
+      add(sums, p, u, y - skip - g * COUNT);
     }
     if (edge) {
       const float u[1] = {shape<CAPPED>(x_edge, p.softcap)};
-      add(sums, p, u, y - c_edge, u_0);
+      add(sums, p, u, y - c_edge);
     }
 
     sums = warp_sum(sums);
@@ -309,7 +311,7 @@ SFT_BODY void row(const Params& p) {
         all = merge(all, cluster ? *cluster_peer(theirs, j / warps) : *theirs);
       }
       all = warp_sum(all);
-      if (thread == 0) shared.row = finish(p, i, all, here, u_0, part == 0);
+      if (thread == 0) shared.row = finish(p, i, all, here, part == 0);
     }
     __syncthreads();
     row = shared.row;

@@ -18,8 +18,10 @@ EVERY = {"label_smoothing": 0.1, "softcap": 6.0, "logit_scale": 0.7, "z_loss": 0
 HALF = [torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "cuda"])
 def core(request):
+    if request.param == "cuda" and request.node.callspec.params.get("options"):
+        pytest.skip("the CUDA kernels do not carry every option")
     return resolve("softmax_grad", request.param)
 
 
@@ -156,14 +158,14 @@ def test_ruled_out_classes_and_rows_of_one_candidate(core, v, at):
 @pytest.mark.parametrize("v", [40, TILE + 5])
 @pytest.mark.parametrize("margin", [12.0, 16.0, 20.0])
 def test_a_sure_token_keeps_the_digits_of_its_gradient(core, margin, v):
-    """p − 1 taken from a p near 1 would have none left at a margin of 20; plain code has none to excuse it with."""
+    """p − 1 taken from a p near 1 would have none left at a margin of 20."""
     logits = torch.randn(3, v)
     target = torch.tensor([0, v // 2, v - 1])
     logits.scatter_(1, target[:, None], margin)
     core(x := logits.clone(), target, LossOptions(v), torch.ones(3))
     ref = torch.as_tensor(reference.softmax_grad(logits.double().numpy(), target.numpy(), np.ones(3)).dlogits)
-    for row, r, y in zip(x, ref, target, strict=True):
-        check("p - 1", row[y : y + 1], r[y : y + 1], r[y : y + 1])
+    # exp(−x) as a power of 2 costs x · eps, 2e-6 here; a p near 1 is 6e-8 / (1 − p) off, 1e-4 and more.
+    torch.testing.assert_close(x.gather(1, target[:, None]).double(), ref.gather(1, target[:, None]), rtol=5e-6, atol=0)
 
 
 @pytest.mark.parametrize("v", [40, 101, TILE + 907])
