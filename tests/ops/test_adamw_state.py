@@ -99,6 +99,27 @@ def test_a_checkpoint_goes_on_with_the_same_bits(dtype, options, amsgrad, carry)
     assert same_bits(snapshot(other), snapshot(optimizer))
 
 
+@pytest.mark.parametrize("impl", ["torch", *KERNELS])
+@pytest.mark.parametrize("options", [{"master_weights": "split"}, {"stochastic_rounding": True}, {}], ids=str)
+@pytest.mark.parametrize("after", range(7))
+def test_a_run_resumes_after_any_step(after, options, impl):
+    """One of which is skipped."""
+    options = {**options, "state_dtype": torch.float32, "max_grad_norm": 0.5, "skip_nonfinite": True, "impl": impl}
+    params, steps = parameters(torch.bfloat16), gradients(7, torch.bfloat16)
+    steps[3][0][0, 0] = float("nan")
+    first, second = twins(params), twins(params)
+    through = AdamW(in_two_groups(first), **HYPER, **options)
+    train(through, first, steps)
+
+    stopped = AdamW(in_two_groups(second), **HYPER, **options)
+    train(stopped, second, steps[:after])
+    resumed = twins(second)
+    other = AdamW(in_two_groups(resumed), **options)
+    other.load_state_dict(through_a_file(stopped.state_dict()))
+    train(other, resumed, steps[after:])
+    assert same_bits(snapshot(other), snapshot(through))
+
+
 @pytest.mark.parametrize(("dtype", "options"), PLAIN, ids=str)
 @pytest.mark.parametrize("theirs", [{"fused": True}, {"foreach": True}, {"foreach": False}], ids=str)
 @pytest.mark.parametrize("amsgrad", [False, True])
