@@ -1,5 +1,8 @@
 """What Triton kernels of several ops share."""
 
+import contextlib
+
+import torch
 import triton
 import triton.language as tl
 
@@ -7,6 +10,15 @@ if triton.knobs.runtime.interpret:
     from . import _interpreter
 
     _interpreter.correct()
+
+
+def on(device):
+    """A context in which ``device`` is current.
+
+    Triton launches into the current device's context, wherever its tensors lie, and torch sets no device for operators
+    that are implemented in Python. So every launch, and every question about the GPU's capability, stands under this.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @triton.jit

@@ -4,13 +4,11 @@ The formula and the order of its operations are the README's. Every program of t
 itself, in fp64: what a step needs besides its tensors is a few numbers that the first launch, or the host, has left.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 
-from ... import _triton  # noqa: F401  corrects the interpreter
+from ..._triton import on
 from . import tables as at
 from .tables import CHUNK, Tables
 
@@ -374,7 +372,7 @@ def step(optimizer):
     tables = optimizer._tables
     if not tables.launches:
         return
-    with _on(tables.device), torch.no_grad():
+    with on(tables.device), torch.no_grad():
         tables.send_hyper(optimizer)
         _launch(optimizer, tables)
         tables.keep_what_is_captured(optimizer)
@@ -447,7 +445,3 @@ def _launch(optimizer, tables):
             num_warps=_WARPS,
             enable_fp_fusion=False,
         )
-
-
-def _on(device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
