@@ -1,8 +1,12 @@
-"""Corrections to Triton's CPU interpreter, which holds a bf16 as its 16 bits in an array of uint16.
+"""Corrections to Triton's CPU interpreter: bf16, and a ``tl.dot`` that gives the same bits on every CPU.
 
-In triton 3.6 to 3.9 it computes with those bits as with integers: in ``tl.dot``, in plain operations and reductions, in
-casts from integers and fp64. Besides, fp32 → bf16 truncates, which makes an infinity of some NaNs, and denormals come
-out wrong either way. Here bf16 is cast and multiplied as torch does it, and what else would compute with it raises.
+The interpreter holds a bf16 as its 16 bits in an array of uint16. In triton 3.6 to 3.9 it computes with those bits as
+with integers: in ``tl.dot``, in plain operations and reductions, in casts from integers and fp64. Besides, fp32 → bf16
+truncates, which makes an infinity of some NaNs, and denormals come out wrong either way. Here bf16 is cast and
+multiplied as torch does it, and any other operation on it raises.
+
+The interpreter's ``tl.dot`` is NumPy's product, and the order in which that sums depends on the CPU. Here it is summed
+in fp64 and rounded once: products of fp32 are exact in fp64, so the order no longer shows.
 """
 
 import functools
@@ -57,9 +61,13 @@ def _replace(builder, reductions):
             return self.cast_impl(src, dst_type)
         return _refusing(convert, "a cast by a rounding of its own")(self, src, dst_type, rounding_mode)
 
-    def create_dot(self, a, b, *rest):
-        a, b = (self.cast_impl(x, tl.float32) if _is_bf16(x) else x for x in (a, b))
-        return dot(self, a, b, *rest)
+    def create_dot(self, a, b, acc, *rest):
+        if not all(_is_wide(x) for x in (a, b, acc)):
+            return dot(self, a, b, acc, *rest)
+        a, b, total = (self.cast_impl(x, tl.float64).data for x in (a, b, acc))
+        with np.errstate(over="ignore", invalid="ignore"):  # infinities and NaN are results like others
+            total = (np.matmul(a, b) + total).astype(acc.data.dtype)
+        return interpreter.TensorHandle(total, acc.dtype.scalar)
 
     builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
 
@@ -78,6 +86,11 @@ def _rounded(values):
 def _is_bf16(x):
     """Whether ``x``, a handle, a tensor or a type, is bf16."""
     return getattr(getattr(x, "dtype", x), "scalar", None) == tl.bfloat16
+
+
+def _is_wide(x):
+    """Whether ``x``, a handle, is floating point of at least 16 bits."""
+    return x.dtype.scalar.is_floating() and x.dtype.scalar.primitive_bitwidth >= 16
 
 
 def _refusing(function, name):

@@ -1,5 +1,10 @@
 """Triton's interpreter, corrected, against torch over all patterns of bf16; and what it still cannot do raises."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -15,6 +20,7 @@ from sft_kernels import _interpreter  # noqa: E402
 
 _interpreter.correct()
 
+ROOT = Path(__file__).parents[1]
 HIGH = torch.arange(1 << 16, dtype=torch.int32)  # every bf16, as its bits
 EVERY = HIGH.to(torch.int16).view(torch.bfloat16)
 # From each to its neighbour: at it, just above, just below halfway, halfway, just above, just below the neighbour.
@@ -123,6 +129,38 @@ def test_dot(dtype, acc, shape):
     # The products are exact in fp32, so only the k additions round.
     bound = k * torch.finfo(torch.float32).eps * (a.abs() @ b.abs() + c.abs())
     assert ((out - (a @ b + c)).abs() <= bound).all()
+
+
+def test_dot_is_rounded_once():
+    a, b, c = torch.randn(32, 128), torch.randn(128, 32), torch.randn(32, 32)
+    out = torch.empty_like(c)
+    dot_kernel[(1,)](a, b, c, out, True, 0, 32, 32, 128)
+    same(out, (a.double() @ b.double() + c.double()).float())
+
+
+_BITS_OF_A_DOT = """
+import torch
+from tests.test_interpreter import dot_kernel
+
+random = torch.Generator().manual_seed(0)
+a, b, out = torch.randn(128, 128, generator=random), torch.randn(128, 128, generator=random), torch.empty(128, 128)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    dot_kernel[(1,)](a.to(dtype), b.to(dtype), None, out, False, 0, 128, 128, 128)
+    print(out.view(torch.int32).sum().item(), out.view(torch.int32).long().square().sum().item())
+"""
+
+
+def test_dot_has_the_same_bits_on_every_cpu():
+    """``OPENBLAS_CORETYPE=Prescott`` makes NumPy's products those of an old CPU."""
+    found = []
+    for choice in ({}, {"OPENBLAS_CORETYPE": "Prescott"}):
+        done = subprocess.run(
+            [sys.executable, "-c", _BITS_OF_A_DOT],
+            cwd=ROOT, env={**os.environ, **choice}, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        found.append(done.stdout.split())
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
 
 
 @triton.jit
