@@ -81,7 +81,7 @@ def resolve(op, impl="auto", device=None, needs_torch=None, needs_triton=None):
 
 def _why_no_triton(device, interpreted):
     """Why Triton cannot run on ``device``, ``interpreted`` on a CPU or compiled; None where it can."""
-    if find_spec("triton") is None:
+    if not _has_triton():
         return "triton is not installed"
     if device is None or device.type == "cpu":
         if not interpreted or os.environ.get("TRITON_INTERPRET") != "1":
@@ -89,6 +89,10 @@ def _why_no_triton(device, interpreted):
     elif device.type != "cuda":
         return f"needs a CUDA device, got {device}"
     return None
+
+
+def _has_triton():
+    return find_spec("triton") is not None
 
 
 def _why_no_cuda(device):
@@ -107,7 +111,8 @@ def _import(module):
 
 # A compiler need not look inside. torch.compiler.assume_constant_result says so too, but imports the compiler, and
 # with it triton.
-_import._dynamo_marked_constant = _why_no_cuda._dynamo_marked_constant = True
+for _function in (_import, _has_triton, _why_no_cuda):
+    _function._dynamo_marked_constant = True
 
 
 def checks_enabled(device):

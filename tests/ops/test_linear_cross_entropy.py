@@ -25,13 +25,6 @@ def impl(request, monkeypatch):
     monkeypatch.setenv("SFT_KERNELS_IMPL", request.param)
 
 
-@pytest.fixture
-def half_products(monkeypatch):
-    """Products in the inputs' own half precision, as on a GPU; the CPU lacks only their sum in fp32."""
-    monkeypatch.setattr(matmul, "compute_dtype", lambda x: x.dtype)
-    monkeypatch.setattr(matmul, "accumulate", lambda acc, a, b: acc.add_(a.to(acc.dtype) @ b.to(acc.dtype)))
-
-
 def tensors(dtype=torch.float32, n=N, v=V, d=D):
     return torch.randn(n, d).to(dtype), (torch.randn(v, d) * 2 / d**0.5).to(dtype)
 

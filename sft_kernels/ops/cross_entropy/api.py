@@ -13,7 +13,6 @@ from ..softmax_grad.reduction import (
     check_options,
     check_target,
     differentiable_once,
-    hold_back,
     reduce_rows,
     row_scale,
     target_weight,
@@ -32,39 +31,34 @@ class _Options(NamedTuple):
 class _CrossEntropy(torch.autograd.Function):
     """``losses = scale · loss`` of the rows that ``keep`` names, summed where ``reduce``.
 
-    With a reduction the gradient is ready at the end of the forward, but for the upstream scalar; the first backward
-    hands it out, and another one computes its own.
+    In fp32 and with a reduction, the forward makes the gradient in its one pass of exponentials, and the first backward
+    multiplies it by the upstream scalar. In half precision that would be a second rounding, so the forward only reads
+    the logits and the backward makes the gradient. A backward that finds no gradient computes its own.
     """
 
     @staticmethod
     def forward(ctx, input, targets, scale, inside, keep, options):
         ctx.options = options
-        ctx.back, ctx.gradient = None, None
-        if options.reduce and options.need_grad:
-            # No row is summed with another: 256 may stay, unless the loss is so steep that 2¹⁵ would be passed.
-            ctx.back, held = hold_back(scale, max(2**-8, options.loss.steepest * 2**-14), input.dtype)
-            ctx.gradient = _empty_like(input)
-            rows = options.core.softmax_grad(
-                input, targets, options.loss, held, stats=options.stats, keep=keep, out=ctx.gradient
-            )
-        else:
-            rows = options.core.softmax_grad(input, targets, options.loss, stats=options.stats, keep=keep)
-        ctx.save_for_backward(input, targets, scale, keep)
+        early = options.reduce and options.need_grad and input.dtype.itemsize >= 4
+        ctx.gradient = _empty_like(input) if early else None
+        rows = options.core.softmax_grad(
+            input, targets, options.loss, scale if early else None, stats=options.stats, keep=keep, out=ctx.gradient
+        )
+        ctx.save_for_backward(input, targets, scale, keep, None if early else rows.lse)
         return reduce_rows(ctx, rows, options.loss, scale, inside, keep, options.reduce, options.stats)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad, *_):
         options = ctx.options
-        input, targets, scale, keep = ctx.saved_tensors
+        input, targets, scale, keep, lse = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             gradient = _empty_like(input)
-            options.core.softmax_grad(
-                input, targets, options.loss, (scale * grad).where(keep, 0), keep=keep, out=gradient
-            )
+            scale = (scale * grad).where(keep, 0)
+            options.core.softmax_grad(input, targets, options.loss, scale, lse=lse, keep=keep, out=gradient)
         else:
-            options.core.scale_(gradient, grad if ctx.back is None else grad * ctx.back)
+            options.core.scale_(gradient, grad)
         return gradient, None, None, None, None, None
 
 
@@ -155,11 +149,13 @@ def cross_entropy(
     scale = row_scale(targets, dtype, reduction, num_items, weights, of_target, inside, keep)
     reduce = reduction != "none"
     if composed:
-        if keep is not None:
-            rows = keep.nonzero()[:, 0]
+        if keep is not None and torch.compiler.is_compiling():  # which knows no count: masked rows are computed too
+            logits = logits.where(keep[:, None], 0)
+        elif keep is not None:
+            rows, keep = keep.nonzero()[:, 0], None
             logits, targets, scale, inside = (None if t is None else t[rows] for t in (logits, targets, scale, inside))
         out = composed_loss(
-            core.softmax_grad, logits, targets, weight, scale, inside, None, loss_options, reduce, return_stats
+            core.softmax_grad, logits, targets, weight, scale, inside, keep, loss_options, reduce, return_stats
         )
     else:
         if of_target is not None:

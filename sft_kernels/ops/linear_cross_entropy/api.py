@@ -44,6 +44,7 @@ class _Options(NamedTuple):
     plan: Plan
     dtype: torch.dtype  # of the products
     needs: _Needs
+    fp16: bool  # products or head are: gradients stay in fp32 until they are whole
     reduce: bool
     stats: bool
     shards: Shards | None  # of a head that is split over ranks
@@ -60,6 +61,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     The first backward hands them out and forgets them; should another follow (``retain_graph``), it computes its own,
     so no gradient is ever shared between two callers. Without a reduction, or with the vocabulary loop, backward
     recomputes.
+
+    fp16 holds neither a gradient without the loss scale nor, perhaps, one of a steep loss: there gradients stay in fp32
+    until the upstream scalar has multiplied them, and are then rounded once.
     """
 
     @staticmethod
@@ -92,7 +96,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             common = (options.core, _gather(hidden, rows, keep, options.dtype), weight, bias, targets, scale)
             with _plain_products(grad.device):
                 if options.plan.loop == "vocab":
-                    factor, gradients = _vocab_gradients(*common, lse, options)
+                    factor, gradients = None, _vocab_gradients(*common, lse, options)
                 else:
                     _, factor, gradients = _token_gradients(*common, options._replace(stats=False))
         if factor is not None:
@@ -100,6 +104,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if gradient is not None:
                     options.scale_(gradient, factor)
         dx, dw, db = gradients
+        dw, db = (None if d is None else d.to(t.dtype) for d, t in ((dw, weight), (db, bias)))
         return _scatter(dx, hidden, rows, keep), dw, db, *[None] * 6
 
 
@@ -126,25 +131,30 @@ def _plain_products(device):
     return torch.autocast(device.type, enabled=False)
 
 
-def _held_back(scale, *tensors):
-    return hold_back(scale, scale.numel(), *(t.dtype for t in tensors if t is not None))
+def _held_back(scale, options):
+    if not options.fp16 or scale.numel() == 0:
+        return None, scale
+    return hold_back(scale, options.loss.steepest)
 
 
 def _token_gradients(core, x, weight, bias, targets, scale, options):
-    back, scale = _held_back(scale, x, weight, bias)
+    back, scale = _held_back(scale, options)
     dx_dtype = x.dtype
     if options.shards is not None:
-        core, dx_dtype = options.shards.core(core), matmul.accumulator_dtype(x.dtype)
+        core = options.shards.core(core)
+    if options.shards is not None or options.fp16:
+        dx_dtype = matmul.accumulator_dtype(x.dtype)
     stats, gradients = tokens.loss_and_gradients(
-        core, x, weight, bias, targets, scale, options.plan.chunk, options.needs, options.stats, dx_dtype
-    )
+        core, x, weight, bias, targets, scale, options.plan.chunk, options.needs, options.stats, dx_dtype,
+        rounded=not options.fp16,
+    )  # fmt: skip
     return stats, back, _over_ranks(gradients, options)
 
 
 def _vocab_gradients(core, x, weight, bias, targets, scale, lse, options):
-    back, scale = _held_back(scale, x, weight, bias)
-    gradients = vocab.gradients(core, x, weight, bias, targets, scale, lse, options.plan.chunk, options.needs)
-    return back, _over_ranks(gradients, options)
+    back, scale = _held_back(scale, options)
+    gradients = vocab.gradients(core, x, weight, bias, targets, scale, lse, options.plan.chunk, options.needs, back)
+    return _over_ranks(gradients, options)
 
 
 def _over_ranks(gradients, options):
@@ -283,6 +293,9 @@ def linear_cross_entropy(
                 scale = scale * of_target
             needs = _Needs(*(_requires_grad(t) for t in (input, linear_weight, linear_bias)))
             acc_dtype = matmul.accumulator_dtype(linear_weight.dtype)
+            head = (linear_weight,) if linear_bias is None else (linear_weight, linear_bias)
+            fp16 = torch.float16 in (dtype, *(t.dtype for t in head))
+            summed = needs.dw and not fp16 and linear_weight.dtype != acc_dtype  # in memory that one chunk spares
             width = V if shards is None else shards.longest
             plan = make_plan(
                 len(targets), D, width, dtype.itemsize,
@@ -290,10 +303,10 @@ def linear_cross_entropy(
                 chunking=chunking,
                 max_logits_bytes=max_logits_bytes,
                 grads=needs.dx + needs.dw,
-                accumulator=width * D * acc_dtype.itemsize if needs.dw and linear_weight.dtype != acc_dtype else 0,
+                accumulator=width * D * acc_dtype.itemsize if summed else 0,
             )  # fmt: skip
             bound = partial(core.softmax_grad, options=loss_options)
-            options = _Options(bound, core.scale_, loss_options, plan, dtype, needs, reduce, return_stats, shards)
+            options = _Options(bound, core.scale_, loss_options, plan, dtype, needs, fp16, reduce, return_stats, shards)
             out = _LinearCrossEntropy.apply(
                 hidden, linear_weight, linear_bias, rows, targets, scale, inside, keep, options
             )

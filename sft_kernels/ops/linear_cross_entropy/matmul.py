@@ -50,25 +50,31 @@ def logits(x, weight, bias=None):
 
 def grad_input(dlogits, weight, out):
     """``out = dlogits W``: [N, D], summed over the vocabulary in fp32 throughout, rounded once to the dtype of ``out``,
-    which need not be theirs."""
-    if weight.dtype == dlogits.dtype == out.dtype:
-        torch.mm(dlogits, weight, out=out)
-        return
+    which need not be theirs.
+
+    In half precision too it goes through fp32 memory: a product with few rows and a long sum is split over the
+    vocabulary, and cuBLAS may add up the parts in the dtype of its result.
+    """
     dtype = accumulator_dtype(dlogits.dtype)
-    acc = out.zero_() if out.dtype == dtype else torch.zeros_like(out, dtype=dtype)
-    for s in [slice(0, len(weight))] if weight.dtype == dlogits.dtype else _slices(weight):
-        accumulate(acc, dlogits[:, s], weight[s].to(dlogits.dtype))
+    acc = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    for i, s in enumerate([slice(0, len(weight))] if weight.dtype == dlogits.dtype else _slices(weight)):
+        accumulate(acc, dlogits[:, s], weight[s].to(dlogits.dtype), beta=min(i, 1))
     if acc is not out:
         out.copy_(acc)
 
 
 def grad_weight(dlogits, x, out):
     """``out = dlogitsᵀ x``: [V, D], rounded once to the dtype of ``out``."""
+    dtype = accumulator_dtype(x.dtype)
     if out.dtype == x.dtype:
         torch.mm(dlogits.T, x, out=out)
+    elif out.dtype == dtype:
+        accumulate(out, dlogits.T, x, beta=0)
     else:
         for s in _slices(out):
-            out[s] = dlogits[:, s].T @ x
+            part = torch.empty_like(out[s], dtype=dtype)
+            accumulate(part, dlogits[:, s].T, x, beta=0)
+            out[s] = part
 
 
 def grad_bias(dlogits):
@@ -76,15 +82,30 @@ def grad_bias(dlogits):
     return dlogits.sum(0, dtype=accumulator_dtype(dlogits.dtype))
 
 
-def accumulate(acc, a, b):
-    """``acc += a b`` with the sum in the dtype of ``acc``."""
+def accumulate(acc, a, b, beta=1):
+    """``acc = beta · acc + a b`` in place, summed in the dtype of ``acc``; with a ``beta`` of 0 ``acc`` is not read."""
     if a.dtype == acc.dtype:
-        acc.addmm_(a, b)
+        acc.addmm_(a, b, beta=beta)
     elif acc.dtype == torch.float32 and a.dtype.itemsize < 4:
-        torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
-    else:  # float64 beside another dtype, under autocast
+        torch.ops.sft_kernels.addmm_(acc, a, b, beta)
+    elif beta == 0:  # float64 beside another dtype, under autocast
+        acc.copy_(a @ b)
+    else:
         acc += a @ b
 
 
 def _slices(weight):
     return (slice(i, i + _SLICE) for i in range(0, weight.shape[0], _SLICE))
+
+
+# ---- the sum in fp32 of a product in half precision, as an operator: before 2.13 torch's own cannot be traced
+
+
+def _addmm(acc, a, b, beta):
+    torch.addmm(acc, a, b, beta=beta, out_dtype=acc.dtype, out=acc)
+
+
+_library = torch.library.Library("sft_kernels", "FRAGMENT")
+_library.define("addmm_(Tensor(a!) acc, Tensor a, Tensor b, int beta) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("addmm_", _addmm, "CUDA")
+torch.library.register_fake("sft_kernels::addmm_", lambda acc, a, b, beta: None, lib=_library)

@@ -12,21 +12,22 @@ def loss(core, x, weight, bias, targets, chunk, stats):
     return RowStats.cat(parts)
 
 
-def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stats, dx_dtype):
+def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stats, dx_dtype, rounded):
     """Row statistics, and the gradients of ``Σ scale · loss`` by x, W and b; one that ``needs`` does not name is None.
 
     ::
 
         dlogits = scale · ∂loss / ∂logits      dx = dlogits W      dW = dlogitsᵀ x      db = Σ_i dlogits_i
 
-    With one chunk dW is one product, rounded once; with several it is summed in fp32, as db always is.
+    With one chunk dW is one product, rounded once; with several it is summed in fp32, as db always is. Unless
+    ``rounded``, dW and db stay in the dtype of their sums.
     """
     K, V = x.shape[0], weight.shape[0]
     spans = _chunks(K, chunk)
     dx = x.new_empty(x.shape, dtype=dx_dtype) if needs.dx else None
     dw = db = None
     if needs.dw:
-        dtype = weight.dtype if len(spans) == 1 else matmul.accumulator_dtype(weight.dtype)
+        dtype = weight.dtype if rounded and len(spans) == 1 else matmul.accumulator_dtype(weight.dtype)
         dw = torch.empty(V, weight.shape[1], dtype=dtype, device=weight.device)
     if needs.db:
         db = torch.zeros(V, dtype=matmul.accumulator_dtype(x.dtype), device=x.device)
@@ -43,8 +44,9 @@ def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stat
         if needs.db:
             db += matmul.grad_bias(dlogits)
         del dlogits  # before the next chunk's logits are made
-    dw = dw.to(weight.dtype) if needs.dw else None
-    return RowStats.cat(parts), (dx, dw, db.to(bias.dtype) if needs.db else None)
+    if rounded:
+        dw, db = (None if d is None else d.to(t.dtype) for d, t in ((dw, weight), (db, bias)))
+    return RowStats.cat(parts), (dx, dw, db)
 
 
 def _chunks(K, chunk):

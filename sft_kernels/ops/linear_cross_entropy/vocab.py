@@ -23,9 +23,12 @@ def loss(core, x, weight, bias, targets, chunk, stats):
     )
 
 
-def gradients(core, x, weight, bias, targets, scale, lse, chunk, needs):
-    """The gradients of ``Σ scale · loss`` by x, W and b, given the rows' logsumexp; one that ``needs`` does not name is
-    None."""
+def gradients(core, x, weight, bias, targets, scale, lse, chunk, needs, factor):
+    """The gradients of ``factor · Σ scale · loss`` by x, W and b, given the rows' logsumexp.
+
+    One that ``needs`` does not name is None. ``factor`` (0-d, or None for 1) multiplies sums in fp32, before they are
+    rounded.
+    """
     dx = torch.zeros(x.shape, dtype=matmul.accumulator_dtype(x.dtype), device=x.device) if needs.dx else None
     dw = torch.empty_like(weight) if needs.dw else None
     db = torch.empty_like(bias) if needs.db else None
@@ -36,12 +39,17 @@ def gradients(core, x, weight, bias, targets, scale, lse, chunk, needs):
         core(dlogits, targets - s.start, scale=scale, lse=lse)
         if needs.dx:
             matmul.accumulate(dx, dlogits, w)
-        if needs.dw:
+        if needs.dw and factor is None:
             matmul.grad_weight(dlogits, x, dw[s])
+        elif needs.dw:
+            part = torch.empty_like(dw[s], dtype=matmul.accumulator_dtype(x.dtype))
+            matmul.grad_weight(dlogits, x, part)
+            dw[s] = part.mul_(factor)
         if needs.db:
-            db[s] = matmul.grad_bias(dlogits)
+            part = matmul.grad_bias(dlogits)
+            db[s] = part if factor is None else part * factor
         del dlogits  # before the next chunk's logits are made
-    return dx, dw, db
+    return dx if dx is None or factor is None else dx.mul_(factor), dw, db
 
 
 def _chunks(V, chunk):

@@ -5,7 +5,7 @@ rare in fine-tuning, and torch has them.
 """
 
 import torch
-import torch.nn.functional as F
+from torch.nn.functional import cross_entropy as torch_cross_entropy  # by its name may stand ours, later
 
 from .options import LossOptions
 from .reduction import LossStats
@@ -28,7 +28,7 @@ def composed_loss(core, logits, target, weight, scale, inside, keep, options, re
             target = labels = target if inside is None else target.where(inside, 0)
         if weight is not None:
             weight = weight.to(dtype)
-        losses = F.cross_entropy(u, target, weight, reduction="none", label_smoothing=options.label_smoothing)
+        losses = torch_cross_entropy(u, target, weight, reduction="none", label_smoothing=options.label_smoothing)
         if options.z_loss:
             penalty = options.z_loss * u.logsumexp(1).square()
             if weight is not None:

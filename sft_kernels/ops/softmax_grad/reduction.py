@@ -182,15 +182,13 @@ def differentiable_once(backward):
     return checked
 
 
-def hold_back(scale, summed, *dtypes):
-    """In fp16 a power of two is kept out of ``scale`` until the upstream gradient is known: it, and what stays.
+def hold_back(scale, steepest):
+    """Split ``scale`` ``[K]`` into ``(power_of_two, rest)``, so that fp16 holds ``dlogits``.
 
-    What stays is about 1 / ``summed``, the number of rows that a gradient is a sum over: so large that ``dlogits`` does
-    not fall below fp16's range, no larger than that the sum stays within.
+    ``dlogits`` are computed with ``rest``: they use fp16's range up to 2¹⁵ and do not underflow. Multiply sums of them
+    by ``power_of_two`` in fp32, together with the upstream gradient. ``steepest`` bounds the gradient of a row's loss.
     """
-    if torch.float16 not in dtypes or scale.numel() == 0:
-        return None, scale
-    largest = scale.abs().amax() * summed
+    largest = scale.abs().amax() * (steepest * 2**-14)
     back = torch.exp2(torch.floor(torch.log2(largest))).where(largest > 0, 1)
     return back, scale / back
 

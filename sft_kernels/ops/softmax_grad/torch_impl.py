@@ -30,6 +30,8 @@ def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False, 
     Returns:
         :class:`RowStats` of this slice; None where ``lse`` was given.
     """
+    if keep is not None and torch.compiler.is_compiling():
+        return _masked(logits, target, options, scale, lse, stats, keep, out)
     N, V = logits.shape
     bytes_per_block = _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES_DEVICE)
     length = max(1, bytes_per_block // (4 * max(V, 1)))
@@ -52,6 +54,14 @@ def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False, 
     if rows is None:
         return found
     return RowStats(*(None if t is None else t.new_zeros(N).index_copy_(0, rows, t) for t in found))
+
+
+def _masked(logits, target, options, scale, lse, stats, keep, out):
+    """The same without counting the rows to keep, which a compiler cannot: the others are computed and left out."""
+    row_stats, gradient = _block(logits.where(keep[:, None], 0), target, options, scale, lse, stats)
+    if gradient is not None:
+        (logits if out is None else out).copy_(gradient.where(keep[:, None], 0))
+    return row_stats and RowStats(*(None if t is None else t.where(keep, 0) for t in row_stats))
 
 
 def _block(logits, target, options, scale, lse, stats):
