@@ -46,6 +46,11 @@ class LossOptions(NamedTuple):
         return cls(classes, *given.values())
 
     @property
+    def tanh_scale(self):
+        """s / c, which multiplies a logit in the argument of tanh; None without a ``softcap``."""
+        return None if self.softcap is None else (self.logit_scale or 1.0) / self.softcap
+
+    @property
     def steepest(self):
         """A bound on |∂loss/∂x| over logits that fp16 can hold."""
         slope = self.logit_scale or 1.0
@@ -63,7 +68,7 @@ class LossOptions(NamedTuple):
 
         1 − tanh² is 4 e / (1 + e)² with e = exp(−2 |s x / c|), which keeps its digits where the cap is reached.
         """
-        e = torch.exp(x.abs() * (-2 * (self.logit_scale or 1.0) / self.softcap))
+        e = torch.exp(x.abs() * (-2 * self.tanh_scale))
         return 4 * e / (1 + e).square_()
 
 

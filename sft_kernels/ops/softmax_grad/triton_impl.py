@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._triton import tanh
+from ..._triton import on, tanh
 from . import operators
 from .options import LossOptions
 
@@ -21,22 +21,20 @@ _SCALE_PROGRAMS = 1024  # at most: where the factor is 1 they are all that it co
 
 
 @triton.jit
-def _shape(x, m, softcap, logit_scale, CAPPED: tl.constexpr, SCALED: tl.constexpr):
+def _shape(x, m, softcap, logit_scale, tanh_scale, CAPPED: tl.constexpr, SCALED: tl.constexpr):
     """Logits scaled, then capped; where not ``m`` they stay -inf."""
-    if SCALED:
-        x = x * logit_scale
     if CAPPED:
-        x = tl.where(m, tanh(x / softcap) * softcap, float("-inf"))
+        x = tl.where(m, tanh(x * tanh_scale) * softcap, float("-inf"))
+    elif SCALED:
+        x = x * logit_scale
     return x
 
 
 @triton.jit
-def _slope(x, softcap, logit_scale, SCALED: tl.constexpr):
+def _slope(x, tanh_scale):
     """1 − tanh² of the capped logits' argument, with its digits also where the cap is reached."""
-    if SCALED:
-        x = x * logit_scale
-    e = tl.exp(tl.abs(x) * (-2.0 / softcap))
-    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+    e = tl.exp(tl.abs(x) * (-2.0 * tanh_scale))
+    return tl.div_rn(4.0 * e, (1.0 + e) * (1.0 + e))
 
 
 @triton.jit
@@ -71,6 +69,7 @@ def _softmax_grad_kernel(
     stride_out,
     softcap,
     logit_scale,
+    tanh_scale,  # logit_scale / softcap, divided on the host: a division of the GPU's is not rounded right
     z_loss,
     smoothing,  # ε
     uniform,  # ε / classes
@@ -118,7 +117,7 @@ def _softmax_grad_kernel(
         p_e = (o_n * stride)[:, None] + c_e
 
     x_y = tl.load(logits + o_n * stride + y, mask=here, other=float("-inf")).to(tl.float32)
-    u_y = tl.where(here, _shape(x_y, here, softcap, logit_scale, CAPPED, SCALED), float("-inf"))
+    u_y = tl.where(here, _shape(x_y, here, softcap, logit_scale, tanh_scale, CAPPED, SCALED), float("-inf"))
 
     if HAS_LSE:
         row_lse = tl.load(given_lse + o_n, mask=live, other=0.0)
@@ -145,7 +144,7 @@ def _softmax_grad_kernel(
                 ahead = _tile(logits, first, o_g + GROUPS, live[:, None] & (o_g + GROUPS < groups[:, None]))
             else:
                 x = _tile(logits, first, o_g, live[:, None] & (o_g < groups[:, None])).to(tl.float32)
-            u = _shape(x, m_g, softcap, logit_scale, CAPPED, SCALED)
+            u = _shape(x, m_g, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
             highest = tl.maximum(m, tl.max(u, 2))
             b = _base(highest)
             below = u - b[:, :, None]
@@ -161,7 +160,7 @@ def _softmax_grad_kernel(
         top = tl.maximum(tl.max(m, 1), u_y)
         if EDGES:
             x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=float("-inf")).to(tl.float32)
-            u_e = _shape(x_e, m_e, softcap, logit_scale, CAPPED, SCALED)
+            u_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
             top = tl.maximum(top, tl.max(u_e, 1))
         base = _base(top)
         b = _base(m)
@@ -216,24 +215,24 @@ def _softmax_grad_kernel(
             p_out = first_out[:, None, None] + (o_g * _VEC)[:, :, None] + o_v
             x = tl.load(logits + p, mask=live[:, None, None] & m_g, other=0.0, eviction_policy="evict_first")
             x = x.to(tl.float32)
-            u = _shape(x, m_g, softcap, logit_scale, CAPPED, SCALED)
+            u = _shape(x, m_g, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
             d = factor[:, None, None] * tl.exp(u - base[:, None, None])
             if SMOOTHED:
                 d -= (a * uniform)[:, None, None]
             d = tl.where(c == y[:, None, None], at_y[:, None, None], d)
             if CAPPED:
-                d *= _slope(x, softcap, logit_scale, SCALED)
+                d *= _slope(x, tanh_scale)
             d = tl.where(live[:, None, None], d, 0.0)
             tl.store(out + p_out, d.to(out.dtype.element_ty), mask=m_n[:, None, None] & m_g)
         if EDGES:
             x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=0.0).to(tl.float32)
-            u_e = _shape(x_e, m_e, softcap, logit_scale, CAPPED, SCALED)
+            u_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
             d_e = factor[:, None] * tl.exp(u_e - base[:, None])
             if SMOOTHED:
                 d_e -= (a * uniform)[:, None]
             d_e = tl.where(c_e == y[:, None], at_y[:, None], d_e)
             if CAPPED:
-                d_e *= _slope(x_e, softcap, logit_scale, SCALED)
+                d_e *= _slope(x_e, tanh_scale)
             d_e = tl.where(live[:, None], d_e, 0.0)
             p_out_e = (o_n * stride_out)[:, None] + c_e
             tl.store(out + p_out_e, d_e.to(out.dtype.element_ty), mask=m_n[:, None] & m_e)
@@ -278,39 +277,41 @@ def launch(logits, out, target, scale, lse, keep, options, stats):
     aligned = (stride - stride_out) % 8 == 0
     groups = min(triton.next_power_of_2(triton.cdiv(V, 8)), _GROUPS)
     rows = _GROUPS // groups  # whatever N: a row's sums must not depend on its neighbours
-    _softmax_grad_kernel[(triton.cdiv(N, rows),)](
-        source,
-        destination,
-        target,
-        scale,
-        lse,
-        keep,
-        *fields,
-        N,
-        V,
-        stride,
-        stride_out,
-        options.softcap,
-        options.logit_scale,
-        options.z_loss,
-        options.label_smoothing,
-        options.label_smoothing / options.classes,
-        HAS_SCALE=scale is not None,
-        HAS_LSE=lse is not None,
-        HAS_KEEP=keep is not None,
-        STATS=stats,
-        SMOOTHED=bool(options.label_smoothing),
-        CAPPED=options.softcap is not None,
-        SCALED=options.logit_scale is not None,
-        PENALISED=bool(options.z_loss),
-        ALIGNED=aligned,
-        SKIP=aligned and stride % 8 != 0,
-        EDGES=stride % 8 != 0 or V % 8 != 0,
-        AHEAD=groups * 8 < V and options.softcap is None,  # else there is nothing ahead, or no register left
-        ROWS=rows,
-        GROUPS=groups,
-        num_warps=max(1, rows * groups // 64),
-    )
+    with on(logits.device):
+        _softmax_grad_kernel[(triton.cdiv(N, rows),)](
+            source,
+            destination,
+            target,
+            scale,
+            lse,
+            keep,
+            *fields,
+            N,
+            V,
+            stride,
+            stride_out,
+            options.softcap,
+            options.logit_scale,
+            options.tanh_scale,
+            options.z_loss,
+            options.label_smoothing,
+            options.label_smoothing / options.classes,
+            HAS_SCALE=scale is not None,
+            HAS_LSE=lse is not None,
+            HAS_KEEP=keep is not None,
+            STATS=stats,
+            SMOOTHED=bool(options.label_smoothing),
+            CAPPED=options.softcap is not None,
+            SCALED=options.logit_scale is not None,
+            PENALISED=bool(options.z_loss),
+            ALIGNED=aligned,
+            SKIP=aligned and stride % 8 != 0,
+            EDGES=stride % 8 != 0 or V % 8 != 0,
+            AHEAD=groups * 8 < V and options.softcap is None,  # else there is nothing ahead, or no register left
+            ROWS=rows,
+            GROUPS=groups,
+            num_warps=max(1, rows * groups // 64),
+        )
     if scale is not None and destination is not out:
         out.copy_(destination)
     return fields
@@ -344,7 +345,8 @@ def _scale(gradient, factor):
         gradient.mul_(factor)
     elif n := gradient.numel():
         programs = min(max(1, n // _SCALE_BLOCK), _SCALE_PROGRAMS)
-        _scale_kernel[(programs,)](gradient, factor, n, BLOCK=_SCALE_BLOCK, num_warps=8)
+        with on(gradient.device):
+            _scale_kernel[(programs,)](gradient, factor, n, BLOCK=_SCALE_BLOCK, num_warps=8)
 
 
 for _schema in operators.SCHEMAS:
