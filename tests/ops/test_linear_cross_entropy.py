@@ -366,6 +366,45 @@ def test_holding_back_does_not_push_the_weight_gradient_over_fp16s_range(half_pr
 
 
 @CHUNKING
+@pytest.mark.parametrize("products", ["fp32", "fp16"])
+def test_a_steep_z_loss_does_not_push_the_weight_gradient_over_fp16s_range(request, chunking, products):
+    """|dlogits| reaches 2 ζ lse, here 2048: sums of them fit fp16 only with the divisor. The logits are exact."""
+    if products == "fp16":
+        request.getfixturevalue("half_products")
+    y = labels(n=8, masked=0)
+    check_against_plain(
+        lambda h, w: linear_cross_entropy(h, w, y, chunking=chunking, z_loss=1.0, num_items=1000),
+        lambda h, w: plain_cross_entropy(F.linear(h, w), y, z_loss=1.0, num_items=1000),
+        (256 * torch.eye(8, 16).half(), torch.randint(-4, 5, (V, 16)).half()),
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_kept_in_fp32_is_not_rounded_to_half_precision(dtype):
+    """The first chunk of dW begins its accumulator."""
+    dlogits, x = torch.randn(300, 500).to(dtype), torch.randn(300, D).to(dtype)
+    exact, out = dlogits.double().T @ x.double(), torch.empty(500, D)
+    matmul.grad_weight(dlogits, x, out)
+    assert (out - exact).abs().max() <= 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_gradient_of_the_input_is_summed_in_fp32_even_where_the_product_is_split(dtype, monkeypatch):
+    """A product whose parts are added in half precision, as cuBLAS may where there are few rows and a long sum."""
+
+    def split(a, b, out):
+        parts = zip(a.chunk(7, 1), b.chunk(7), strict=True)
+        return out.copy_(sum((x.float() @ y.float()).to(out.dtype) for x, y in parts))
+
+    monkeypatch.setattr(torch, "mm", split)
+    dlogits, weight = torch.randn(5, 700).to(dtype), torch.randn(700, D).to(dtype)
+    exact, out = dlogits.double() @ weight.double(), torch.empty(5, D, dtype=dtype)
+    matmul.grad_input(dlogits, weight, out)
+    summed = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
+    assert ((out - exact).abs() <= 0.5 * torch.finfo(dtype).eps * exact.abs() + summed).all()
+
+
+@CHUNKING
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("products", ["fp32", "own"])
 @pytest.mark.parametrize("offset", [0, 64])

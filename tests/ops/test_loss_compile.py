@@ -9,6 +9,11 @@ from sft_kernels._budget import check
 
 from .helpers import D, N, V, labels, same_bits
 
+LOOPS = {
+    "tokens": {},
+    "token chunks": {"chunking": "tokens", "max_logits_bytes": 9 * V * 4},
+    "vocab": {"chunking": "vocab", "max_logits_bytes": 48 * N * 4},
+}
 IMPLS = pytest.mark.parametrize("impl", ["torch", "triton", "cuda"])
 
 
@@ -46,10 +51,10 @@ def compare(loss, tensors, backend="aot_eager"):
 @IMPLS
 @pytest.mark.parametrize("capacity", [None, N])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("loop", [{}, {"chunking": "vocab", "max_logits_bytes": 48 * N * 4}], ids=["tokens", "vocab"])
+@pytest.mark.parametrize("loop", ["tokens", "vocab"])
 def test_linear_cross_entropy(impl, capacity, reduction, loop):
     kept = KeptTokens.from_labels(labels(), capacity=capacity)
-    compare(linear(kept, impl=impl, reduction=reduction, **loop), (*leaves(), kept.rows, kept.targets))
+    compare(linear(kept, impl=impl, reduction=reduction, **LOOPS[loop]), (*leaves(), kept.rows, kept.targets))
 
 
 def test_with_every_scalar_option_and_statistics():
@@ -63,10 +68,43 @@ def test_with_every_scalar_option_and_statistics():
     assert same_bits(compiled, eager)
 
 
-def test_cross_entropy():
-    logits, y = (2 * torch.randn(N, V)).requires_grad_(), labels()
-    for options in ({}, {"reduction": "none"}, {"label_smoothing": 0.1, "softcap": 5.0}):
-        compare(lambda x, t: cross_entropy(x, t, impl="triton", **options), (logits, y))  # noqa: B023
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("loop", [*LOOPS])
+def test_products_in_half_precision(half_products, loop, dtype):
+    kept = KeptTokens.from_labels(labels())
+    tensors = [t.detach().to(dtype).requires_grad_() for t in leaves()]
+    loss = linear(kept, impl="triton", **LOOPS[loop])
+    tensors = (*tensors, kept.rows, kept.targets)
+    found, reference = (
+        torch.autograd.grad(function(*tensors), tensors[:2])
+        for function in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss)
+    )
+    assert same_bits(found, reference)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"label_smoothing": 0.1, "softcap": 5.0}, {"num_items": 7}], ids=str
+)
+def test_cross_entropy(impl, dtype, options):
+    logits, y = (2 * torch.randn(N, V)).to(dtype).requires_grad_(), labels()
+    compare(lambda x, t: cross_entropy(x, t, impl=impl, **options), (logits, y))
+
+
+def test_cross_entropy_of_masked_rows_that_are_not_numbers():
+    logits, y = torch.randn(N, V), labels()
+    logits[y == -100] = float("nan")
+    compare(lambda x, t: cross_entropy(x, t), (logits.requires_grad_(), y))
+
+
+@pytest.mark.parametrize("poison", [0.0, float("nan")])
+def test_what_is_torchs_own_code(poison):
+    logits, y, weight = torch.randn(N, V), labels(), torch.rand(V)
+    logits[y == -100] = poison
+    logits.requires_grad_()
+    compare(lambda x, t: cross_entropy(x, t, weight, label_smoothing=0.1), (logits, y))
+    compare(lambda x, t: cross_entropy(x, t), (torch.randn(N, V, requires_grad=True), torch.rand(N, V).softmax(1)))
 
 
 @IMPLS

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft_kernels import LossStats, cross_entropy
+from sft_kernels import KeptTokens, LossStats, cross_entropy, linear_cross_entropy
 from sft_kernels._budget import check
 from sft_kernels.ops.softmax_grad import reduction, torch_impl
 
-from .helpers import DTYPES, LOSSES, N, V, Watch, labels, run, same_bits
+from .helpers import DTYPES, LOSSES, D, N, V, Watch, labels, run, same_bits
 
 
 @pytest.fixture(params=LOSSES, ids=lambda loss: loss.name)
@@ -289,6 +289,43 @@ def test_an_input_that_is_not_floating_point_is_named(loss):
     rows, *rest = loss.tensors()
     with pytest.raises(TypeError, match="input"):
         loss.ours(rows.long(), *rest, labels())
+
+
+UNSUPPORTED = {
+    "fp8": lambda t: t.to(torch.float8_e4m3fn),
+    "coo": lambda t: t.to_sparse(),
+    "csr": lambda t: torch.atleast_2d(t).to_sparse_csr(),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "jagged": lambda t: torch.nested.nested_tensor([t, t], layout=torch.jagged),
+}
+
+
+@pytest.mark.parametrize("kind", [*UNSUPPORTED])
+@pytest.mark.parametrize("function", [cross_entropy, linear_cross_entropy])
+def test_fp8_sparse_and_nested_tensors_are_refused_by_name(function, kind):
+    given = {"input": torch.randn(N, V), "target": labels()}
+    if function is linear_cross_entropy:
+        given |= {"input": torch.randn(N, D), "linear_weight": torch.randn(V, D), "linear_bias": torch.randn(V)}
+    given |= {"weight": torch.rand(V), "token_weight": torch.rand(N), "num_items": torch.tensor(7.0)}
+    function(**given)
+    for name, value in given.items():
+        if kind in ("csr", "nested", "jagged") and name == "num_items":  # which has no dimensions
+            continue
+        if kind == "fp8" and name in ("target", "num_items"):  # probabilities below; a number of any dtype is one
+            continue
+        with pytest.raises(TypeError, match=f"^{name}: expected"):
+            function(**given | {name: UNSUPPORTED[kind](value)})
+
+
+def test_probabilities_in_fp8_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"^target: expected floating point"):
+        cross_entropy(torch.randn(N, V), torch.rand(N, V).to(torch.float8_e4m3fn))
+
+
+@pytest.mark.parametrize("kind", ["coo", "csr", "nested", "jagged"])
+def test_labels_that_are_not_dense_are_refused_by_name(kind):
+    with pytest.raises(TypeError, match=r"^labels: expected a dense tensor"):
+        KeptTokens.from_labels(UNSUPPORTED[kind](labels()))
 
 
 def test_the_losses_agree_with_each_other(loss):

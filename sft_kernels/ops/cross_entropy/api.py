@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..._checks import check_floating
 from ..softmax_grad.api import Core
 from ..softmax_grad.composed import composed_loss
 from ..softmax_grad.options import LossOptions
@@ -116,10 +117,9 @@ def cross_entropy(
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1`` (elsewhere the loss
             is NaN).
     """
-    if not isinstance(input, torch.Tensor) or input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
+    check_floating("input", input)
+    if input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
         raise ValueError("input: expected logits of shape [V], [N, V] or [N, V, d1, …]")
-    if not input.is_floating_point():
-        raise TypeError(f"input: expected floating point, got {input.dtype}")
     classes = min(1, input.dim() - 1)  # the dimension of the classes
     V = input.shape[classes]
     shape = input.shape[:classes] + input.shape[classes + 1 :]

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..._checks import check_floating
 from ..softmax_grad.api import Core
 from ..softmax_grad.composed import composed_loss
 from ..softmax_grad.options import LossOptions
@@ -15,7 +16,6 @@ from ..softmax_grad.reduction import (
     check_labels,
     check_options,
     check_target,
-    check_tensor,
     differentiable_once,
     hold_back,
     reduce_rows,
@@ -241,7 +241,7 @@ def linear_cross_entropy(
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1``; elsewhere the loss
             is NaN.
     """
-    check_tensor("linear_weight", linear_weight)
+    check_floating("linear_weight", linear_weight)
     shards = None if process_group is None else Shards.of(linear_weight, process_group)
     linear_weight, linear_bias = local_head(linear_weight, linear_bias, shards)
     input, target = replicated(input, "input", shards), replicated(target, "target", shards)
@@ -345,12 +345,10 @@ def _whole_logits(hidden, weight, bias, rows, keep, dtype):
 
 
 def _check_head(input, linear_weight, linear_bias):
-    if not isinstance(input, torch.Tensor) or input.dim() == 0:
+    check_floating("input", input)
+    if input.dim() == 0:
         raise ValueError("input: expected a tensor of shape [..., D]")
-    if not input.is_floating_point():
-        raise TypeError(f"input: expected floating point, got {input.dtype}")
     D = input.shape[-1]
-    check_tensor("linear_weight", linear_weight)
     if linear_weight.dim() < 2 or linear_weight.shape[-1] != D or linear_weight.shape[0] == 0:
         raise ValueError(f"linear_weight: expected shape [V, {D}], got {tuple(linear_weight.shape)}")
     if linear_weight.dim() > 2 and input.dim() != 2:
@@ -359,15 +357,13 @@ def _check_head(input, linear_weight, linear_bias):
         )
     head = {"linear_weight": linear_weight}
     if linear_bias is not None:
-        check_tensor("linear_bias", linear_bias)
+        check_floating("linear_bias", linear_bias)
         head["linear_bias"] = linear_bias
         if linear_bias.shape != linear_weight.shape[:-1]:
             raise ValueError(
                 f"linear_bias: expected shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
             )
     for name, tensor in head.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected floating point, got {tensor.dtype}")
         if tensor.device != input.device:
             raise ValueError(f"{name}: expected device {input.device} as input, got {tensor.device}")
         if not torch.is_autocast_enabled(input.device.type) and tensor.dtype != input.dtype:

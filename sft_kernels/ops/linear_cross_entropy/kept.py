@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ..._checks import check_tensor
+
 
 class KeptTokens(NamedTuple):
     """The supervised tokens of a batch, found once where the labels are still on the host.
@@ -33,8 +35,7 @@ class KeptTokens(NamedTuple):
 
         Raises ``TypeError`` for labels of another dtype, ``ValueError`` where more tokens are kept than ``capacity``.
         """
-        if not isinstance(labels, torch.Tensor):
-            raise TypeError(f"labels: expected a tensor, got {type(labels).__name__}")
+        check_tensor("labels", labels)
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
         if not isinstance(ignore_index, int):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..._backend import checks_enabled
+from ..._checks import check_floating, check_tensor
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -46,6 +47,7 @@ def check_options(reduction, num_items=None, token_weight=None, target_shape=Non
         if reduction != "mean":
             raise ValueError(f"num_items replaces the divisor of reduction='mean'; got reduction={reduction!r}")
         if isinstance(num_items, torch.Tensor):
+            check_tensor("num_items", num_items)
             if num_items.dim() != 0:
                 raise ValueError(f"num_items: expected a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
             if num_items.requires_grad:
@@ -55,22 +57,15 @@ def check_options(reduction, num_items=None, token_weight=None, target_shape=Non
         elif not 0 <= num_items < math.inf:
             raise ValueError(f"num_items: expected a count, got {num_items}")
     if token_weight is not None:
-        check_tensor("token_weight", token_weight)
+        check_floating("token_weight", token_weight)
         if token_weight.shape != target_shape:
             raise ValueError(
                 f"token_weight: expected the shape of target {tuple(target_shape)}, got {tuple(token_weight.shape)}"
             )
-        if not token_weight.is_floating_point():
-            raise TypeError(f"token_weight: expected floating point, got {token_weight.dtype}")
         if token_weight.device != device:
             raise ValueError(f"token_weight: expected device {device} as input, got {token_weight.device}")
         if token_weight.requires_grad:
             raise ValueError("token_weight is a constant of the loss: detach it")
-
-
-def check_tensor(name, value):
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def check_target(target, shape, probabilities_shape, device):
@@ -80,7 +75,9 @@ def check_target(target, shape, probabilities_shape, device):
     """
     check_tensor("target", target)
     probabilities = target.is_floating_point() and target.shape == probabilities_shape
-    if not probabilities:
+    if probabilities:
+        check_floating("target", target)
+    else:
         if target.shape != shape:
             raise ValueError(
                 f"target: expected class indices of shape {tuple(shape)} or probabilities of shape"
@@ -97,11 +94,9 @@ def check_class_weight(weight, V, device):
     """Raise for class weights that do not fit ``V`` classes."""
     if weight is None:
         return
-    check_tensor("weight", weight)
+    check_floating("weight", weight)
     if weight.shape != (V,):
         raise ValueError(f"weight: expected one factor for each of {V} classes, got shape {tuple(weight.shape)}")
-    if not weight.is_floating_point():
-        raise TypeError(f"weight: expected floating point, got {weight.dtype}")
     if weight.device != device:
         raise ValueError(f"weight: expected device {device} as input, got {weight.device}")
     if weight.requires_grad:
