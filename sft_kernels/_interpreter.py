@@ -6,7 +6,8 @@ truncates, which makes an infinity of some NaNs, and denormals come out wrong ei
 multiplied as torch does it, and any other operation on it raises.
 
 The interpreter's ``tl.dot`` is NumPy's product, and the order in which that sums depends on the CPU. Here it is summed
-in fp64 and rounded once: products of fp32 are exact in fp64, so the order no longer shows.
+in fp64 and rounded once: products of fp32 are exact in fp64, so the order no longer shows. So is ``tl.fma`` of fp32,
+which the interpreter rounds twice and a GPU once.
 """
 
 import functools
@@ -69,7 +70,17 @@ def _replace(builder, reductions):
             total = (np.matmul(a, b) + total).astype(acc.data.dtype)
         return interpreter.TensorHandle(total, acc.dtype.scalar)
 
-    builder.cast_impl, builder.create_fp_to_fp, builder.create_dot = cast_impl, create_fp_to_fp, create_dot
+    refusing_fma = builder.create_fma
+
+    def create_fma(self, x, y, z):
+        if x.dtype.scalar != tl.float32:
+            return refusing_fma(self, x, y, z)
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = (x.data.astype(np.float64) * y.data + z.data).astype(np.float32)
+        return interpreter.TensorHandle(found, tl.float32)
+
+    builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
+    builder.create_dot, builder.create_fma = create_dot, create_fma
 
 
 def _widened(bits):

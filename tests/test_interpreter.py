@@ -138,6 +138,20 @@ def test_dot_is_rounded_once():
     same(out, (a.double() @ b.double() + c.double()).float())
 
 
+@triton.jit
+def fma_kernel(x, y, z, out, N: tl.constexpr):
+    o = tl.arange(0, N)
+    tl.store(out + o, tl.fma(tl.load(x + o), tl.load(y + o), tl.load(z + o)))
+
+
+def test_fma_is_rounded_once():
+    x, y = torch.randn(256), torch.randn(256)
+    out = torch.empty(256)
+    fma_kernel[(1,)](x, y, -x * y, out, 256)
+    same(out, (x.double() * y.double() - (x * y).double()).float())
+    assert out.count_nonzero() > 100
+
+
 _BITS_OF_A_DOT = """
 import torch
 from tests.test_interpreter import dot_kernel

@@ -6,9 +6,9 @@ both loops compute and move; ``"auto"`` takes the one with less FLOPs + B · byt
 - ``tokens``: gradients with the forward, 2 · K · D · V FLOPs for each of the products asked for (three in training).
 - ``vocab``: one more product to recompute the logits.
 
-Memory beside the inputs and the gradients: the logits of one chunk and the gathered rows, and with several chunks of
-tokens a fp32 gradient of the weight (none where the weight is fp32), with vocabulary chunks a fp32 gradient of the
-rows.
+Memory beside the inputs and the gradients: the logits of one chunk and the gathered rows; with several chunks of
+tokens, or in fp16, a fp32 gradient of the weight (none where the weight is fp32); with vocabulary chunks a fp32
+gradient of the rows.
 """
 
 from typing import NamedTuple

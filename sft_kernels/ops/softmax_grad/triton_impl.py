@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._triton import on, tanh
+from ..._triton import on, tanh_and_slope
 from . import operators
 from .options import LossOptions
 
@@ -22,19 +22,14 @@ _SCALE_PROGRAMS = 1024  # at most: where the factor is 1 they are all that it co
 
 @triton.jit
 def _shape(x, m, softcap, logit_scale, tanh_scale, CAPPED: tl.constexpr, SCALED: tl.constexpr):
-    """Logits scaled, then capped; where not ``m`` they stay -inf."""
+    """Logits scaled, then capped, where not ``m`` -inf; and the slope of the cap, 1 − tanh²."""
+    slope = 1.0
     if CAPPED:
-        x = tl.where(m, tanh(x * tanh_scale) * softcap, float("-inf"))
+        x, slope = tanh_and_slope(x * tanh_scale)
+        x = tl.where(m, x * softcap, float("-inf"))
     elif SCALED:
         x = x * logit_scale
-    return x
-
-
-@triton.jit
-def _slope(x, tanh_scale):
-    """1 − tanh² of the capped logits' argument, with its digits also where the cap is reached."""
-    e = tl.exp(tl.abs(x) * (-2.0 * tanh_scale))
-    return tl.div_rn(4.0 * e, (1.0 + e) * (1.0 + e))
+    return x, slope
 
 
 @triton.jit
@@ -117,7 +112,8 @@ def _softmax_grad_kernel(
         p_e = (o_n * stride)[:, None] + c_e
 
     x_y = tl.load(logits + o_n * stride + y, mask=here, other=float("-inf")).to(tl.float32)
-    u_y = tl.where(here, _shape(x_y, here, softcap, logit_scale, tanh_scale, CAPPED, SCALED), float("-inf"))
+    u_y = _shape(x_y, here, softcap, logit_scale, tanh_scale, CAPPED, SCALED)[0]
+    u_y = tl.where(here, u_y, float("-inf"))
 
     if HAS_LSE:
         row_lse = tl.load(given_lse + o_n, mask=live, other=0.0)
@@ -144,7 +140,7 @@ def _softmax_grad_kernel(
                 ahead = _tile(logits, first, o_g + GROUPS, live[:, None] & (o_g + GROUPS < groups[:, None]))
             else:
                 x = _tile(logits, first, o_g, live[:, None] & (o_g < groups[:, None])).to(tl.float32)
-            u = _shape(x, m_g, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
+            u = _shape(x, m_g, softcap, logit_scale, tanh_scale, CAPPED, SCALED)[0]
             highest = tl.maximum(m, tl.max(u, 2))
             b = _base(highest)
             below = u - b[:, :, None]
@@ -160,7 +156,7 @@ def _softmax_grad_kernel(
         top = tl.maximum(tl.max(m, 1), u_y)
         if EDGES:
             x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=float("-inf")).to(tl.float32)
-            u_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
+            u_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)[0]
             top = tl.maximum(top, tl.max(u_e, 1))
         base = _base(top)
         b = _base(m)
@@ -215,24 +211,24 @@ def _softmax_grad_kernel(
             p_out = first_out[:, None, None] + (o_g * _VEC)[:, :, None] + o_v
             x = tl.load(logits + p, mask=live[:, None, None] & m_g, other=0.0, eviction_policy="evict_first")
             x = x.to(tl.float32)
-            u = _shape(x, m_g, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
+            u, slope = _shape(x, m_g, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
             d = factor[:, None, None] * tl.exp(u - base[:, None, None])
             if SMOOTHED:
                 d -= (a * uniform)[:, None, None]
             d = tl.where(c == y[:, None, None], at_y[:, None, None], d)
             if CAPPED:
-                d *= _slope(x, tanh_scale)
+                d *= slope
             d = tl.where(live[:, None, None], d, 0.0)
             tl.store(out + p_out, d.to(out.dtype.element_ty), mask=m_n[:, None, None] & m_g)
         if EDGES:
             x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=0.0).to(tl.float32)
-            u_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
+            u_e, slope_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
             d_e = factor[:, None] * tl.exp(u_e - base[:, None])
             if SMOOTHED:
                 d_e -= (a * uniform)[:, None]
             d_e = tl.where(c_e == y[:, None], at_y[:, None], d_e)
             if CAPPED:
-                d_e *= _slope(x_e, tanh_scale)
+                d_e *= slope_e
             d_e = tl.where(live[:, None], d_e, 0.0)
             p_out_e = (o_n * stride_out)[:, None] + c_e
             tl.store(out + p_out_e, d_e.to(out.dtype.element_ty), mask=m_n[:, None] & m_e)
