@@ -206,6 +206,14 @@ class AdamW(torch.optim.AdamW):
         self._implementation()(self)
         return loss
 
+    def _torch_step(self):
+        """torch's own step. ``super()`` finds it even if this class has taken torch's name, ``torch.optim.AdamW``."""
+        step = super().step.__func__
+        # torch wraps the step of a class to run step hooks. Ours is wrapped already, and hooks run once.
+        if getattr(step, "hooked", False):
+            step = step.__wrapped__
+        step(self)
+
     def _device(self):
         return next((p.device for group in self.param_groups for p in group["params"]), None)
 

@@ -18,10 +18,10 @@ def step(optimizer):
     _prepare(optimizer)
     measured = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
     if not measured and not optimizer._mixed:
-        return _torch_step(optimizer)
+        return optimizer._torch_step()
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
-        return _torch_step(optimizer)
+        return optimizer._torch_step()
 
     # Set by torch.amp.GradScaler around the call, where the step takes them; the norm is of the unscaled gradients.
     outer = {name: getattr(optimizer, name) for name in ("grad_scale", "found_inf") if hasattr(optimizer, name)}
@@ -52,11 +52,11 @@ def step(optimizer):
         if optimizer._mixed:
             return _mixed_step(optimizer, scale, found_inf)
     if not fused:
-        return _torch_step(optimizer)
+        return optimizer._torch_step()
 
     try:
         optimizer.grad_scale, optimizer.found_inf = scale, found_inf
-        _torch_step(optimizer)
+        optimizer._torch_step()
     finally:
         del optimizer.grad_scale, optimizer.found_inf
         vars(optimizer).update(outer)
@@ -219,11 +219,3 @@ def _prepare(optimizer):
                 optimizer._choose_path()
             elif state and state["exp_avg"].stride() != stride:
                 state.update({name: laid_out_as(p, state[name]) for name in moments(group)})
-
-
-def _torch_step(optimizer):
-    # torch wraps the class's step to run step hooks; ours is wrapped already, and hooks run once.
-    method = torch.optim.AdamW.step
-    if getattr(method, "hooked", False):
-        method = method.__wrapped__
-    method(optimizer)
