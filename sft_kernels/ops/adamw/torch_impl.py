@@ -89,13 +89,23 @@ def adamw(p, g, m, v, v_max=None, *, step, lr, beta1, beta2, eps, weight_decay):
     tensor, and ``lr`` and betas that are fp64 0-d tensors, promote nothing. What is made of scalars alone is fp64 and
     rounded once. The order of operations is the README's.
     """
-    m = m + (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * (g * g)
+    # From the nearer end: with a small β1 the rounding of a large old m would else stay in the new one.
+    near = beta1 <= 0.5
+    mean = _where(near, g, m) + _where(near, -beta1, 1 - beta1) * (g - m)
+    m = _where(beta1 == 0, g, mean)  # 0 · ∞ is NaN, but what has no memory forgets also that
+    v = _where(beta2 == 0, g * g, beta2 * v + (1 - beta2) * (g * g))
     largest = v if v_max is None else torch.maximum(v_max, v)
     denominator = largest.sqrt() * (1 / (1 - beta2**step).sqrt()) + eps
     update = lr / (1 - beta1**step) * (m / denominator) + lr * weight_decay * p
     p = p - update
     return (p, m, v, update) if v_max is None else (p, m, v, largest, update)
+
+
+def _where(condition, x, y):
+    """``torch.where``; a condition on the host computes nothing."""
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition, x, y)
+    return x if condition else y
 
 
 def _mixed_step(optimizer, scale, found_inf):
