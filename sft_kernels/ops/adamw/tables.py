@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .sharding import Ranks, aligned_gradient, is_sharded, local, placement_in_whole
-from .state import HALF, MASTERS, check_half, is_dense, laid_out_as, moments, refuse_sparse, state_of
+from .state import HALF, MASTERS, check_half, is_dense, laid_out_as, moments, state_of
 
 CHUNK = 16384  # elements of a tensor that one program updates
 # Columns of a row, int64: addresses of what is updated,
@@ -96,7 +96,6 @@ class Tables:
     """
 
     def __init__(self, optimizer, partials, by_value=False):
-        refuse_sparse(optimizer)
         groups = optimizer.param_groups
         self._groups = [(len(group["params"]), group["amsgrad"]) for group in groups]
         self._all = [p for group in groups for p in group["params"]]
@@ -304,7 +303,7 @@ def _settle(optimizer, group, p):
     if local(p.grad).stride() != stride:
         p.grad = laid_out_as(p, p.grad)
     for name in names:
-        if local(state[name]).stride() != stride or state[name].device != p.device:
+        if local(state[name]).stride() != stride:
             state[name] = laid_out_as(p, state[name])
     if state["step"].dtype != torch.float32:
         state["step"] = state["step"].float()

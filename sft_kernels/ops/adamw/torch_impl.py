@@ -4,7 +4,7 @@ import torch
 
 from .rounding import decode, encode, round_stochastically
 from .sharding import Ranks, aligned_gradient, is_sharded, local, placement_in_whole
-from .state import laid_out_as, moments, refuse_sparse, state_of
+from .state import follow, laid_out_as, moments, state_of
 
 
 def step(optimizer):
@@ -201,10 +201,9 @@ def _scalar(x, device):
 def _prepare(optimizer):
     """Refuse what cannot be updated before anything is, and follow what has changed since the path was chosen.
 
-    A model may be cast or laid out anew between steps. torch's fused CPU kernel walks parameter, gradient and moments
-    by address, so that one of another layout would update the wrong elements: it is laid out as its parameter.
+    A model may be moved, cast or laid out anew between steps. torch's fused CPU kernel walks parameter, gradient and
+    moments by address, so that one of another layout would update the wrong elements: it is laid out as its parameter.
     """
-    refuse_sparse(optimizer)
     for group in optimizer.param_groups:
         for p in group["params"]:
             if optimizer._rounds(p) and p.grad is not None:
@@ -219,12 +218,18 @@ def _prepare(optimizer):
                 continue
             if is_sharded(p):
                 aligned_gradient(p)
-            if optimizer._mixed or not group["fused"]:
+            if optimizer._mixed:
+                continue  # ``state_of`` sees to it
+            state = optimizer.state.get(p)
+            if state:
+                follow(p, state)
+                if group["fused"] or group["capturable"]:
+                    state["step"] = state["step"].to(p.device)
+            if not group["fused"]:
                 continue
             stride = p.stride()
             if p.grad.stride() != stride:
                 p.grad = laid_out_as(p, p.grad)
-            state = optimizer.state.get(p)
             if state and state["exp_avg"].dtype != p.dtype:
                 optimizer._choose_path()
             elif state and state["exp_avg"].stride() != stride:

@@ -409,8 +409,6 @@ def _launch(optimizer, tables):
             tables.sums[1] = 0.0 if found is None else (found > 0).double().reshape(())
             tables.ranks.sum_(tables.sums)
         optimizer.last_grad_norm = norm
-    if skip and optimizer.skipped_steps.device != device:
-        optimizer.skipped_steps = optimizer.skipped_steps.to(device)
 
     for i, (kind, first, chunks) in enumerate(tables.launches):
         _update_kernel[(chunks,)](
@@ -422,7 +420,7 @@ def _launch(optimizer, tables):
             scale,
             found,
             norm,
-            optimizer.skipped_steps,
+            optimizer.skipped_steps if skip else None,
             tables.done,
             tables.stats,
             first,
