@@ -244,7 +244,7 @@ class AdamW(torch.optim.AdamW):
     def _forget(self):
         """Forget where the tensors lie. What graphs were captured with stays."""
         self._tables = self._torch_stats = None
-        self._captured = getattr(self, "_captured", [])
+        self._captured = getattr(self, "_captured", {})
 
     def update_statistics(self):
         """:class:`UpdateStatistics` of the last step that was taken, from ``update_stats=True``; None before the first.

@@ -13,7 +13,7 @@ def moments(group):
 
 
 def refuse_unfit(optimizer):
-    """Refuse what no implementation updates, before anything is written. Without a gradient a parameter is left alone."""
+    """Refuse what no implementation updates, before anything is written; a parameter without a gradient may be so."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:
