@@ -1,5 +1,6 @@
 """``AdamW``: torch's, with the defaults of fine-tuning, and clipping and skipping inside the step."""
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,13 @@ class AdamW(torch.optim.AdamW):
             among the parameters, and the element's index in the unsharded tensor alone.
         state_dtype: the floating dtype of the moments; None for the parameter's, as in torch.
         update_stats: count what :meth:`update_statistics` gives.
-        impl: ``"auto"`` or an implementation's name.
+        impl: ``"auto"`` or an implementation's name. What runs is decided at each step, by where the parameters are:
+            they may be moved to a GPU after the optimiser is built.
 
     Attributes:
         last_grad_norm: fp32 0-d tensor on the device, the norm before clipping; None before the first step, and where
             neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. The step does not wait for it.
-        skipped_steps: int64 0-d tensor on the device.
+        skipped_steps: int64 0-d tensor, on the device of the last step.
 
     ``impl="triton"`` updates all parameters of the same dtypes in one launch, after one more for the norm. fp64 and
     complex numbers, parameters with gaps between their elements or on several devices, and ``differentiable`` are
@@ -51,8 +53,11 @@ class AdamW(torch.optim.AdamW):
         ValueError: an option out of range, or a combination that cannot work: ``differentiable`` with an option that
             torch's lacks; ``foreach`` or ``fused`` where dtypes are to differ; ``foreach`` with ``capturable`` and
             ``skip_nonfinite``; ``stochastic_rounding`` with ``master_weights``; either but for ``"float32"`` with fp16
-            parameters; from ``step``, a DTensor that is rounded stochastically and neither sharded nor replicated.
-        RuntimeError: sparse gradients, as in torch.
+            parameters; parameters in fp8 or integers, sparse or nested, if they are to be trained; from ``step``, a
+            DTensor that is rounded stochastically and neither sharded nor replicated.
+        RuntimeError: from ``step``, gradients in fp8 or integers, sparse or nested; sparse ones also in torch.
+        Unavailable: from ``step``, an ``impl`` that cannot run where the parameters are, or does not carry them; at
+            once if they are on a GPU already.
     """
 
     def __init__(
@@ -220,9 +225,10 @@ class AdamW(torch.optim.AdamW):
         step(self)
 
     def _device(self):
-        """The device of the next step; None without parameters."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        return next((p.device for p in params if p.grad is not None), params[0].device if params else None)
+        """The device of the first parameter with a gradient, or else of the first; None without parameters."""
+        params = [group["params"] for group in self.param_groups]
+        with_gradients = (p.device for p in chain.from_iterable(params) if p.grad is not None)
+        return next(with_gradients, None) or next((p.device for p in chain.from_iterable(params)), None)
 
     def _implementation(self):
         """The step's implementation, by where the parameters are now: they may have been moved since the last step."""
