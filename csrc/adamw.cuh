@@ -230,7 +230,7 @@ SFT_BODY void sum_of_squares(const Norm& p) {
 // ---- the update
 
 struct Scalars {
-  float c, alpha1, beta2, alpha2, eps, q, a, d;
+  float c, omega1, beta2, alpha2, eps, q, a, d;
   uint32_t key;
   bool skip;
 };
@@ -276,7 +276,7 @@ SFT_BODY Scalars scalars(const Update& p, const Row& row, float step, bool repor
   const int t = int(step) + 1;
   const double lr = group[LR], beta1 = group[BETA1], beta2 = group[BETA2];
   s.c = float(group[SIGN] / (clip * scale));
-  s.alpha1 = float(1 - beta1);
+  s.omega1 = float(beta1 <= 0.5 ? -beta1 : 1 - beta1);
   s.beta2 = float(beta2);
   s.alpha2 = float(1 - beta2);
   s.eps = float(group[EPS]);
@@ -339,8 +339,9 @@ SFT_BODY void elements(const Update& p, const Row& row, const Scalars& s, int64_
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {
     g[k] = g[k] * s.c;
-    m[k] = m[k] + s.alpha1 * (g[k] - m[k]);
-    v[k] = (s.beta2 * v[k]) + (s.alpha2 * (g[k] * g[k]));
+    const float mean = (s.omega1 <= 0 ? g[k] : m[k]) + s.omega1 * (g[k] - m[k]);
+    m[k] = s.omega1 == 0 ? g[k] : mean;
+    v[k] = s.beta2 == 0 ? g[k] * g[k] : (s.beta2 * v[k]) + (s.alpha2 * (g[k] * g[k]));
     w[k] = row.max_exp_avg_sq && (w[k] > v[k] || w[k] != w[k]) ? w[k] : v[k];
     const float delta = (s.a * (m[k] / (sqrtf(w[k]) * s.q + s.eps))) + (s.d * theta[k]);
     next[k] = theta[k] - delta;

@@ -49,8 +49,10 @@ def stepped(theta, g, m, v, v_max=None, *, step=0, state_dtype=FP32, **options):
 
 
 @pytest.mark.parametrize("step", [0, 3, 12345])
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_every_kind_of_number_gives_the_bits_of_the_twin(amsgrad, step):
+@pytest.mark.parametrize(
+    ("amsgrad", "betas"), [(False, (0.9, 0.95)), (True, (0.9, 0.95)), (False, (0.0, 0.0)), (False, (0.3, 0.3))]
+)
+def test_every_kind_of_number_gives_the_bits_of_the_twin(amsgrad, betas, step):
     x = numbers()
     random = torch.randn(4, 1 << 14) * torch.exp2(torch.randint(-149, 128, (4, 1 << 14)).float())
     # Each kind in each place beside every other in one more, and at random.
@@ -61,9 +63,9 @@ def test_every_kind_of_number_gives_the_bits_of_the_twin(amsgrad, step):
     theta, g, m, v = torch.cat([theta, random], 1)
     v_max = v.flip(0) if amsgrad else None
     hyper = {"lr": 3e-3, "eps": 1e-8, "weight_decay": 0.1}
-    p, state = stepped(theta, g, m, v, v_max, step=step, betas=(0.9, 0.95), **hyper)
+    p, state = stepped(theta, g, m, v, v_max, step=step, betas=betas, **hyper)
     arrays = [None if t is None else t.numpy() for t in (theta, g, m, v, v_max)]
-    expected = twin.update(*arrays, step=step, beta1=0.9, beta2=0.95, **hyper)
+    expected = twin.update(*arrays, step=step, beta1=betas[0], beta2=betas[1], **hyper)
     found = (p, *(state.get(name) for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")))
     for name, x, y in zip(("theta", "m", "v", "v_max"), found, expected, strict=True):
         if y is not None:

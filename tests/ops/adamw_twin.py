@@ -25,6 +25,12 @@ def gradient_factor(norm=None, *, max_grad_norm=None, grad_scale=1.0, maximize=F
     return f32(np.float64(-1 if maximize else 1) / (clip * np.float64(grad_scale)))
 
 
+def mean(m, g, beta1):
+    if beta1 == 0:
+        return g
+    return g - f32(beta1) * (g - m) if beta1 <= 0.5 else m + f32(1 - beta1) * (g - m)
+
+
 def update(theta, g, m, v, v_max=None, *, step, lr, beta1, beta2, eps, weight_decay, c=1.0):
     """``(θ', m, v, v_max or None)``, fp32 arrays, after the ``step + 1``-th gradient; ``c`` by :func:`gradient_factor`.
 
@@ -35,11 +41,11 @@ def update(theta, g, m, v, v_max=None, *, step, lr, beta1, beta2, eps, weight_de
     q = f32(1 / np.sqrt(1 - power(beta2, t)))
     a = f32(lr / (1 - power(beta1, t)))
     d = f32(lr * np.float64(weight_decay))
-    alpha1, alpha2, decay2, eps = f32(1 - beta1), f32(1 - beta2), f32(beta2), f32(eps)
+    alpha2, decay2, eps = f32(1 - beta2), f32(beta2), f32(eps)
     with np.errstate(all="ignore"):
         g = g * f32(c)
-        m = m + alpha1 * (g - m)
-        v = decay2 * v + alpha2 * (g * g)
+        m = mean(m, g, beta1)
+        v = g * g if beta2 == 0 else decay2 * v + alpha2 * (g * g)
         w = v if v_max is None else np.maximum(v_max, v)
         delta = a * (m / (np.sqrt(w) * q + eps)) + d * theta
         theta = theta - delta

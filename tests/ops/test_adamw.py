@@ -1,5 +1,7 @@
 """``AdamW`` against the oracle and torch's own: clipping, skipping, odd gradients and layouts, bad options."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -269,6 +271,7 @@ def test_parameters_that_are_views_of_a_buffer(path, view):
         ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm"),
         ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm"),
         ({"max_grad_norm": float("nan")}, ValueError, "max_grad_norm"),
+        ({"max_grad_norm": True}, ValueError, "max_grad_norm"),
         ({"impl": "triton", "foreach": True}, ValueError, "foreach"),
         ({"impl": "cuda", "fused": False}, ValueError, "fused"),
         ({"impl": "fast"}, ValueError, "impl"),
@@ -313,3 +316,99 @@ def test_an_option_of_the_whole_is_refused_in_a_group(name):
     with pytest.raises(ValueError, match=name):
         optimizer.add_param_group({"params": parameters(), name: None})
     assert len(optimizer.param_groups) == 1
+
+
+# ---- tensors that no implementation takes
+
+
+def _cast(p, dtype):
+    p.grad.data = p.grad.data.to(dtype)  # no autograd gives such a gradient, but other code may
+
+
+UNFIT_GRADIENTS = {
+    "float8": (lambda p: _cast(p, torch.float8_e4m3fn), "gradients: .*float8_e4m3fn"),
+    "float8_e5m2": (lambda p: _cast(p, torch.float8_e5m2), "gradients: .*float8_e5m2"),
+    "int": (lambda p: _cast(p, torch.int32), "gradients: .*int32"),
+    "sparse": (lambda p: setattr(p, "grad", p.grad.to_sparse()), "gradients: .*sparse"),
+}
+NESTED = [torch.ones(2, 3), torch.ones(4, 3)]
+UNFIT_PARAMETERS = {
+    "float8": (lambda: torch.ones(4, 2).to(torch.float8_e4m3fn), "params: .*float8_e4m3fn"),
+    "int": (lambda: torch.ones(4, 2, dtype=torch.int32), "params: .*int32"),
+    "sparse": (lambda: torch.eye(3).to_sparse(), "params: .*sparse"),
+    "sparse rows": (lambda: torch.eye(3).to_sparse_csr(), "params: .*sparse"),
+    "jagged": (lambda: torch.nested.nested_tensor(NESTED, layout=torch.jagged), "params: .*nested"),
+    "nested": (lambda: torch.nested.nested_tensor(NESTED, layout=torch.strided), "params: .*nested"),
+}
+MEASURED = {"max_grad_norm": 1.0, "skip_nonfinite": True}
+UNFIT_OPTIONS = pytest.mark.parametrize(
+    "options",
+    [{}, MEASURED, {"state_dtype": torch.float32, "update_stats": True}, {"stochastic_rounding": True}],
+    ids=["plain", "clip", "mixed", "rounded"],
+)
+
+
+def only_with_torchs_options(path, options):
+    if "foreach" in path and {"update_stats", "stochastic_rounding"} & {*options}:
+        pytest.skip("not of torch's kernels")
+
+
+def check_nothing_written(optimizer, p, grad):
+    assert (p == 1).all()
+    assert (grad == 5).all()
+    assert not any(optimizer.state.values())
+    assert optimizer.skipped_steps == 0
+
+
+@PATHS
+@UNFIT_OPTIONS
+@pytest.mark.parametrize("kind", UNFIT_GRADIENTS)
+def test_an_unfit_gradient_raises_before_anything_is_written(kind, path, options):
+    only_with_torchs_options(path, options)
+    spoil, match = UNFIT_GRADIENTS[kind]
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4, 2))]
+    optimizer = AdamW(params, **path, **options)
+    for p in params:
+        p.grad = torch.full_like(p, 5.0)
+    spoil(params[1])
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step()
+    check_nothing_written(optimizer, params[0], params[0].grad)
+
+
+@PATHS
+@UNFIT_OPTIONS
+@pytest.mark.parametrize("kind", UNFIT_PARAMETERS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
+def test_an_unfit_parameter_raises_before_anything_is_written(kind, path, options):
+    """Where it is given, if it is to be trained; else, frozen, it may stay until it has a gradient."""
+    only_with_torchs_options(path, options)
+    make, match = UNFIT_PARAMETERS[kind]
+    p, q = nn.Parameter(torch.ones(3)), make()
+    if q.is_floating_point():
+        with pytest.raises(ValueError, match=match):
+            AdamW([p, nn.Parameter(q.detach())], **path, **options)
+    optimizer = AdamW([p, q], **path, **options)
+    p.grad = torch.full((3,), 5.0)
+    if kind != "nested":  # which torch gives no gradient
+        q.grad = q.detach()
+        with pytest.raises(ValueError, match=match):
+            optimizer.step()
+        check_nothing_written(optimizer, p, p.grad)
+        q.grad = None
+    optimizer.step()
+    assert (p < 1).all()
+
+
+def test_moments_of_float8_are_refused_unless_another_dtype_is_asked_for():
+    params = parameters()
+    optimizer = AdamW(params)
+    train(optimizer, params, gradients(1))
+    before = snapshot(optimizer)
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for state in state_dict["state"].values():
+        state["exp_avg"] = state["exp_avg"].to(torch.float8_e5m2)
+    with pytest.raises(ValueError, match=r"state_dict: exp_avg: .*float8_e5m2"):
+        optimizer.load_state_dict(state_dict)
+    assert same_bits(snapshot(optimizer), before)
+    AdamW(twins(params), state_dtype=torch.float32).load_state_dict(state_dict)

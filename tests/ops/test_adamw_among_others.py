@@ -1,4 +1,8 @@
-"""``AdamW`` among others: closures, hooks, schedulers."""
+"""``AdamW`` among others: closures, hooks, schedulers; and in the place of torch's."""
+
+import copy
+import pickle
+from importlib import import_module
 
 import pytest
 import torch
@@ -12,6 +16,65 @@ from sft_kernels import AdamW
 
 from .adamw import HYPER, PATHS, gradients, parameters, snapshot, train
 from .helpers import same_bits
+from .test_adamw_scaler import train_scaled
+
+# ---- in the place of torch's
+
+
+@pytest.fixture
+def swapped(monkeypatch):
+    """Puts ours in the place of torch's, under both of its names."""
+    torchs = torch.optim.AdamW
+
+    def swap():
+        monkeypatch.setattr(torch.optim, "AdamW", AdamW)
+        monkeypatch.setattr(import_module("torch.optim.adamw"), "AdamW", AdamW)
+        return torchs
+
+    return swap
+
+
+def whole_run(make, path):
+    """Parameters and state after a schedule, a checkpoint, copies, and a gradient scaler."""
+    torch.manual_seed(0)
+    params, steps = parameters(), gradients(9)
+    optimizer = make(params, **HYPER, max_grad_norm=1.0, **path)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    for grads in steps[:3]:
+        train(optimizer, params, [grads])
+        schedule.step()
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    optimizer = make(params, **path)
+    optimizer.load_state_dict(state_dict)
+    for duplicate in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
+        optimizer = duplicate(optimizer)
+        params = optimizer.param_groups[0]["params"]
+        train(optimizer, params, steps[3:5])
+    train_scaled(optimizer, params, steps[5:])
+    return snapshot(optimizer)
+
+
+@PATHS
+def test_in_the_place_of_torchs_every_bit_is_the_same(path, swapped):
+    expected = whole_run(AdamW, path)
+    torchs = swapped()
+    assert same_bits(whole_run(torch.optim.AdamW, path), expected)
+    assert isinstance(torch.optim.AdamW(parameters()), torchs)
+    assert issubclass(torch.optim.AdamW, torchs)
+
+
+def test_verify_compares_with_torchs_own_also_then(swapped):
+    from sft_kernels import verify
+
+    options = {"max_grad_norm": 100.0}
+    expected = verify._adamw_case("adamw", "torch", torch.float32, "cpu", options)
+    swapped()
+    found = verify._adamw_case("adamw", "torch", torch.float32, "cpu", options)
+    for name in expected:
+        assert same_bits([*map(torch.as_tensor, found[name])], [*map(torch.as_tensor, expected[name])])
+
+
+# ---- closures, hooks, schedulers
 
 
 @PATHS

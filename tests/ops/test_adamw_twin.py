@@ -116,6 +116,49 @@ def test_options_keep_the_bits(more, impl):
         check_bits(optimizer, params, [scale * torch.randn(p.shape) for p in params], c=c)
 
 
+SHORT = pytest.mark.parametrize("betas", [(0.0, 0.0), (0.0, 0.95), (1e-9, 1e-9), (0.3, 0.0), (0.5, 0.5)], ids=str)
+
+
+@IMPLS
+@SHORT
+@pytest.mark.parametrize("on_device", [False, True])
+def test_short_memories_keep_the_bits(betas, on_device, impl):
+    params = [nn.Parameter(torch.randn(n)) for n in (_BLOCK + 3, 5)]
+    if on_device:
+        betas = tuple(torch.tensor(beta, dtype=torch.float64) for beta in betas)
+    optimizer = AdamW(params, lr=1e-2, betas=betas, update_stats=True, impl=impl)
+    for size in (1e4, 1e-4, 1.0):
+        check_bits(optimizer, params, [size * torch.randn(p.shape) for p in params])
+
+
+@IMPLS
+@SHORT
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_a_moment_forgets_what_its_beta_does_not_keep(betas, scale, impl):
+    """Whatever lay in it: with β = 0 it is the gradient, or its square, to the bit."""
+    inf, nan = float("inf"), float("nan")
+    old = torch.tensor([1e4, -1e38, inf, -inf, nan, 1e-45, 0.0])
+    grads = torch.tensor([1e-4, -1e-4, 1e38, -0.0, 1e-45, 0.1])
+    old, grads = torch.cartesian_prod(old, grads).T.contiguous()
+    p = nn.Parameter(torch.ones_like(grads))
+    optimizer = AdamW([p], betas=betas, update_stats=True, impl=impl)
+    optimizer.state[p] = {"step": torch.tensor(1.0), "exp_avg": old.clone(), "exp_avg_sq": old.abs()}
+    if scale is not None:
+        optimizer.grad_scale = torch.tensor(scale)
+    train(optimizer, [p], [[grads]])
+    g = grads * torch.from_numpy(np.asarray(twin.gradient_factor(grad_scale=scale or 1.0)))
+    state = optimizer.state[p]
+    for name, beta, new in (("exp_avg", betas[0], g), ("exp_avg_sq", betas[1], g * g)):
+        if beta == 0:
+            assert same_bits(state[name], new)
+        elif beta == 1e-9:
+            kept = old.double() if name == "exp_avg" else old.double().abs()
+            finite = old.isfinite() & new.isfinite()
+            ref = beta * kept + (1 - beta) * new.double()
+            error = (state[name].double() - ref).abs()
+            assert (error <= 2**-22 * ref.abs().maximum(beta * kept.abs()) + 1e-44)[finite].all()
+
+
 @pytest.mark.parametrize("impl", KERNELS)
 @pytest.mark.parametrize("t", [1, 2, 1000, 2**20 + 1])
 def test_a_late_step_keeps_its_bits(t, impl):

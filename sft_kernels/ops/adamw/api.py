@@ -1,11 +1,12 @@
 """``AdamW``: torch's, with the defaults of fine-tuning, and clipping and skipping inside the step."""
 
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 
-from ..._backend import resolve
-from .state import HALF, MASTERS, MOMENTS, check_half
+from ..._backend import implementations, resolve
+from .state import HALF, MASTERS, MOMENTS, check_fit, check_half, is_dense_layout, refuse_unfit
 
 
 class AdamW(torch.optim.AdamW):
@@ -33,12 +34,13 @@ class AdamW(torch.optim.AdamW):
             among the parameters, and the element's index in the unsharded tensor alone.
         state_dtype: the floating dtype of the moments; None for the parameter's, as in torch.
         update_stats: count what :meth:`update_statistics` gives.
-        impl: ``"auto"`` or an implementation's name.
+        impl: ``"auto"`` or an implementation's name. What runs is decided at each step, by where the parameters are:
+            they may be moved to a GPU after the optimiser is built.
 
     Attributes:
         last_grad_norm: fp32 0-d tensor on the device, the norm before clipping; None before the first step, and where
             neither ``max_grad_norm`` nor ``skip_nonfinite`` asks for it. The step does not wait for it.
-        skipped_steps: int64 0-d tensor on the device.
+        skipped_steps: int64 0-d tensor, on the device of the last step.
 
     ``impl="triton"`` updates all parameters of the same dtypes in one launch, after one more for the norm. fp64 and
     complex numbers, parameters with gaps between their elements or on several devices, and ``differentiable`` are
@@ -51,8 +53,11 @@ class AdamW(torch.optim.AdamW):
         ValueError: an option out of range, or a combination that cannot work: ``differentiable`` with an option that
             torch's lacks; ``foreach`` or ``fused`` where dtypes are to differ; ``foreach`` with ``capturable`` and
             ``skip_nonfinite``; ``stochastic_rounding`` with ``master_weights``; either but for ``"float32"`` with fp16
-            parameters; from ``step``, a DTensor that is rounded stochastically and neither sharded nor replicated.
-        RuntimeError: sparse gradients, as in torch.
+            parameters; parameters in fp8 or integers, sparse or nested, if they are to be trained; from ``step``, a
+            DTensor that is rounded stochastically and neither sharded nor replicated.
+        RuntimeError: from ``step``, gradients in fp8 or integers, sparse or nested; sparse ones also in torch.
+        Unavailable: from ``step``, an ``impl`` that cannot run where the parameters are, or does not carry them; at
+            once if they are on a GPU already.
     """
 
     def __init__(
@@ -77,7 +82,9 @@ class AdamW(torch.optim.AdamW):
         update_stats=False,
         impl="auto",
     ):
-        if max_grad_norm is not None and not max_grad_norm > 0:
+        if impl not in ("auto", *implementations("adamw")):
+            raise ValueError(f"impl: expected one of {('auto', *implementations('adamw'))}, got {impl!r}")
+        if max_grad_norm is not None and (isinstance(max_grad_norm, bool) or not max_grad_norm > 0):
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if impl not in ("auto", "torch") and (foreach is not None or fused is not None):
             raise ValueError(f"foreach and fused are options of impl='torch'; got impl={impl!r}")
@@ -123,11 +130,12 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        resolve("adamw", self._impl, self._device())
+        device = self._device()
+        if device is not None and device.type == "cuda":  # elsewhere the parameters may yet be moved to a GPU
+            resolve("adamw", self._impl, device)
         self._choose_path()  # again: torch has set _step_supports_amp_scaling from ``fused`` alone
         self.last_grad_norm = None
-        first = next((p for group in self.param_groups for p in group["params"]), torch.empty(0))
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=first.device)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=device)
 
     def add_param_group(self, param_group):
         """As in torch; a group that asks for neither ``foreach`` nor ``fused`` takes the fused path where it can."""
@@ -160,6 +168,8 @@ class AdamW(torch.optim.AdamW):
             raise ValueError(f"seed: expected a whole number from 0 to 2³² − 1, got {seed!r}")
         one_dtype = next((name for name in ("fused", "foreach") if group[name]), None)
         for p in group["params"]:
+            if p.requires_grad:
+                check_fit(p, "params")
             check_half(self, p)
             if self.state_dtype is not None and p.is_complex():
                 raise ValueError(f"state_dtype: expected floating-point parameters, got one of {p.dtype}")
@@ -206,23 +216,41 @@ class AdamW(torch.optim.AdamW):
         self._implementation()(self)
         return loss
 
+    def _torch_step(self):
+        """torch's own step. ``super()`` finds it even if this class has taken torch's name, ``torch.optim.AdamW``."""
+        step = super().step.__func__
+        # torch wraps the step of a class to run step hooks. Ours is wrapped already, and hooks run once.
+        if getattr(step, "hooked", False):
+            step = step.__wrapped__
+        step(self)
+
     def _device(self):
-        return next((p.device for group in self.param_groups for p in group["params"]), None)
+        """The device of the first parameter with a gradient, or else of the first; None without parameters."""
+        params = [group["params"] for group in self.param_groups]
+        with_gradients = (p.device for p in chain.from_iterable(params) if p.grad is not None)
+        return next(with_gradients, None) or next((p.device for p in chain.from_iterable(params)), None)
 
     def _implementation(self):
+        """The step's implementation, by where the parameters are now: they may have been moved since the last step."""
         device = self._device()
-        implementation = resolve("adamw", self._impl, device)
-        if implementation is resolve("adamw", "torch") or (self._tables is not None and self._tables.hold(self)):
-            return implementation
+        implementation, torchs = (resolve("adamw", impl, device) for impl in (self._impl, "torch"))
+        if implementation is not torchs:
+            if self._tables is not None and self._tables.hold(self):
+                return implementation
+            self._tables = None
+        refuse_unfit(self)
+        if self.skipped_steps.device != device and device is not None:
+            self.skipped_steps = self.skipped_steps.to(device, non_blocking=True)
+        if implementation is torchs:
+            return torchs
         from .tables import why_torch
 
-        self._tables = None
         return resolve("adamw", self._impl, device, why_torch(self))
 
     def _forget(self):
         """Forget where the tensors lie. What graphs were captured with stays."""
         self._tables = self._torch_stats = None
-        self._captured = getattr(self, "_captured", [])
+        self._captured = getattr(self, "_captured", {})
 
     def update_statistics(self):
         """:class:`UpdateStatistics` of the last step that was taken, from ``update_stats=True``; None before the first.
@@ -299,6 +327,8 @@ class AdamW(torch.optim.AdamW):
             tensors["master"] = master
         elif remainder is not None and p.dtype == remainder.dtype == torch.bfloat16:
             tensors["remainder"] = remainder
+        for name, tensor in tensors.items():
+            check_fit(tensor, f"state_dict: {name}")
         if self.defaults["differentiable"] and any(tensor.dtype != p.dtype for tensor in tensors.values()):
             raise ValueError(f"state_dict: differentiable=True takes moments of {p.dtype} alone")
         return tensors
@@ -338,8 +368,9 @@ _LOSSLESS = (*MOMENTS, *MASTERS)
 
 def _fusible(p):
     """Whether torch's fused kernel updates ``p`` rightly: it walks parameter and moments by address."""
-    dense = torch.empty_like(p, device="meta").stride() == p.stride()
-    return p.is_floating_point() and p.device.type in ("cpu", "cuda") and dense
+    if not (is_dense_layout(p) and p.is_floating_point() and p.device.type in ("cpu", "cuda")):
+        return False
+    return torch.empty_like(p, device="meta").stride() == p.stride()
 
 
 def decay_groups(model, weight_decay=0.1):

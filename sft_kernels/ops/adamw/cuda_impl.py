@@ -69,8 +69,6 @@ def _launch(optimizer, tables):
             tables.sums[1] = 0.0 if found is None else (found > 0).double().reshape(())
             tables.ranks.sum_(tables.sums)
         optimizer.last_grad_norm = norm
-    if skip and optimizer.skipped_steps.device != device:
-        optimizer.skipped_steps = optimizer.skipped_steps.to(device)
 
     for i, (kind, first, last) in enumerate(tables.row_ranges):
         operators.adamw_update(

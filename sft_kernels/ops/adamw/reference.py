@@ -10,12 +10,12 @@ def adamw(p, g, state, *, lr, beta1, beta2, eps, weight_decay, amsgrad=False, ma
 
         t ← t + 1                                        g ← −g where maximize
         p ← p − lr λ p
-        m ← m + (1 − β1) (g − m)                         v ← β2 v + (1 − β2) g²
+        m ← β1 m + (1 − β1) g                            v ← β2 v + (1 − β2) g²
         p ← p − lr / (1 − β1ᵗ) · m / (√(v̂ / (1 − β2ᵗ)) + ε)          v̂ = v, or its largest so far (amsgrad)
     """
     g = -g if maximize else g
     t = state.get("t", 0) + 1
-    m = state.get("m", 0.0) + (1 - beta1) * (g - state.get("m", 0.0))
+    m = beta1 * state.get("m", 0.0) + (1 - beta1) * g
     v = beta2 * state.get("v", 0.0) + (1 - beta2) * g**2
     v_max = np.maximum(state.get("v_max", 0.0), v)
     p = p - lr * weight_decay * p

@@ -5,18 +5,33 @@ import torch
 HALF = (torch.float16, torch.bfloat16)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MASTERS = ("master", "remainder")  # at most one of them
+_DTYPES = {torch.float32, torch.float64, *HALF, torch.complex64, torch.complex128}
 
 
 def moments(group):
     return MOMENTS[: 3 if group["amsgrad"] else 2]
 
 
-def refuse_sparse(optimizer):
-    """Before anything is written."""
+def refuse_unfit(optimizer):
+    """Refuse what no implementation updates, before anything is written; a parameter without a gradient may be so."""
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if p.grad is not None and p.grad.is_sparse:
-                raise RuntimeError("AdamW does not support sparse gradients")
+            if p.grad is not None:
+                check_fit(p, "params")
+                check_fit(p.grad, "gradients", RuntimeError)  # as torch's optimisers do
+
+
+def is_dense_layout(t):
+    return t.layout is torch.strided and not t.is_nested
+
+
+def check_fit(t, name, error=ValueError):
+    """Raise ``error`` if no implementation takes ``t``, a tensor of the argument ``name``."""
+    if not is_dense_layout(t):
+        kind = "nested" if t.is_nested else "sparse" if str(t.layout).startswith("torch.sparse") else str(t.layout)
+        raise error(f"{name}: AdamW does not support {kind} tensors; use dense ones")
+    if t.dtype not in _DTYPES:
+        raise error(f"{name}: AdamW does not support {t.dtype}; use float16, bfloat16, float32 or float64")
 
 
 def state_of(optimizer, group, p):
@@ -32,7 +47,15 @@ def state_of(optimizer, group, p):
             state["remainder"] = torch.zeros_like(p, requires_grad=False)  # of bits: ``rounding.encode``
         else:
             state["master"] = p.detach().float()
+    follow(p, state)
     return state
+
+
+def follow(p, state):
+    """Move moments and master of ``p`` to where it is: a model may be moved when its optimiser has a state already."""
+    for name in (*MOMENTS, *MASTERS):
+        if name in state and state[name].device != p.device:
+            state[name] = laid_out_as(p, state[name])
 
 
 def check_half(optimizer, p):

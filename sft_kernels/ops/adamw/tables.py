@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from .sharding import Ranks, aligned_gradient, is_sharded, local, placement_in_whole
-from .state import HALF, MASTERS, check_half, is_dense, laid_out_as, moments, refuse_sparse, state_of
+from .state import HALF, MASTERS, check_half, is_dense, laid_out_as, moments, state_of
 
 CHUNK = 16384  # elements of a tensor that one program updates
 # Columns of a row, int64: addresses of what is updated,
@@ -96,7 +96,6 @@ class Tables:
     """
 
     def __init__(self, optimizer, partials, by_value=False):
-        refuse_sparse(optimizer)
         groups = optimizer.param_groups
         self._groups = [(len(group["params"]), group["amsgrad"]) for group in groups]
         self._all = [p for group in groups for p in group["params"]]
@@ -177,17 +176,15 @@ class Tables:
         def zeros(*shape, dtype):
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
-        self.hyper = zeros(len(groups), HYPER, dtype=torch.float64)
-        self._hyper = None
+        self.hyper = self._hyper = self._hyper_source = None
+        self._send_hyper, self._send_table = _Sender(self.device), _Sender(self.device)
         self.sums = zeros(2, dtype=torch.float64)  # of squares, and how many ranks found infinities
         self.partials = zeros(partials, dtype=torch.float64)
         self.done = zeros(len(order), dtype=torch.int32)  # chunks of a row
         self.finished = zeros(1, dtype=torch.int32)  # programs of the norm
         self.stats = zeros(first, 3, dtype=torch.float32) if optimizer.update_stats else None
-        self._source = self._spare = self.addresses = None
+        self._source = self.addresses = None
         self._send(*self._read(optimizer, params, [p.grad for p in params]))
-        if self.device.type == "cuda" and not by_value:
-            self._spare = _pinned(self._table, self.device)
 
     # ---- do they still hold
 
@@ -246,19 +243,15 @@ class Tables:
         self._table[:, ALIGNED] = (self._table[:, :STEP] % 16 == 0).all(1)
         if self._by_value:
             return
-        # Memory of its own each time: a captured graph goes on reading what it was captured with. While one is being
-        # captured nothing can be pinned.
-        if self._spare is not None and torch.cuda.is_current_stream_capturing():
-            self._source, self._spare = self._spare, None
-            self._source.copy_(torch.from_numpy(self._table))
-        else:
-            self._source = _pinned(self._table, self.device)
-        self.addresses = self._source.to(self.device, non_blocking=True)
+        self.addresses, self._source = self._send_table(self._table)
+        if _is_capturing(self.device):
+            self._moving = None  # only a replay sends this: the next step sends its own
 
     def keep_what_is_captured(self, optimizer):
-        """Let what a graph is being captured with live as long as ``optimizer``."""
-        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            optimizer._captured.append((self.addresses, self._source, vars(self).copy()))
+        """Let what a graph is being captured with live as long as ``optimizer``: nobody says when a graph is gone."""
+        if _is_capturing(self.device):
+            kept = (self, self.addresses, self._source, self.hyper, self._hyper_source)
+            optimizer._captured.update((id(x), x) for x in kept)
 
     # ---- hyperparameters
 
@@ -278,8 +271,8 @@ class Tables:
                 values.append(x)
             values += (-1.0 if group["maximize"] else 1.0, bound, group.get("seed", 0))
         if values != self._hyper:
-            self._hyper = values
-            self.hyper.copy_(_pinned(np.array(values, np.float64).reshape(-1, HYPER), self.device), non_blocking=True)
+            self.hyper, self._hyper_source = self._send_hyper(np.array(values, np.float64).reshape(-1, HYPER))
+            self._hyper = None if _is_capturing(self.device) else values  # as in ``_send``
         for i, j, x in tensors:
             self.hyper[i, j].copy_(local(x).detach().reshape(()))
 
@@ -304,11 +297,43 @@ def _settle(optimizer, group, p):
     if local(p.grad).stride() != stride:
         p.grad = laid_out_as(p, p.grad)
     for name in names:
-        if local(state[name]).stride() != stride or state[name].device != p.device:
+        if local(state[name]).stride() != stride:
             state[name] = laid_out_as(p, state[name])
     if state["step"].dtype != torch.float32:
         state["step"] = state["step"].float()
     return [*names, "step"]
+
+
+class _Sender:
+    """Sends arrays of one shape to ``device``, each into memory of its own: a captured graph goes on reading what it
+    was captured with, and no replay writes what other steps read.
+
+    Pinned memory lies ready for a capture, during which torch before 2.11 cannot allocate any. Only a second capture
+    with no step between needs such a torch.
+    """
+
+    def __init__(self, device):
+        self._device, self._spare = device, None
+
+    def __call__(self, array):
+        """``(tensor, source)``: the tensor on the device, and the pinned memory that it is copied from."""
+        capturing = _is_capturing(self._device)
+        if capturing and self._spare is not None:
+            source, self._spare = self._spare, None
+            source.numpy()[:] = array
+        else:
+            source = _pinned(array, self._device)
+            if self._spare is None and not capturing:
+                self._spare = _pinned(array, self._device)
+        return source.to(self._device, non_blocking=True), source
+
+
+def _is_capturing(device):
+    """Whether a graph is being captured on the current stream of ``device``."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 _address, _numel, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous

@@ -4,7 +4,7 @@ import torch
 
 from .rounding import decode, encode, round_stochastically
 from .sharding import Ranks, aligned_gradient, is_sharded, local, placement_in_whole
-from .state import laid_out_as, moments, refuse_sparse, state_of
+from .state import follow, laid_out_as, moments, state_of
 
 
 def step(optimizer):
@@ -18,10 +18,10 @@ def step(optimizer):
     _prepare(optimizer)
     measured = optimizer.max_grad_norm is not None or optimizer.skip_nonfinite
     if not measured and not optimizer._mixed:
-        return _torch_step(optimizer)
+        return optimizer._torch_step()
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
-        return _torch_step(optimizer)
+        return optimizer._torch_step()
 
     # Set by torch.amp.GradScaler around the call, where the step takes them; the norm is of the unscaled gradients.
     outer = {name: getattr(optimizer, name) for name in ("grad_scale", "found_inf") if hasattr(optimizer, name)}
@@ -52,11 +52,11 @@ def step(optimizer):
         if optimizer._mixed:
             return _mixed_step(optimizer, scale, found_inf)
     if not fused:
-        return _torch_step(optimizer)
+        return optimizer._torch_step()
 
     try:
         optimizer.grad_scale, optimizer.found_inf = scale, found_inf
-        _torch_step(optimizer)
+        optimizer._torch_step()
     finally:
         del optimizer.grad_scale, optimizer.found_inf
         vars(optimizer).update(outer)
@@ -89,13 +89,23 @@ def adamw(p, g, m, v, v_max=None, *, step, lr, beta1, beta2, eps, weight_decay):
     tensor, and ``lr`` and betas that are fp64 0-d tensors, promote nothing. What is made of scalars alone is fp64 and
     rounded once. The order of operations is the README's.
     """
-    m = m + (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * (g * g)
+    # From the nearer end: with a small β1 the rounding of a large old m would else stay in the new one.
+    near = beta1 <= 0.5
+    mean = _where(near, g, m) + _where(near, -beta1, 1 - beta1) * (g - m)
+    m = _where(beta1 == 0, g, mean)  # 0 · ∞ is NaN, but what has no memory forgets also that
+    v = _where(beta2 == 0, g * g, beta2 * v + (1 - beta2) * (g * g))
     largest = v if v_max is None else torch.maximum(v_max, v)
     denominator = largest.sqrt() * (1 / (1 - beta2**step).sqrt()) + eps
     update = lr / (1 - beta1**step) * (m / denominator) + lr * weight_decay * p
     p = p - update
     return (p, m, v, update) if v_max is None else (p, m, v, largest, update)
+
+
+def _where(condition, x, y):
+    """``torch.where``; a condition on the host computes nothing."""
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition, x, y)
+    return x if condition else y
 
 
 def _mixed_step(optimizer, scale, found_inf):
@@ -191,10 +201,9 @@ def _scalar(x, device):
 def _prepare(optimizer):
     """Refuse what cannot be updated before anything is, and follow what has changed since the path was chosen.
 
-    A model may be cast or laid out anew between steps. torch's fused CPU kernel walks parameter, gradient and moments
-    by address, so that one of another layout would update the wrong elements: it is laid out as its parameter.
+    A model may be moved, cast or laid out anew between steps. torch's fused CPU kernel walks parameter, gradient and
+    moments by address, so that one of another layout would update the wrong elements: it is laid out as its parameter.
     """
-    refuse_sparse(optimizer)
     for group in optimizer.param_groups:
         for p in group["params"]:
             if optimizer._rounds(p) and p.grad is not None:
@@ -209,21 +218,19 @@ def _prepare(optimizer):
                 continue
             if is_sharded(p):
                 aligned_gradient(p)
-            if optimizer._mixed or not group["fused"]:
+            if optimizer._mixed:
+                continue  # ``state_of`` sees to it
+            state = optimizer.state.get(p)
+            if state:
+                follow(p, state)
+                if group["fused"] or group["capturable"]:
+                    state["step"] = state["step"].to(p.device)
+            if not group["fused"]:
                 continue
             stride = p.stride()
             if p.grad.stride() != stride:
                 p.grad = laid_out_as(p, p.grad)
-            state = optimizer.state.get(p)
             if state and state["exp_avg"].dtype != p.dtype:
                 optimizer._choose_path()
             elif state and state["exp_avg"].stride() != stride:
                 state.update({name: laid_out_as(p, state[name]) for name in moments(group)})
-
-
-def _torch_step(optimizer):
-    # torch wraps the class's step to run step hooks; ours is wrapped already, and hooks run once.
-    method = torch.optim.AdamW.step
-    if getattr(method, "hooked", False):
-        method = method.__wrapped__
-    method(optimizer)

@@ -156,7 +156,7 @@ def _update_tile(
     offset,
     lost,  # [3, BLOCK] in a tuple, with STATS: Σ δ², Σ θ², updates rounded away
     c,
-    alpha1,
+    omega1,
     beta2,
     alpha2,
     eps,
@@ -198,8 +198,9 @@ def _update_tile(
     theta = theta.to(tl.float32)
 
     g = g * c
-    m = m + alpha1 * (g - m)
-    v = beta2 * v + alpha2 * (g * g)
+    mean = tl.where(omega1 <= 0.0, g, m) + omega1 * (g - m)
+    m = tl.where(omega1 == 0.0, g, mean)
+    v = tl.where(beta2 == 0.0, g * g, beta2 * v + alpha2 * (g * g))
     w = v
     if AMSGRAD:
         p_max = _pointer(max_at, STATE, not MASKED) + start
@@ -309,12 +310,11 @@ def _update_kernel(
                 tl.store(skipped, tl.load(skipped) + skip.to(tl.int64))
 
     if skip == 0:
-        p_step = _pointer(tl.load(row + _STEP), tl.float32, False)
-        step = tl.load(p_step)
+        step = tl.load(_pointer(tl.load(row + _STEP), tl.float32, False))
         t = step.to(tl.int32) + 1
         lr, beta1, beta2 = tl.load(group), tl.load(group + 1), tl.load(group + 2)
         c = (tl.load(group + 5) / (clip * scale)).to(tl.float32)
-        alpha1 = (1.0 - beta1).to(tl.float32)
+        omega1 = tl.where(beta1 <= 0.5, -beta1, 1.0 - beta1).to(tl.float32)
         alpha2 = (1.0 - beta2).to(tl.float32)
         q = (1.0 / tl.sqrt(1.0 - _power(beta2, t))).to(tl.float32)
         a = (lr / (1.0 - _power(beta1, t))).to(tl.float32)
@@ -336,13 +336,13 @@ def _update_kernel(
         for tile in range(0, whole):
             lost = _update_tile(
                 theta_at, g_at, m_at, v_at, max_at, master_at, start, left, tile, maps, map_count, offset, lost,
-                c, alpha1, beta2, alpha2, eps, q, a, d, key,
+                c, omega1, beta2, alpha2, eps, q, a, d, key,
                 PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, MAPPED, STATS, False, BLOCK,
             )  # fmt: skip
         for tile in range(whole, tl.cdiv(left, BLOCK)):
             lost = _update_tile(
                 theta_at, g_at, m_at, v_at, max_at, master_at, start, left, tile, maps, map_count, offset, lost,
-                c, alpha1, beta2, alpha2, eps, q, a, d, key,
+                c, omega1, beta2, alpha2, eps, q, a, d, key,
                 PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, MAPPED, STATS, True, BLOCK,
             )  # fmt: skip
         if STATS:
@@ -351,6 +351,7 @@ def _update_kernel(
 
         # All threads, then all programs, of the tensor have read the step before the last one writes it.
         chunks = tl.cdiv(tl.load(row + _NUMEL), CHUNK)
+        p_step = _pointer(tl.load(row + _STEP), tl.float32, False)  # read again, for the registers it would hold
         tl.debug_barrier()
         if chunks <= 1:
             tl.store(p_step, step + 1.0)
@@ -408,8 +409,6 @@ def _launch(optimizer, tables):
             tables.sums[1] = 0.0 if found is None else (found > 0).double().reshape(())
             tables.ranks.sum_(tables.sums)
         optimizer.last_grad_norm = norm
-    if skip and optimizer.skipped_steps.device != device:
-        optimizer.skipped_steps = optimizer.skipped_steps.to(device)
 
     for i, (kind, first, chunks) in enumerate(tables.launches):
         _update_kernel[(chunks,)](
@@ -421,7 +420,7 @@ def _launch(optimizer, tables):
             scale,
             found,
             norm,
-            optimizer.skipped_steps,
+            optimizer.skipped_steps if skip else None,
             tables.done,
             tables.stats,
             first,
