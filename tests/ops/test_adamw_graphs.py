@@ -44,8 +44,8 @@ class Graph(TorchDispatchMode):
 @pytest.fixture
 def capturing(monkeypatch):
     """A context that captures into the :class:`Graph` it gives; with the addresses that the kernels are launched with
-    outside of any, and how often memory was pinned within."""
-    current, pinned = [None], tables._pinned
+    outside of any."""
+    current = [None]
 
     class Kernel:
         def __init__(self, kernel):
@@ -62,10 +62,6 @@ def capturing(monkeypatch):
 
             return launch
 
-    def pin(array, device):
-        capture.pinned += current[0] is not None
-        return pinned(array, device)
-
     @contextlib.contextmanager
     def capture():
         with Graph() as graph:
@@ -73,12 +69,11 @@ def capturing(monkeypatch):
             yield graph
             current[0] = None
 
-    capture.launched_with, capture.pinned = [], 0
+    capture.launched_with = []
     for name in ("_sum_of_squares_kernel", "_update_kernel"):
         monkeypatch.setattr(triton_impl, name, Kernel(getattr(triton_impl, name)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] is not None)
     monkeypatch.setattr(tables, "_is_capturing", lambda device: torch.cuda.is_current_stream_capturing(), raising=False)
-    monkeypatch.setattr(tables, "_pinned", pin)
     return capture
 
 
@@ -168,20 +163,6 @@ def test_a_step_sends_the_addresses_that_only_a_capture_has_sent(capturing):
         assert same_bits(snapshot(ours), snapshot(eager))
     found = {id(x) for x in capturing.launched_with}
     assert found.isdisjoint(map(id, graph.launched_with))
-
-
-@both
-def test_nothing_is_pinned_in_a_capture_after_a_step(impl, capturing):
-    ours, _ = pair(impl)
-    for rate in (1e-2, 3e-3, 1e-3):
-        step_at(ours, rate)
-        for group in ours.param_groups:
-            for p in group["params"]:
-                p.grad = p.grad.clone()
-        set_rate(rate / 2, ours)
-        with capturing():
-            ours.step()
-    assert capturing.pinned == 0
 
 
 @both

@@ -167,8 +167,8 @@ class Tables:
             self.launches.append(Launch(kind, first, count))
             first += count
         row_of_chunk = np.repeat(np.arange(len(order), dtype=np.int32), np.diff(ends, prepend=0))
-        self.rows = None if by_value else _sent(row_of_chunk, self.device)
-        self.maps = _sent(np.array([m for row in order for m in whole[row][1]] or [(1, 1)], np.int64), self.device)
+        self.rows = None if by_value else _sent(row_of_chunk, self.device)[0]
+        self.maps, _ = _sent(np.array([m for row in order for m in whole[row][1]] or [(1, 1)], np.int64), self.device)
         group_of_chunk = self._table[row_of_chunk, GROUP]
         edges = [0, *(np.flatnonzero(np.diff(group_of_chunk)) + 1).tolist(), first]
         self._runs = [(int(group_of_chunk[a]), a, b) for a, b in pairwise(edges)]
@@ -177,7 +177,6 @@ class Tables:
             return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self.hyper = self._hyper = self._hyper_source = None
-        self._send_hyper, self._send_table = _Sender(self.device), _Sender(self.device)
         self.sums = zeros(2, dtype=torch.float64)  # of squares, and how many ranks found infinities
         self.partials = zeros(partials, dtype=torch.float64)
         self.done = zeros(len(order), dtype=torch.int32)  # chunks of a row
@@ -243,7 +242,8 @@ class Tables:
         self._table[:, ALIGNED] = (self._table[:, :STEP] % 16 == 0).all(1)
         if self._by_value:
             return
-        self.addresses, self._source = self._send_table(self._table)
+        # Memory of its own each time: a captured graph goes on reading what it was captured with.
+        self.addresses, self._source = _sent(self._table, self.device)
         if _is_capturing(self.device):
             self._moving = None  # only a replay sends this: the next step sends its own
 
@@ -271,7 +271,7 @@ class Tables:
                 values.append(x)
             values += (-1.0 if group["maximize"] else 1.0, bound, group.get("seed", 0))
         if values != self._hyper:
-            self.hyper, self._hyper_source = self._send_hyper(np.array(values, np.float64).reshape(-1, HYPER))
+            self.hyper, self._hyper_source = _sent(np.array(values, np.float64).reshape(-1, HYPER), self.device)
             self._hyper = None if _is_capturing(self.device) else values  # as in ``_send``
         for i, j, x in tensors:
             self.hyper[i, j].copy_(local(x).detach().reshape(()))
@@ -304,30 +304,6 @@ def _settle(optimizer, group, p):
     return [*names, "step"]
 
 
-class _Sender:
-    """Sends arrays of one shape to ``device``, each into memory of its own: a captured graph goes on reading what it
-    was captured with, and no replay writes what other steps read.
-
-    Pinned memory lies ready for a capture, during which torch before 2.11 cannot allocate any. Only a second capture
-    with no step between needs such a torch.
-    """
-
-    def __init__(self, device):
-        self._device, self._spare = device, None
-
-    def __call__(self, array):
-        """``(tensor, source)``: the tensor on the device, and the pinned memory that it is copied from."""
-        capturing = _is_capturing(self._device)
-        if capturing and self._spare is not None:
-            source, self._spare = self._spare, None
-            source.numpy()[:] = array
-        else:
-            source = _pinned(array, self._device)
-            if self._spare is None and not capturing:
-                self._spare = _pinned(array, self._device)
-        return source.to(self._device, non_blocking=True), source
-
-
 def _is_capturing(device):
     """Whether a graph is being captured on the current stream of ``device``."""
     if device.type != "cuda":
@@ -339,10 +315,9 @@ def _is_capturing(device):
 _address, _numel, _is_contiguous = torch.Tensor.data_ptr, torch.Tensor.numel, torch.Tensor.is_contiguous
 
 
-def _pinned(array, device):
-    tensor = torch.from_numpy(array.copy())
-    return tensor.pin_memory() if device.type == "cuda" else tensor
-
-
 def _sent(array, device):
-    return _pinned(array, device).to(device, non_blocking=True)
+    """``(tensor, source)``: ``array`` on ``device``, and the memory on the host, pinned for a GPU, that it is copied
+    from. Pinned in a capture it is that graph's own, and lasts as long as it is referred to."""
+    source = torch.from_numpy(array.copy())
+    source = source.pin_memory() if device.type == "cuda" else source
+    return source.to(device, non_blocking=True), source
