@@ -1,8 +1,11 @@
 # make demo and make test each do all their own set-up.
 PYTHON ?= python3
 BIN := .venv/bin
+# pyenv's python3.12 needs to be told which; any other ignores it.
+PYTHON312 ?= PYENV_VERSION=3.12 python3.12
+TORCH211 := .venv-torch211
 
-.PHONY: install demo test lint verify bench cuda
+.PHONY: install demo test test-torch211 compile-report-torch211 lint verify bench cuda
 
 install: .venv/installed
 
@@ -22,6 +25,21 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# A GPU image's versions, without a GPU. The package is not installed there: python -m takes it from this folder.
+$(TORCH211)/installed: requirements-torch211.txt
+	@$(PYTHON312) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' || \
+		{ echo 'make: *-torch211 needs Python 3.12: make PYTHON312=/path/to/python3.12' >&2; exit 1; }
+	$(PYTHON312) -m venv --clear $(TORCH211)
+	$(TORCH211)/bin/pip install --no-deps --requirement requirements-torch211.txt
+	touch $@
+
+test-torch211: $(TORCH211)/installed
+	$(TORCH211)/bin/python -m pytest -n 2 --dist loadfile tests/ops tests/integrations \
+		tests/test_interpreter.py tests/test_backend.py tests/test_verify.py
+
+compile-report-torch211: $(TORCH211)/installed
+	$(TORCH211)/bin/python -m bench.compile_report
 
 lint: install
 	$(BIN)/ruff check .

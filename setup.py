@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 # 9.0a alone has clusters to offer; the portable code of 8.0 serves what is neither.
 ARCHITECTURES = "8.0+PTX 9.0a"
-STABLE_ABI = "0x020a000000000000"  # torch 2.10, the oldest that is supported
+STABLE_ABI = "0x020b000000000000"  # torch 2.11, the oldest that is supported
 # AdamW's formula is written to the bit: each operation rounds on its own.
 FLAGS_OF = {"adamw": ["--fmad=false"]}
 FLAGS = ["-std=c++20", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -48,7 +48,7 @@ def why_not():
     if find_nvcc() is None:
         return "there is no nvcc in CUDA_HOME or on the path"
     if find_torch() is None:
-        return "the build sees no headers of torch 2.10 or later (pip install --no-build-isolation)"
+        return "the build sees no headers of torch 2.11 or later (pip install --no-build-isolation)"
     return None
 
 
@@ -123,5 +123,5 @@ else:
     setup(
         ext_modules=[Extension("sft_kernels._C", sources, py_limited_api=True)],
         cmdclass={"build_ext": BuildCuda},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},  # it uses nothing of Python's
+        options={"bdist_wheel": {"py_limited_api": "cp311"}},  # it uses nothing of Python's
     )

@@ -305,11 +305,10 @@ def _(device):
 
     _needs_cuda(device)
     known = inspect.signature(varlen_attn).parameters
-    causal = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
 
     def make(cu_seqlens, max_seqlen):
         def attend(q, k, v):
-            options = dict(causal)
+            options = {"window_size": (-1, 0)}
             if q.shape[1] != k.shape[1]:
                 if "enable_gqa" in known:
                     options["enable_gqa"] = True

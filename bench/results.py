@@ -72,7 +72,7 @@ def file_name(op, device, tiny=False):
     """``<op>_<device>_<torch version>_<yyyymmdd>.json``; a rehearsal's says that it is none of that."""
     name = "cpu" if device.type == "cpu" else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
     release = torch.__version__.split("+")[0]
-    parts = [op, name, release, f"{datetime.datetime.now(datetime.timezone.utc):%Y%m%d}"]
+    parts = [op, name, release, f"{datetime.datetime.now(datetime.UTC):%Y%m%d}"]
     return "_".join([*parts, *(["rehearsal"] if tiny else [])]) + ".json"
 
 
@@ -90,7 +90,7 @@ class Results:
             "op": suite.op,
             "sample": suite.passes,
             "rehearsal": suite.tiny,
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "commit": code_state()[0],
             "uncommitted_changes": code_state()[1],
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

@@ -1,4 +1,4 @@
-// What the launchers use of torch: its stable ABI alone, so that one library serves every torch from 2.10 on.
+// What the launchers use of torch: its stable ABI alone, so that one library serves every torch from 2.11 on.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -204,9 +204,9 @@ def test_adapters_call_what_the_peers_publish(monkeypatch, table, name, module, 
     assert found.get("error", 2) <= 1, found
 
 
-def varlen_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
     assert query.shape[1] == key.shape[1]
-    return flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=is_causal)
+    return flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=window_size == (-1, 0))
 
 
 def varlen_2_12(
@@ -216,7 +216,7 @@ def varlen_2_12(
     return flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=window_size == (-1, 0))
 
 
-@pytest.mark.parametrize("varlen", [varlen_2_10, varlen_2_12])
+@pytest.mark.parametrize("varlen", [varlen_2_11, varlen_2_12])
 def test_varlen_of_old_and_new_torch(monkeypatch, varlen):
     installed(monkeypatch, "torch.nn.attention.varlen", varlen_attn=varlen)
     monkeypatch.setitem(sys.modules, "torch", torch)

@@ -50,14 +50,10 @@ def flash_attn_2(
     """Dao-AILab/flash-attention, flash_attn/flash_attn_interface.py, v2.6.3 to v2.8.3; csrc/flash_attn."""
 
 
-def varlen_attn_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    """pytorch/pytorch, torch/nn/attention/varlen.py, 2.10; aten/src/ATen/native/transformers/cuda/flash_attn."""
-
-
 def varlen_attn_2_11(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):  # fmt: skip
-    """The same file, 2.11."""
+    """pytorch/pytorch, torch/nn/attention/varlen.py, 2.11; aten/src/ATen/native/transformers/cuda/flash_attn."""
 
 
 def varlen_attn_2_12(
@@ -149,10 +145,9 @@ def _flash_attn_2(a):
 def _varlen_attn(a):
     grouped = a.query.shape[1] != a.key.shape[1]
     assert not grouped or getattr(a, "enable_gqa", False)
-    left, right = getattr(a, "window_size", (-1, 0 if getattr(a, "is_causal", False) else -1))
     out, lse = _attend(
-        a.query, a.key, a.value, a.cu_seq_q, a.cu_seq_k, a.max_q, a.max_k, scale=getattr(a, "scale", None), left=left,
-        right=right, softcap=None, head_dims=range(8, 257, 8), regroups=True,
+        a.query, a.key, a.value, a.cu_seq_q, a.cu_seq_k, a.max_q, a.max_k, scale=a.scale,
+        left=a.window_size[0], right=a.window_size[1], softcap=None, head_dims=range(8, 257, 8), regroups=True,
     )  # fmt: skip
     return (out, lse) if a.return_aux is not None and a.return_aux.lse else out
 
@@ -160,8 +155,8 @@ def _varlen_attn(a):
 MODULES = ("flash_attn.cute", "flash_attn_interface", "flash_attn_3.flash_attn_interface", "flash_attn")
 MODELLED = {
     "q", "k", "v", "query", "key", "value", "cu_seqlens_q", "cu_seqlens_k", "cu_seq_q", "cu_seq_k", "max_seqlen_q",
-    "max_seqlen_k", "max_q", "max_k", "softmax_scale", "scale", "causal", "is_causal", "window_size", "softcap",
-    "enable_gqa", "deterministic", "return_lse", "return_attn_probs", "return_aux",
+    "max_seqlen_k", "max_q", "max_k", "softmax_scale", "scale", "causal", "window_size", "softcap", "enable_gqa",
+    "deterministic", "return_lse", "return_attn_probs", "return_aux",
 }  # fmt: skip
 _FLASH_ATTN, _VARLEN = "flash_attn_varlen_func", ("torch.nn.attention.varlen", "varlen_attn")
 STAND_INS = {  # name: (record, what it computes, module, function)
@@ -171,7 +166,6 @@ STAND_INS = {  # name: (record, what it computes, module, function)
         (flash_attn_4_beta4, _flash_attn_4, "flash_attn.cute", _FLASH_ATTN),
         (flash_attn_3, _flash_attn_3, "flash_attn_interface", _FLASH_ATTN),
         (flash_attn_2, _flash_attn_2, "flash_attn", _FLASH_ATTN),
-        (varlen_attn_2_10, _varlen_attn, *_VARLEN),
         (varlen_attn_2_11, _varlen_attn, *_VARLEN),
         (varlen_attn_2_12, _varlen_attn, *_VARLEN),
     )

@@ -211,10 +211,6 @@ def _varlen_attn_lacks(query, key, options, capability, parameters):
         return "has no softcap"
     if query.shape[1] != key.shape[1] and "enable_gqa" not in parameters:
         return "fewer key heads than query heads need torch 2.12"
-    if options.scale not in (None, query.shape[2] ** -0.5) and "scale" not in parameters:
-        return "a scale needs torch 2.11"
-    if options.window_size not in ((-1, -1), (-1, 0)) and "window_size" not in parameters:
-        return "a window needs torch 2.11"
     return _head_dim(query, 256)
 
 
@@ -222,15 +218,19 @@ def _varlen_attn(function, q, k, v, bounds, max_seqlen, options):
     """Deterministic where ``torch.use_deterministic_algorithms`` is: its backward asks for itself."""
     from torch.nn.attention.varlen import AuxRequest
 
-    words = {
-        "window_size": options.window_size,
-        "is_causal": options.causal,
-        "scale": options.scale,
-        "enable_gqa": q.shape[1] != k.shape[1],
-        "return_aux": AuxRequest(lse=options.return_lse),
-    }
-    words = {word: value for word, value in words.items() if word in _parameters(function)}
-    result = function(q, k, v, bounds, bounds, max_seqlen, max_seqlen, **words)
+    result = function(
+        q,
+        k,
+        v,
+        bounds,
+        bounds,
+        max_seqlen,
+        max_seqlen,
+        window_size=options.window_size,
+        scale=options.scale,
+        return_aux=AuxRequest(lse=options.return_lse),
+        **({"enable_gqa": True} if q.shape[1] != k.shape[1] else {}),  # torch 2.11 has no such argument
+    )
     return result if options.return_lse else (result, None)
 
 
