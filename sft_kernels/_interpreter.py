@@ -1,4 +1,4 @@
-"""Corrections to Triton's CPU interpreter: bf16, and a ``tl.dot`` that gives the same bits on every CPU.
+"""Corrections to Triton's CPU interpreter: bf16, a ``tl.dot`` with the same bits on every CPU, and new NumPy.
 
 The interpreter holds a bf16 as its 16 bits in an array of uint16. In triton 3.6 to 3.9 it computes with those bits as
 with integers: in ``tl.dot``, in plain operations and reductions, in casts from integers and fp64. Besides, fp32 → bf16
@@ -8,6 +8,8 @@ multiplied as torch does it, and any other operation on it raises.
 The interpreter's ``tl.dot`` is NumPy's product, and the order in which that sums depends on the CPU. Here it is summed
 in fp64 and rounded once: products of fp32 are exact in fp64, so the order no longer shows. So is ``tl.fma`` of fp32,
 which the interpreter rounds twice and a GPU once.
+
+triton 3.6 makes bounds of loops from arrays of one element, as NumPy does not any more from 2.4 on.
 """
 
 import functools
@@ -81,6 +83,14 @@ def _replace(builder, reductions):
 
     builder.cast_impl, builder.create_fp_to_fp = cast_impl, create_fp_to_fp
     builder.create_dot, builder.create_fma = create_dot, create_fma
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def _widened(bits):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from sft_kernels import KeptTokens, cross_entropy, linear_cross_entropy
 from sft_kernels._backend import resolve
@@ -113,13 +114,22 @@ def test_inductor(impl):
     compare(linear(kept, impl=impl), (*leaves(), kept.rows, kept.targets), backend="inductor")
 
 
-def test_a_batch_with_another_number_of_kept_tokens():
-    loss = linear(KeptTokens.from_labels(labels()), impl="triton")
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for masked in (0.6, 0.3, 0.8):
-        kept = KeptTokens.from_labels(labels(masked=masked))
+@IMPLS
+@pytest.mark.parametrize("options", [{}, LOOPS["token chunks"], {"chunking": "vocab"}], ids=[*LOOPS])
+def test_batches_with_other_numbers_of_kept_tokens_share_a_graph(impl, options):
+    """One graph for the first number and one for any other, of as many chunks."""
+    loss = linear(KeptTokens.from_labels(labels()), impl=impl, **options)
+    graphs = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, backend=graphs)
+    for count in (30, 32, 27, 31, 28):  # 4 chunks of tokens each
+        y = torch.full((N,), -100)
+        y[:count] = torch.randint(0, V, (count,))
+        kept = KeptTokens.from_labels(y)
         tensors = (*leaves(), kept.rows, kept.targets)
-        assert torch.equal(compiled(*tensors), loss(*tensors))
+        found, reference = compiled(*tensors), loss(*tensors)
+        assert torch.equal(found, reference)
+        assert same_bits(torch.autograd.grad(found, tensors[:2]), torch.autograd.grad(reference, tensors[:2]))
+    assert graphs.frame_count <= 2
 
 
 @IMPLS

@@ -50,4 +50,5 @@ def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stat
 
 
 def _chunks(K, chunk):
-    return [slice(i, i + chunk) for i in range(0, max(K, 1), chunk)]
+    count = max(1, -(-K // chunk))  # under a compiler a range over K itself would be a graph for each K
+    return [slice(i * chunk, (i + 1) * chunk) for i in range(count)]

@@ -41,8 +41,9 @@ def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False, 
         out[~keep] = 0
     K = N if rows is None else rows.numel()
     parts = []
-    for i in range(0, max(K, 1), length):
-        s = slice(i, i + length) if rows is None else rows[i : i + length]
+    for i in range(max(1, -(-K // length))):  # under a compiler a range over K itself would be a graph for each K
+        s = slice(i * length, (i + 1) * length)
+        s = s if rows is None else rows[s]
         block_scale, block_lse = (None if t is None else t[s] for t in (scale, lse))
         row_stats, gradient = _block(logits[s], target[s], options, block_scale, block_lse, stats)
         parts.append(row_stats)
