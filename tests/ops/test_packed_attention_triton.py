@@ -1,13 +1,16 @@
 """``impl="triton"``: layouts that try its tiles, its real sizes, and what its launches cost."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sft_kernels import AttentionTiles, packed_attention
+from sft_kernels._budget import check
 from sft_kernels.ops.packed_attention import api, triton_backward, triton_forward, triton_shared
 
-from .attention import SMALL_TILES, check_case, differentiate
+from .attention import SMALL_TILES, check_case, differentiate, oracle
 from .helpers import run, same_bits
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is interpreted only where there is no GPU")
@@ -138,6 +141,20 @@ def test_same_inputs_same_bits(dtype):
     given, upstream = tensors(100, dtype), torch.randn(100, 2, 16).to(dtype)
     once, again = (attend(given, bounds, upstream, softcap=4.0) for _ in range(2))
     assert same_bits(once, again)
+
+
+@pytest.mark.parametrize("length", [100, 9])  # two kernels of the backward, and one that computes all gradients
+def test_large_scores_cost_fp32_gradients_no_digits(length):
+    """One component of the keys adds 200 to every score. In base 2 the scores are whole numbers, which fp32 holds
+    exactly, so the gradients must be as exact as those of small scores: the budget is that of an exact plain code."""
+    query, key, value = (torch.randint(-1, 2, (length, 2, 16)).float() for _ in range(3))
+    query[..., 0], key[..., 0] = 1, 200
+    bounds, upstream, scale = boundaries([length]), torch.randn(length, 2, 16), math.log(2)
+    _, _, *found = attend((query, key, value), bounds, upstream, scale=scale)
+    expected = oracle((query, key, value), bounds.tolist(), upstream, scale=scale)[2:]
+    for name, x, ref in zip(("dquery", "dkey", "dvalue"), found, expected, strict=True):
+        kept = slice(1 if name == "dquery" else 0, None)  # dquery[..., 0] is 200 times a sum that cancels
+        check(name, x[..., kept], ref[..., kept], ref[..., kept])
 
 
 def test_the_order_of_the_tiles_changes_no_bit():

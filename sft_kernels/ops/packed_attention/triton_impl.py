@@ -22,7 +22,7 @@ def packed_attention(
     out, lse = _PackedAttention.apply(
         query, key, value, tiles.query, tiles.key, tiles.block, scale, window_size, softcap
     )
-    return out, lse * math.log(2) if return_lse else None
+    return out, (lse * math.log(2)).float() if return_lse else None
 
 
 class _PackedAttention(torch.autograd.Function):
