@@ -35,6 +35,13 @@ def tensors(dtype=torch.float32, heads=4, key_heads=4, t=T):
     return tuple(torch.randn(t, h, D).to(dtype) for h in (heads, key_heads, key_heads))
 
 
+@torch_only
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_many_query_heads_are_summed_in_fp32(dtype):
+    """In half precision a sum that is rounded at each head is outside the budget."""
+    check_case(tensors(dtype, 16, 1, t=200), torch.tensor([0, 200]))
+
+
 @pytest.mark.parametrize("name", BOUNDS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("key_heads", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
