@@ -1,5 +1,6 @@
 """``impl="triton"``: layouts that try its tiles, its real sizes, and what its launches cost."""
 
+import contextlib
 import math
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from sft_kernels import AttentionTiles, packed_attention
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 from sft_kernels._budget import check
 from sft_kernels.ops.packed_attention import api, triton_backward, triton_forward, triton_shared
 
@@ -249,6 +252,53 @@ def test_memory_and_programs_go_with_the_tokens(D, split, monkeypatch):
 
 def test_a_window_that_reaches_every_segment_is_none():
     mask = triton_shared.Mask.of(1.0, None, (49, 50), 50)
+def test_every_launch_and_the_question_for_the_capability_stand_under_the_tensors_device(monkeypatch):
+    """Fake tensors on cuda:1 while cuda:0 is current: what is launched, and which device is current then."""
+    current, seen = ["cuda:0"], []
+
+    @contextlib.contextmanager
+    def device(which):
+        current.append(str(which))
+        yield
+        current.pop()
+
+    class Recorder(Kernel):
+        def __getitem__(self, grid):
+            return lambda first, *args, **options: seen.append((self, current[-1]))
+
+    def target():
+        seen.append(("capability", current[-1]))
+        return SimpleNamespace(arch=90)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=target))
+    kernels = {name: Recorder() for name in ("forward", "dquery", "dkey")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(triton_forward if name == "forward" else triton_backward, f"_{name}_kernel", kernel)
+    with FakeTensorMode():
+        query, key, tiles = (
+            torch.empty(shape, dtype=dtype, device="cuda:1")
+            for shape, dtype in (((10, 4, 64), torch.bfloat16), ((10, 2, 64), torch.bfloat16), ((2, 3), torch.int32))
+        )
+        options = (128, 0.1, (-1, 0), None)
+        out, lse = triton_forward.launch(query, key, key, tiles, *options)
+        triton_backward.launch(out, query, key, key, out, lse, tiles, tiles, *options)
+    expected = [each for kernel in kernels.values() for each in ("capability", kernel)]
+    assert seen == [(each, "cuda:1") for each in expected]
+
+
+def test_boundaries_on_the_host_are_refused_while_a_graph_is_captured(monkeypatch):
+    """A graph would keep the address in host memory, and read it at every replay."""
+    with FakeTensorMode():
+        given = [torch.empty(3, 2, 16, device="cuda:1") for _ in range(3)]
+    options = {"tiles": None, "scale": None, "window_size": (-1, 0), "softcap": None, "return_lse": False}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected device cuda:1 while a CUDA graph is captured, got cpu"):
+        triton_impl.packed_attention(*given, boundaries([3]), None, None, **options)
+
+
     assert (mask.flags["LEFT"], mask.flags["RIGHT"]) == (True, False)
     assert triton_shared.Mask.of(1.0, None, (2**40, -1), 50).left == -1
 

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._triton import on
 from .triton_shared import Mask, by_rows, keys_met, probabilities, queries_met, rows, scores, seen, sizes
 
 
@@ -324,15 +325,17 @@ def launch(dout, query, key, value, out, lse, query_tiles, key_tiles, block, sca
     given = (
         *(t.stride(0) for t in (query, key, value, dout)), *(t.stride(1) for t in (query, key, value, dout)), *mask,
     )  # fmt: skip
-    options = sizes("dquery", query, key, block)
-    _dquery_kernel[(len(query_tiles) * options["SPLIT"] * Hq,)](
-        query, key, value, out, dout, lse, delta, dquery, query_tiles, T, Hq, Hq // Hkv, *given, **mask.flags, **options
-    )
-    options = sizes("dkey", query, key, block)
-    _dkey_kernel[(len(key_tiles) * options["SPLIT"] * Hkv,)](
-        query, key, value, dout, lse, delta, dquery, dkey, dvalue, key_tiles, T, Hkv, Hq // Hkv,
-        *given, **mask.flags, **options,
-    )  # fmt: skip
+    with on(query.device):
+        options = sizes("dquery", query, key, block)
+        _dquery_kernel[(len(query_tiles) * options["SPLIT"] * Hq,)](
+            query, key, value, out, dout, lse, delta, dquery, query_tiles, T, Hq, Hq // Hkv,
+            *given, **mask.flags, **options,
+        )  # fmt: skip
+        options = sizes("dkey", query, key, block)
+        _dkey_kernel[(len(key_tiles) * options["SPLIT"] * Hkv,)](
+            query, key, value, dout, lse, delta, dquery, dkey, dvalue, key_tiles, T, Hkv, Hq // Hkv,
+            *given, **mask.flags, **options,
+        )  # fmt: skip
     return gradients
 
 

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._triton import on
 from .triton_shared import Mask, by_rows, keys_met, rows, scores, seen, sizes
 
 # Below every score, yet finite: where a query has seen no key yet, its difference to itself is 0 and not NaN.
@@ -153,18 +154,20 @@ def launch(query, key, value, tiles, block, scale, window_size, softcap):
     query, key, value = map(by_rows, (query, key, value))
     mask = Mask.of(scale, softcap, window_size, T)
     options = sizes("forward", query, key, block)
-    _forward_kernel[(len(tiles) * options["SPLIT"] * Hq,)](
-        query, key, value, out, lse, tiles, T, Hq, Hq // Hkv,
-        *(t.stride(0) for t in (query, key, value)), *(t.stride(1) for t in (query, key, value)),
-        mask.slope, mask.cap, mask.left, mask.right, **mask.flags, **options,
-    )  # fmt: skip
+    with on(query.device):
+        _forward_kernel[(len(tiles) * options["SPLIT"] * Hq,)](
+            query, key, value, out, lse, tiles, T, Hq, Hq // Hkv,
+            *(t.stride(0) for t in (query, key, value)), *(t.stride(1) for t in (query, key, value)),
+            mask.slope, mask.cap, mask.left, mask.right, **mask.flags, **options,
+        )  # fmt: skip
     return out, lse
 
 
 def results(query):
     """Allocate output and lse, of which every entry is written.
 
-    The lse of fp32 tensors is fp64: see :func:`~.triton_shared.probabilities`. Half precision has no use for the digits.
+    The lse of fp32 tensors is fp64: see :func:`~.triton_shared.probabilities`. Half precision has no
+    use for the digits.
     """
     T, Hq, D = query.shape
     dtype = torch.float64 if query.dtype == torch.float32 else torch.float32
