@@ -2,16 +2,18 @@
 
 import contextlib
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-
-from sft_kernels import AttentionTiles, packed_attention
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sft_kernels import AttentionTiles, packed_attention
 from sft_kernels._budget import check
-from sft_kernels.ops.packed_attention import api, triton_backward, triton_forward, triton_shared
+from sft_kernels.ops.packed_attention import api, triton_backward, triton_forward, triton_impl, triton_shared
 
 from .attention import SMALL_TILES, check_case, differentiate, oracle
 from .helpers import run, same_bits
@@ -250,8 +252,6 @@ def test_memory_and_programs_go_with_the_tokens(D, split, monkeypatch):
     assert kernels["dkey"].grids == [(n * split * Hkv,)]
 
 
-def test_a_window_that_reaches_every_segment_is_none():
-    mask = triton_shared.Mask.of(1.0, None, (49, 50), 50)
 def test_every_launch_and_the_question_for_the_capability_stand_under_the_tensors_device(monkeypatch):
     """Fake tensors on cuda:1 while cuda:0 is current: what is launched, and which device is current then."""
     current, seen = ["cuda:0"], []
@@ -299,6 +299,8 @@ def test_boundaries_on_the_host_are_refused_while_a_graph_is_captured(monkeypatc
         triton_impl.packed_attention(*given, boundaries([3]), None, None, **options)
 
 
+def test_a_window_that_reaches_every_segment_is_none():
+    mask = triton_shared.Mask.of(1.0, None, (49, 50), 50)
     assert (mask.flags["LEFT"], mask.flags["RIGHT"]) == (True, False)
     assert triton_shared.Mask.of(1.0, None, (2**40, -1), 50).left == -1
 
@@ -326,7 +328,7 @@ def test_auto_on_a_cpu_is_torch_and_fp64_and_wide_heads_are_torchs_own(monkeypat
 
 @pytest.mark.parametrize(
     ("major", "shared", "D", "reason"),
-    [(9, 227, 256, None), (8, 163, 256, None), (8, 99, 128, None), (8, 99, 129, "129|above 128"), (7, 96, 64, "7.5")],
+    [(9, 227, 256, None), (8, 163, 256, None), (8, 99, 128, None), (8, 99, 129, "above 128"), (7, 96, 64, "7.5")],
 )
 def test_a_gpu_that_is_too_small_gets_torchs(major, shared, D, reason, monkeypatch):
     class Gpu:
@@ -334,8 +336,9 @@ def test_a_gpu_that_is_too_small_gets_torchs(major, shared, D, reason, monkeypat
 
     Gpu.major = major
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
-    found = api._beyond(torch.device("cuda"), D)
-    assert found is None if reason is None else found
+    with FakeTensorMode():
+        found = api._needs_torch(torch.empty(4, 2, D, device="cuda", dtype=torch.bfloat16))
+    assert found is None if reason is None else re.search(reason, found)
 
 
 @pytest.mark.parametrize(
@@ -345,8 +348,12 @@ def test_a_gpu_that_is_too_small_gets_torchs(major, shared, D, reason, monkeypat
         (lambda t: t._replace(total_tokens=49), ValueError, "tiles: .*50 tokens.*49"),
         (lambda t: t.to("meta"), ValueError, "tiles: .*device"),
         (lambda t: tiles_of(boundaries([10, 40]), 50), ValueError, "tiles: .*other boundaries"),
+        (lambda t: t._replace(key=t.key.to_sparse()), TypeError, "tiles: expected a dense tensor"),
+        (lambda t: t._replace(query=torch.nested.nested_tensor([t.query[0]])), TypeError, "tiles: expected a dense"),
+        (lambda t: t._replace(query=t.query.float()), TypeError, "tiles: expected int32"),
+        (lambda t: t._replace(key=t.key[:, :2]), TypeError, "tiles: expected int32"),
     ],
-    ids=["tuple", "tokens", "device", "boundaries"],
+    ids=["tuple", "tokens", "device", "boundaries", "sparse", "nested", "dtype", "shape"],
 )
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_wrong_tiles_are_refused(impl, change, error, match):
@@ -391,6 +398,18 @@ class TestCompiled:
     def _poison_unwritten_memory(self):
         """Off: what it wraps cannot be traced."""
         torch._dynamo.reset()
+
+    def test_the_choice_for_a_gpu_is_traced_with_a_symbolic_head_dimension(self, monkeypatch):
+        gpu = SimpleNamespace(major=9, minor=0, name="a GPU", shared_memory_per_block_optin=227 << 10)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+
+        def choose(query):
+            return query.new_empty(query.shape) if api._needs_torch(query) is None else None
+
+        with FakeTensorMode():
+            query = torch.empty(8, 2, 64, device="cuda", dtype=torch.bfloat16)
+            chosen = torch.compile(choose, dynamic=True, fullgraph=True, backend="eager")(query)
+        assert chosen.shape == query.shape
 
     @pytest.mark.parametrize("handed", [True, False], ids=["tiles handed", "tiles built"])
     def test_traced_whole_with_eagers_bits(self, handed):
