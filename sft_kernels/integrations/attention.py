@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from ..ops.packed_attention.api import packed_attention
-from ..ops.packed_attention.tiles import AttentionTiles
+from ..ops.packed_attention.tiles import AttentionTiles, boundaries_on, capturing
 
 NAME = "sft_kernels"
 
@@ -82,16 +82,15 @@ def once_a_forward(function):
     """``function(tensor, *rest)``, which is asked for again only where ``tensor`` is another object or was written to.
 
     The layers of a model are handed the same tensor. Only the last answer is kept, and no longer than its tensor lives.
-    Nothing is kept of what is traced or captured in a CUDA graph, where a replay must find its answer anew, nor of an
-    inference tensor, which does not say whether it was written to.
+    Nothing is kept or reused while a graph is traced or captured, wherever ``tensor`` lies: a replay must find its
+    answer anew, in memory of its own. Nor is the answer for an inference tensor kept, which does not say whether it was
+    written to.
     """
     last = None  # what was asked (the tensor as a weak reference), and the answer
 
     def wrapper(tensor, *rest):
         nonlocal last
-        if torch.compiler.is_compiling() or tensor.is_inference():
-            return function(tensor, *rest)
-        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or tensor.is_inference() or capturing():
             return function(tensor, *rest)
         known = last
         asked = (tensor._version, *rest)
@@ -138,4 +137,4 @@ def _takes_tiles(device):
 
 @once_a_forward
 def _tiles(cu_seqlens, T, device):
-    return AttentionTiles.from_cu_seqlens(cu_seqlens.to(device, non_blocking=True), T)
+    return AttentionTiles.from_cu_seqlens(boundaries_on(device, cu_seqlens), T)

@@ -187,6 +187,27 @@ def test_what_is_remembered_dies_with_its_tensor_and_another_tensor_is_another_q
         assert answer(tensor) is not answer(tensor)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])  # boundaries on the host are captured too
+def test_nothing_passes_between_a_captured_forward_and_others(device, monkeypatch):
+    asked = []
+
+    @attention.once_a_forward
+    def answer(tensor):
+        asked.append(tensor)
+        return object()
+
+    tensor = torch.empty(2, device=device)
+    before = answer(tensor)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    captured = answer(tensor)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    after = answer(tensor)
+    assert captured not in (before, after)
+    assert after is before
+    assert len(asked) == 2
+
+
 def test_layers_share_one_list_of_tiles(calls, monkeypatch):
     """As on a GPU: here Triton is interpreted."""
     if torch.cuda.is_available():

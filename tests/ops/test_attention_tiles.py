@@ -137,6 +137,7 @@ def test_wrong_boundaries_that_nobody_reads_still_give_every_row_once_and_none_o
         ({"cu_seqlens": torch.tensor([0.0, 3.0])}, TypeError, "cu_seqlens"),
         ({"cu_seqlens": torch.tensor([[0, 3]])}, ValueError, "cu_seqlens"),
         ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, ValueError, "cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0, 3]).to_sparse()}, TypeError, "cu_seqlens: expected a dense tensor"),
         ({"total_tokens": -1}, ValueError, "total_tokens"),
         ({"total_tokens": 2**31}, ValueError, "total_tokens"),
         ({"total_tokens": 3.0}, ValueError, "total_tokens"),

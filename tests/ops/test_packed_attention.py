@@ -35,6 +35,13 @@ def tensors(dtype=torch.float32, heads=4, key_heads=4, t=T):
     return tuple(torch.randn(t, h, D).to(dtype) for h in (heads, key_heads, key_heads))
 
 
+@torch_only
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_of_many_query_heads_are_summed_in_fp32(dtype):
+    """In half precision a sum that is rounded at each head is outside the budget."""
+    check_case(tensors(dtype, 16, 1, t=200), torch.tensor([0, 200]))
+
+
 @pytest.mark.parametrize("name", BOUNDS)
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("key_heads", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
@@ -158,6 +165,15 @@ def test_under_autocast_the_three_may_be_of_different_dtypes(lower):
     assert [gradient.dtype for gradient in gradients] == [t.dtype for t in given]
 
 
+def test_autocast_is_looked_up_without_what_torch_2_11_cannot_trace(monkeypatch):
+    def untraceable(device_type):
+        raise AssertionError("is_autocast_available was called")
+
+    monkeypatch.setattr(torch.amp, "is_autocast_available", untraceable)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed_attention(*tensors(), bounds()).dtype == torch.bfloat16
+
+
 def test_under_autocast_scores_are_capped_and_summed_in_fp32():
     given, options = tensors(), {"softcap": 2.0, "return_lse": True}
     cast = packed_attention(*(t.bfloat16() for t in given), bounds(), **options)
@@ -249,6 +265,32 @@ def test_work_and_memory_go_with_the_squares_of_the_lengths(window_size, softcap
     assert sum(saved.values()) <= squares * (2 * 4 * heads + 1) + 8 * given[0].nbytes
 
 
+def jagged(tensor):
+    return torch.nested.nested_tensor([tensor[:1], tensor[1:]], layout=torch.jagged)
+
+
+def nested(tensor):
+    return torch.nested.nested_tensor([tensor[:1], tensor[1:]], layout=torch.strided)
+
+
+UNSUPPORTED = {
+    "fp8": lambda *shape: torch.ones(shape).to(torch.float8_e4m3fn),
+    "coo": lambda *shape: torch.ones(shape).to_sparse(),
+    "csr": lambda *shape: torch.ones(shape).to_sparse_csr(),
+    "jagged": lambda *shape: jagged(torch.ones(shape)),
+    "nested": lambda *shape: nested(torch.ones(shape)),
+}
+
+
+def test_fp8_is_refused_for_all_three_and_under_autocast():
+    given = [t.to(torch.float8_e4m3fn) for t in tensors()]
+    with pytest.raises(TypeError, match="query: expected float16, bfloat16"):
+        packed_attention(*given, bounds())
+    given[0] = given[0].float()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="key: expected float16, bfloat16"):
+        packed_attention(*given, bounds())
+
+
 class NoLaunch(TorchDispatchMode):
     """Fails where anything is computed."""
 
@@ -315,6 +357,15 @@ def test_boundaries_that_cost_a_sync_to_check_are_read_once_by_the_implementatio
         ({"cu_seqlens": torch.tensor([0, 24], device="meta")}, ValueError, "cu_seqlens.*device"),
         ({"query": torch.randn(T, 2, 0)}, ValueError, "query"),
         ({"impl": "fast"}, ValueError, "impl"),
+        *(
+            ({name: make(T, 2, D)}, TypeError, f"{name}: expected")
+            for name in ("query", "key", "value")
+            for make in UNSUPPORTED.values()
+        ),
+        *(
+            ({"cu_seqlens": make(torch.tensor([0, 11, T]))}, TypeError, "cu_seqlens: expected a dense tensor")
+            for make in (torch.Tensor.to_sparse, jagged, nested)
+        ),
     ],
     ids=lambda change: "-".join(change) if isinstance(change, dict) else None,
 )

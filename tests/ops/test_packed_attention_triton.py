@@ -1,13 +1,21 @@
 """``impl="triton"``: layouts that try its tiles, its real sizes, and what its launches cost."""
 
+import contextlib
+import math
+import re
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sft_kernels import AttentionTiles, packed_attention
-from sft_kernels.ops.packed_attention import api, triton_backward, triton_forward, triton_shared
+from sft_kernels._budget import check
+from sft_kernels.ops.packed_attention import api, triton_backward, triton_forward, triton_impl, triton_shared
 
-from .attention import SMALL_TILES, check_case, differentiate
+from .attention import SMALL_TILES, check_case, differentiate, oracle
 from .helpers import run, same_bits
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is interpreted only where there is no GPU")
@@ -140,6 +148,20 @@ def test_same_inputs_same_bits(dtype):
     assert same_bits(once, again)
 
 
+@pytest.mark.parametrize("length", [100, 9])  # two kernels of the backward, and one that computes all gradients
+def test_large_scores_cost_fp32_gradients_no_digits(length):
+    """One component of the keys adds 200 to every score. In base 2 the scores are whole numbers, which fp32 holds
+    exactly, so the gradients must be as exact as those of small scores: the budget is that of an exact plain code."""
+    query, key, value = (torch.randint(-1, 2, (length, 2, 16)).float() for _ in range(3))
+    query[..., 0], key[..., 0] = 1, 200
+    bounds, upstream, scale = boundaries([length]), torch.randn(length, 2, 16), math.log(2)
+    _, _, *found = attend((query, key, value), bounds, upstream, scale=scale)
+    expected = oracle((query, key, value), bounds.tolist(), upstream, scale=scale)[2:]
+    for name, x, ref in zip(("dquery", "dkey", "dvalue"), found, expected, strict=True):
+        kept = slice(1 if name == "dquery" else 0, None)  # dquery[..., 0] is 200 times a sum that cancels
+        check(name, x[..., kept], ref[..., kept], ref[..., kept])
+
+
 def test_the_order_of_the_tiles_changes_no_bit():
     """What is summed is summed within a program, so that nothing depends on which of them runs first."""
     bounds = boundaries([70, 3, 40])
@@ -230,6 +252,53 @@ def test_memory_and_programs_go_with_the_tokens(D, split, monkeypatch):
     assert kernels["dkey"].grids == [(n * split * Hkv,)]
 
 
+def test_every_launch_and_the_question_for_the_capability_stand_under_the_tensors_device(monkeypatch):
+    """Fake tensors on cuda:1 while cuda:0 is current: what is launched, and which device is current then."""
+    current, seen = ["cuda:0"], []
+
+    @contextlib.contextmanager
+    def device(which):
+        current.append(str(which))
+        yield
+        current.pop()
+
+    class Recorder(Kernel):
+        def __getitem__(self, grid):
+            return lambda first, *args, **options: seen.append((self, current[-1]))
+
+    def target():
+        seen.append(("capability", current[-1]))
+        return SimpleNamespace(arch=90)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=target))
+    kernels = {name: Recorder() for name in ("forward", "dquery", "dkey")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(triton_forward if name == "forward" else triton_backward, f"_{name}_kernel", kernel)
+    with FakeTensorMode():
+        query, key, tiles = (
+            torch.empty(shape, dtype=dtype, device="cuda:1")
+            for shape, dtype in (((10, 4, 64), torch.bfloat16), ((10, 2, 64), torch.bfloat16), ((2, 3), torch.int32))
+        )
+        options = (128, 0.1, (-1, 0), None)
+        out, lse = triton_forward.launch(query, key, key, tiles, *options)
+        triton_backward.launch(out, query, key, key, out, lse, tiles, tiles, *options)
+    expected = [each for kernel in kernels.values() for each in ("capability", kernel)]
+    assert seen == [(each, "cuda:1") for each in expected]
+
+
+def test_boundaries_on_the_host_are_refused_while_a_graph_is_captured(monkeypatch):
+    """A graph would keep the address in host memory, and read it at every replay."""
+    with FakeTensorMode():
+        given = [torch.empty(3, 2, 16, device="cuda:1") for _ in range(3)]
+    options = {"tiles": None, "scale": None, "window_size": (-1, 0), "softcap": None, "return_lse": False}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match=r"cu_seqlens: expected device cuda:1 while a CUDA graph is captured, got cpu"):
+        triton_impl.packed_attention(*given, boundaries([3]), None, None, **options)
+
+
 def test_a_window_that_reaches_every_segment_is_none():
     mask = triton_shared.Mask.of(1.0, None, (49, 50), 50)
     assert (mask.flags["LEFT"], mask.flags["RIGHT"]) == (True, False)
@@ -259,7 +328,7 @@ def test_auto_on_a_cpu_is_torch_and_fp64_and_wide_heads_are_torchs_own(monkeypat
 
 @pytest.mark.parametrize(
     ("major", "shared", "D", "reason"),
-    [(9, 227, 256, None), (8, 163, 256, None), (8, 99, 128, None), (8, 99, 129, "129|above 128"), (7, 96, 64, "7.5")],
+    [(9, 227, 256, None), (8, 163, 256, None), (8, 99, 128, None), (8, 99, 129, "above 128"), (7, 96, 64, "7.5")],
 )
 def test_a_gpu_that_is_too_small_gets_torchs(major, shared, D, reason, monkeypatch):
     class Gpu:
@@ -267,8 +336,9 @@ def test_a_gpu_that_is_too_small_gets_torchs(major, shared, D, reason, monkeypat
 
     Gpu.major = major
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Gpu)
-    found = api._beyond(torch.device("cuda"), D)
-    assert found is None if reason is None else found
+    with FakeTensorMode():
+        found = api._needs_torch(torch.empty(4, 2, D, device="cuda", dtype=torch.bfloat16))
+    assert found is None if reason is None else re.search(reason, found)
 
 
 @pytest.mark.parametrize(
@@ -278,8 +348,12 @@ def test_a_gpu_that_is_too_small_gets_torchs(major, shared, D, reason, monkeypat
         (lambda t: t._replace(total_tokens=49), ValueError, "tiles: .*50 tokens.*49"),
         (lambda t: t.to("meta"), ValueError, "tiles: .*device"),
         (lambda t: tiles_of(boundaries([10, 40]), 50), ValueError, "tiles: .*other boundaries"),
+        (lambda t: t._replace(key=t.key.to_sparse()), TypeError, "tiles: expected a dense tensor"),
+        (lambda t: t._replace(query=torch.nested.nested_tensor([t.query[0]])), TypeError, "tiles: expected a dense"),
+        (lambda t: t._replace(query=t.query.float()), TypeError, "tiles: expected int32"),
+        (lambda t: t._replace(key=t.key[:, :2]), TypeError, "tiles: expected int32"),
     ],
-    ids=["tuple", "tokens", "device", "boundaries"],
+    ids=["tuple", "tokens", "device", "boundaries", "sparse", "nested", "dtype", "shape"],
 )
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_wrong_tiles_are_refused(impl, change, error, match):
@@ -324,6 +398,18 @@ class TestCompiled:
     def _poison_unwritten_memory(self):
         """Off: what it wraps cannot be traced."""
         torch._dynamo.reset()
+
+    def test_the_choice_for_a_gpu_is_traced_with_a_symbolic_head_dimension(self, monkeypatch):
+        gpu = SimpleNamespace(major=9, minor=0, name="a GPU", shared_memory_per_block_optin=227 << 10)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+
+        def choose(query):
+            return query.new_empty(query.shape) if api._needs_torch(query) is None else None
+
+        with FakeTensorMode():
+            query = torch.empty(8, 2, 64, device="cuda", dtype=torch.bfloat16)
+            chosen = torch.compile(choose, dynamic=True, fullgraph=True, backend="eager")(query)
+        assert chosen.shape == query.shape
 
     @pytest.mark.parametrize("handed", [True, False], ids=["tiles handed", "tiles built"])
     def test_traced_whole_with_eagers_bits(self, handed):

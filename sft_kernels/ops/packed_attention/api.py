@@ -8,7 +8,10 @@ import torch
 
 from ..._backend import checks_enabled, resolve
 from .segments import segment_lengths
-from .tiles import AttentionTiles, check_boundaries
+from .tiles import AttentionTiles, check_boundaries, check_dense
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPE_NAMES = "float16, bfloat16, float32 or float64"
 
 
 def packed_attention(
@@ -35,11 +38,12 @@ def packed_attention(
         out[i]  = Σ_j exp(a[i, j] − lse[i]) value[j]
 
     Args:
-        query: ``[T, Hq, D]``, floating point.
+        query: ``[T, Hq, D]``, fp16, bf16, fp32 or fp64. Like all other tensors it is neither sparse nor nested.
         key, value: ``[T, Hkv, D]`` of the same dtype and device; Hq is a multiple of Hkv (GQA: query head h reads h //
             (Hq / Hkv)).
         cu_seqlens: ``[B + 1]`` integers on the CPU or the device of ``query``, starting at 0 and never decreasing.
-            Segments of length zero are allowed; rows from ``cu_seqlens[-1]`` on get zeros and zero gradients.
+            While a CUDA graph is captured, ``impl="triton"`` takes them on that device alone. Segments of length zero
+            are allowed; rows from ``cu_seqlens[-1]`` on get zeros and zero gradients.
         max_seqlen: a bound on the segments' lengths. Without it ``impl="flash"`` reads it on the host, a sync a call.
         causal: whether a token sees only itself and what comes before.
         scale: of the scores; None means D^-½.
@@ -105,29 +109,37 @@ def packed_attention(
 
 
 def _autocast(device):
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    # torch 2.11 cannot trace is_autocast_available, so the devices that are compiled for are not asked about.
+    available = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
 
 
 def _needs_torch(query):
-    """What of a call our own kernels do not carry; None where they do."""
+    """Returns what our own kernels do not support of a call with ``query``, or None if they support all of it."""
     if query.dtype == torch.float64:
         return "float64 tensors"
     if query.shape[2] > (128 if query.dtype == torch.float32 and not _autocast(query.device) else 256):
         return "head dimensions above 256 (in float32 above 128)"
-    return _beyond(query.device, query.shape[2]) if query.is_cuda else None
+    if not query.is_cuda:
+        return None
+    reason = _too_old(query.device)
+    if reason is None and query.shape[2] > 128:
+        reason = _too_small_for_wide_heads(query.device)
+    return reason
 
 
-def _beyond(device, D):
-    """Why ``device`` is too small for the kernels of heads of D."""
+def _too_old(device):
     gpu = torch.cuda.get_device_properties(device)
-    if gpu.major < 8:
-        return f"GPUs of compute capability {gpu.major}.{gpu.minor}"
-    if D > 128 and gpu.shared_memory_per_block_optin < 163 << 10:
-        return f"head dimensions above 128 on {gpu.name}"
-    return None
+    return f"GPUs of compute capability {gpu.major}.{gpu.minor}" if gpu.major < 8 else None
 
 
-_beyond._dynamo_marked_constant = True  # a compiler need not look inside; see _backend.py
+def _too_small_for_wide_heads(device):
+    gpu = torch.cuda.get_device_properties(device)
+    return f"head dimensions above 128 on {gpu.name}" if gpu.shared_memory_per_block_optin < 163 << 10 else None
+
+
+# A compiler need not look inside; see _backend.py. It hands a constant function no sizes, which may be symbolic.
+_too_old._dynamo_marked_constant = _too_small_for_wide_heads._dynamo_marked_constant = True
 
 
 def _check_tiles(tiles, query, cu_seqlens):
@@ -136,6 +148,9 @@ def _check_tiles(tiles, query, cu_seqlens):
     if tiles.total_tokens != len(query):
         raise ValueError(f"tiles: expected those of {len(query)} tokens as query, got those of {tiles.total_tokens}")
     for t in (tiles.query, tiles.key):
+        check_dense("tiles", t)
+        if t.dtype != torch.int32 or t.dim() != 2 or t.shape[1] != 3:
+            raise TypeError(f"tiles: expected int32 lists of shape [n, 3], got {t.dtype} {tuple(t.shape)}")
         if t.device != query.device:
             raise ValueError(f"tiles: expected device {query.device} as query, got {t.device}")
     if checks_enabled(cu_seqlens.device) and checks_enabled(query.device):
@@ -148,10 +163,11 @@ def _check_tensors(query, key, value, cu_seqlens):
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_dense(name, tensor)
     if query.dim() != 3 or query.shape[2] == 0:
         raise ValueError(f"query: expected shape [T, H, D], got {tuple(query.shape)}")
-    if not query.is_floating_point():
-        raise TypeError(f"query: expected floating point, got {query.dtype}")
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query: expected {_DTYPE_NAMES}, got {query.dtype}")
     T, Hq, D = query.shape
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() != 3 or tensor.shape[0] != T or tensor.shape[2] != D or tensor.shape[1] != key.shape[1]:
@@ -160,8 +176,9 @@ def _check_tensors(query, key, value, cu_seqlens):
             )
         # Under autocast only fp64 is not cast, so it goes with itself alone.
         cast = _autocast(query.device) and torch.float64 not in (query.dtype, tensor.dtype)
-        if not tensor.is_floating_point() or (tensor.dtype != query.dtype and not cast):
-            raise TypeError(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
+        if tensor.dtype not in _DTYPES or (tensor.dtype != query.dtype and not cast):
+            expected = _DTYPE_NAMES if cast else f"{query.dtype} as query"
+            raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected device {query.device} as query, got {tensor.device}")
     if key.shape[1] == 0 or Hq % key.shape[1]:

@@ -42,6 +42,8 @@ def _segment(query, key, value, *, scale, window_size, softcap):
         return out.view(Hq, l, D).transpose(0, 1).to(query.dtype)
     left, right = _binding(window_size, l)
     mask = None if left is None and right in (None, 0) else _mask(l, left, right, query.device)
+    if Hq != Hkv and query.device.type == "cpu" and query.element_size() < 4:
+        key, value = (_each_head(t, Hq // Hkv) for t in (key, value))
     # In fp32 torch's flash kernel for the CPU takes a fast exponential: twice the error budget where scores are large.
     exact = query.device.type == "cpu" and query.dtype == torch.float32
     with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
@@ -50,9 +52,19 @@ def _segment(query, key, value, *, scale, window_size, softcap):
             attn_mask=mask,
             is_causal=mask is None and right == 0,
             scale=scale,
-            enable_gqa=Hq != Hkv,
+            enable_gqa=Hq != key.shape[1],
         )
     return out[0].transpose(0, 1)
+
+
+def _each_head(tensor, group):
+    """``tensor`` [l, Hkv, D] repeated for each of its query heads, [l, Hkv · group, D].
+
+    By way of fp32, so that the gradients of the heads are summed in fp32 and rounded once. Torch's own GQA sums them in
+    half precision on a CPU, rounding at each head, and in fp32 on a GPU.
+    """
+    l, Hkv, D = tensor.shape
+    return tensor.float()[:, :, None].expand(l, Hkv, group, D).to(tensor.dtype).reshape(l, Hkv * group, D)
 
 
 def _scores(query, key, *, scale, window_size, softcap):

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_shared import Mask, by_rows, keys_met, queries_met, rows, scores, seen, sizes
+from ..._triton import on
+from .triton_shared import Mask, by_rows, keys_met, probabilities, queries_met, rows, scores, seen, sizes
 
 
 @triton.jit
@@ -33,7 +34,7 @@ def _past_keys(
         k = tl.load(p_k, mask=m_j, other=0.0)  # [INNER, BLOCK_D]
         v = tl.load(p_v, mask=m_j, other=0.0)
         s, t = scores(tl.dot(q, tl.trans(k), input_precision="ieee"), slope, cap, CAPPED)  # [ROWS, INNER]
-        p = tl.exp2(s - b_lse[:, None])
+        p = probabilities(s, b_lse[:, None])
         if MASKED:
             p = tl.where(seen(i, j[None, :], stop, left, right, LEFT, RIGHT), p, 0.0)
         dz = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None])
@@ -73,7 +74,7 @@ def _query_tile(
     m_q = m_i[:, None] & m_d
     do, b_delta = _delta(out, dout, delta, stride_do, stride_o, stop, first, D, BLOCK_D, ROWS)
     q = tl.load(p_q, mask=m_q, other=0.0)
-    b_lse = tl.load(lse + i, mask=m_i, other=float("inf"))
+    b_lse = tl.load(lse + i, mask=m_i, other=0.0)
     dq = tl.zeros([ROWS, BLOCK_D], tl.float32)
     lo, common, hi = keys_met(start, stop, first, ROWS, INNER, left, right, LEFT, RIGHT)
     if not LEFT:
@@ -104,7 +105,7 @@ def _dquery_kernel(
     value,  # [T, Hkv, D]
     out,  # [T, Hq, D]
     dout,  # [T, Hq, D]
-    lse,  # [Hq, T] fp32, in base 2
+    lse,  # [Hq, T] fp32, for fp32 tensors fp64, in base 2
     delta,  # [Hq, T] fp32, written here
     dquery,  # [T, Hq, D]
     tiles,  # [n, 3] int32
@@ -206,7 +207,7 @@ def _key_tile(
         b_delta = tl.load(delta + tl.cast(g, tl.int64) * T + i, mask=m_i, other=0.0)
         s, t = scores(tl.dot(k, tl.trans(q), input_precision="ieee"), slope, cap, CAPPED)  # [ROWS, INNER]
         m = seen(i[None, :], j[:, None], stop, left, right, LEFT, RIGHT)
-        p = tl.where(m, tl.exp2(s - b_lse[None, :]), 0.0)
+        p = tl.where(m, probabilities(s, b_lse[None, :]), 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
         dz = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - b_delta[None, :])
         if CAPPED:
@@ -232,7 +233,7 @@ def _dkey_kernel(
     key,  # [T, Hkv, D]
     value,  # [T, Hkv, D]
     dout,  # [T, Hq, D]
-    lse,  # [Hq, T] fp32, in base 2
+    lse,  # [Hq, T] fp32, for fp32 tensors fp64, in base 2
     delta,  # [Hq, T] fp32
     dquery,  # [T, Hq, D], of the segments that are one small tile
     dkey,  # [T, Hkv, D]
@@ -319,20 +320,22 @@ def launch(dout, query, key, value, out, lse, query_tiles, key_tiles, block, sca
     if T == 0:
         return gradients
     query, key, value, dout = map(by_rows, (query, key, value, dout))
-    delta = torch.empty_like(lse)
+    delta = torch.empty_like(lse, dtype=torch.float32)
     mask = Mask.of(scale, softcap, window_size, T)
     given = (
         *(t.stride(0) for t in (query, key, value, dout)), *(t.stride(1) for t in (query, key, value, dout)), *mask,
     )  # fmt: skip
-    options = sizes("dquery", query, key, block)
-    _dquery_kernel[(len(query_tiles) * options["SPLIT"] * Hq,)](
-        query, key, value, out, dout, lse, delta, dquery, query_tiles, T, Hq, Hq // Hkv, *given, **mask.flags, **options
-    )
-    options = sizes("dkey", query, key, block)
-    _dkey_kernel[(len(key_tiles) * options["SPLIT"] * Hkv,)](
-        query, key, value, dout, lse, delta, dquery, dkey, dvalue, key_tiles, T, Hkv, Hq // Hkv,
-        *given, **mask.flags, **options,
-    )  # fmt: skip
+    with on(query.device):
+        options = sizes("dquery", query, key, block)
+        _dquery_kernel[(len(query_tiles) * options["SPLIT"] * Hq,)](
+            query, key, value, out, dout, lse, delta, dquery, query_tiles, T, Hq, Hq // Hkv,
+            *given, **mask.flags, **options,
+        )  # fmt: skip
+        options = sizes("dkey", query, key, block)
+        _dkey_kernel[(len(key_tiles) * options["SPLIT"] * Hkv,)](
+            query, key, value, dout, lse, delta, dquery, dkey, dvalue, key_tiles, T, Hkv, Hq // Hkv,
+            *given, **mask.flags, **options,
+        )  # fmt: skip
     return gradients
 
 

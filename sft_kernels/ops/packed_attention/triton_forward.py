@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..._triton import on
 from .triton_shared import Mask, by_rows, keys_met, rows, scores, seen, sizes
 
 # Below every score, yet finite: where a query has seen no key yet, its difference to itself is 0 and not NaN.
@@ -69,7 +70,7 @@ def _query_tile(
     )  # fmt: skip
     p_o, _ = rows(out, first, stride_o, ROWS, D, BLOCK_D)
     tl.store(p_o, (acc / l[:, None]).to(out.dtype.element_ty), mask=m_i[:, None] & m_d)
-    tl.store(lse + i, m + tl.log2(l), mask=m_i)
+    tl.store(lse + i, m.to(lse.dtype.element_ty) + tl.log2(l), mask=m_i)
 
 
 @triton.jit
@@ -79,7 +80,7 @@ def _tail_tile(out, lse, stride_o, stop, first, D: tl.constexpr, BLOCK_D: tl.con
     m_i = i < stop
     p_o, m_d = rows(out, first, stride_o, ROWS, D, BLOCK_D)
     tl.store(p_o, tl.zeros([ROWS, BLOCK_D], out.dtype.element_ty), mask=m_i[:, None] & m_d)
-    tl.store(lse + i, tl.full([ROWS], float("-inf"), tl.float32), mask=m_i)
+    tl.store(lse + i, tl.full([ROWS], float("-inf"), lse.dtype.element_ty), mask=m_i)
 
 
 @triton.jit(do_not_specialize=["T", "left", "right"])
@@ -88,7 +89,7 @@ def _forward_kernel(
     key,  # [T, Hkv, D]
     value,  # [T, Hkv, D]
     out,  # [T, Hq, D]
-    lse,  # [Hq, T] fp32, in base 2
+    lse,  # [Hq, T] fp32, for fp32 tensors fp64, in base 2
     tiles,  # [n, 3] int32
     T,
     heads,  # Hq
@@ -145,8 +146,7 @@ def _forward_kernel(
 
 
 def launch(query, key, value, tiles, block, scale, window_size, softcap):
-    """Output [T, Hq, D] and lse [Hq, T], in base 2: what the backward needs to the last bit. ``tiles`` are the
-    queries'."""
+    """Returns output [T, Hq, D] and lse [Hq, T], in base 2, as the backward needs it. ``tiles`` are the queries'."""
     (T, Hq, _), Hkv = query.shape, key.shape[1]
     out, lse = results(query)
     if T == 0:
@@ -154,15 +154,21 @@ def launch(query, key, value, tiles, block, scale, window_size, softcap):
     query, key, value = map(by_rows, (query, key, value))
     mask = Mask.of(scale, softcap, window_size, T)
     options = sizes("forward", query, key, block)
-    _forward_kernel[(len(tiles) * options["SPLIT"] * Hq,)](
-        query, key, value, out, lse, tiles, T, Hq, Hq // Hkv,
-        *(t.stride(0) for t in (query, key, value)), *(t.stride(1) for t in (query, key, value)),
-        mask.slope, mask.cap, mask.left, mask.right, **mask.flags, **options,
-    )  # fmt: skip
+    with on(query.device):
+        _forward_kernel[(len(tiles) * options["SPLIT"] * Hq,)](
+            query, key, value, out, lse, tiles, T, Hq, Hq // Hkv,
+            *(t.stride(0) for t in (query, key, value)), *(t.stride(1) for t in (query, key, value)),
+            mask.slope, mask.cap, mask.left, mask.right, **mask.flags, **options,
+        )  # fmt: skip
     return out, lse
 
 
 def results(query):
-    """Where output and lse go: all of it is written."""
+    """Allocate output and lse, of which every entry is written.
+
+    The lse of fp32 tensors is fp64: see :func:`~.triton_shared.probabilities`. Half precision has no
+    use for the digits.
+    """
     T, Hq, D = query.shape
-    return query.new_empty(T, Hq, D), query.new_empty(Hq, T, dtype=torch.float32)
+    dtype = torch.float64 if query.dtype == torch.float32 else torch.float32
+    return query.new_empty(T, Hq, D), query.new_empty(Hq, T, dtype=dtype)

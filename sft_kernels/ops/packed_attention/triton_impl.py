@@ -5,7 +5,7 @@ import math
 import torch
 
 from . import triton_backward, triton_forward
-from .tiles import AttentionTiles
+from .tiles import AttentionTiles, boundaries_on
 
 
 def packed_attention(
@@ -16,13 +16,13 @@ def packed_attention(
     Boundaries are not read on the host. Without ``tiles`` they are made here, some ten small launches.
     """
     if tiles is None:
-        tiles = AttentionTiles.from_cu_seqlens(cu_seqlens.to(query.device, non_blocking=True), query.shape[0])
+        tiles = AttentionTiles.from_cu_seqlens(boundaries_on(query.device, cu_seqlens), query.shape[0])
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     out, lse = _PackedAttention.apply(
         query, key, value, tiles.query, tiles.key, tiles.block, scale, window_size, softcap
     )
-    return out, lse * math.log(2) if return_lse else None
+    return out, (lse * math.log(2)).float() if return_lse else None
 
 
 class _PackedAttention(torch.autograd.Function):

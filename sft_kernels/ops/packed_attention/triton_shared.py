@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._triton import tanh
+from ..._triton import on, tanh
 from .tiles import BLOCK
 
 
@@ -24,6 +24,21 @@ def scores(s, slope, cap, CAPPED: tl.constexpr):
         t = tanh(s)
         s = t * cap
     return s, t
+
+
+@triton.jit
+def probabilities(s, lse):
+    """exp2(s − lse), where ``lse`` is fp32 or fp64.
+
+    Rounding an lse of 100 to fp32 changes all probabilities of its row by up to 22 fp32 eps. Results of half precision
+    do not show it, those of fp32 do. So theirs is kept in fp64, and subtracted as two fp32 numbers: the nearest one and
+    the rest.
+    """
+    high = lse.to(tl.float32)
+    below = s - high
+    if lse.dtype == tl.float64:
+        below -= (lse - high).to(tl.float32)
+    return tl.exp2(below)
 
 
 @triton.jit
@@ -113,11 +128,13 @@ CONFIGS = {
 FP32 = Config(64, 16, 8, 1)
 
 
-def capability():
-    """The compute capability whose configurations are taken: 9 where an SM has as much shared memory, else 8."""
+def capability(device):
+    """The compute capability whose configurations ``device`` gets: 9 if an SM has as much shared memory, else 8."""
     if triton.knobs.runtime.interpret:
         return 9
-    return 9 if triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10) else 8
+    with on(device):
+        target = triton.runtime.driver.active.get_current_target()
+    return 9 if target.arch // 10 in (9, 10) else 8
 
 
 def config_of(name, capability, D, key_heads):
@@ -133,7 +150,7 @@ def config_of(name, capability, D, key_heads):
 def sizes(name, query, key, block):
     """The constants and launch options of kernel ``name`` for ``query`` [T, Hq, D] over tiles of ``block`` rows."""
     D = query.shape[2]
-    config = FP32 if query.dtype == torch.float32 else config_of(name, capability(), D, key.shape[1])
+    config = FP32 if query.dtype == torch.float32 else config_of(name, capability(query.device), D, key.shape[1])
     return {
         "D": D,
         "BLOCK_D": max(triton.next_power_of_2(D), 16),
