@@ -50,5 +50,6 @@ def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stat
 
 
 def _chunks(K, chunk):
-    count = max(1, -(-K // chunk))  # under a compiler a range over K itself would be a graph for each K
-    return [slice(i * chunk, (i + 1) * chunk) for i in range(count)]
+    # As a compiler can trace them with K a symbol: a range over K, or a slice beyond it, would be a graph for each K.
+    count = max(1, -(-K // chunk))
+    return [slice(i * chunk, (i + 1) * chunk if i < count - 1 else K) for i in range(count)]
