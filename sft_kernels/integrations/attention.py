@@ -6,7 +6,7 @@ import weakref
 import torch
 
 from ..ops.packed_attention.api import packed_attention
-from ..ops.packed_attention.tiles import AttentionTiles, boundaries_on, capturing
+from ..ops.packed_attention.tiles import AttentionTiles
 
 NAME = "sft_kernels"
 
@@ -90,7 +90,7 @@ def once_a_forward(function):
 
     def wrapper(tensor, *rest):
         nonlocal last
-        if torch.compiler.is_compiling() or tensor.is_inference() or capturing():
+        if torch.compiler.is_compiling() or tensor.is_inference() or _capturing():
             return function(tensor, *rest)
         known = last
         asked = (tensor._version, *rest)
@@ -104,6 +104,14 @@ def once_a_forward(function):
             last = None
 
     return wrapper
+
+
+def _capturing():
+    """Whether the current stream is captured into a CUDA graph."""
+    try:
+        return torch.cuda.is_current_stream_capturing()
+    except RuntimeError:  # a torch without CUDA cannot be asked
+        return False
 
 
 def _boundaries(position_ids, T):
@@ -137,4 +145,4 @@ def _takes_tiles(device):
 
 @once_a_forward
 def _tiles(cu_seqlens, T, device):
-    return AttentionTiles.from_cu_seqlens(boundaries_on(device, cu_seqlens), T)
+    return AttentionTiles.from_cu_seqlens(cu_seqlens.to(device, non_blocking=True), T)

@@ -7,11 +7,9 @@ import operator
 import torch
 
 from ..._backend import checks_enabled, resolve
+from ..._checks import check_floating, check_tensor
 from .segments import segment_lengths
-from .tiles import AttentionTiles, check_boundaries, check_dense
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_DTYPE_NAMES = "float16, bfloat16, float32 or float64"
+from .tiles import AttentionTiles, check_boundaries
 
 
 def packed_attention(
@@ -42,8 +40,7 @@ def packed_attention(
         key, value: ``[T, Hkv, D]`` of the same dtype and device; Hq is a multiple of Hkv (GQA: query head h reads h //
             (Hq / Hkv)).
         cu_seqlens: ``[B + 1]`` integers on the CPU or the device of ``query``, starting at 0 and never decreasing.
-            While a CUDA graph is captured, ``impl="triton"`` takes them on that device alone. Segments of length zero
-            are allowed; rows from ``cu_seqlens[-1]`` on get zeros and zero gradients.
+            Segments of length zero are allowed; rows from ``cu_seqlens[-1]`` on get zeros and zero gradients.
         max_seqlen: a bound on the segments' lengths. Without it ``impl="flash"`` reads it on the host, a sync a call.
         causal: whether a token sees only itself and what comes before.
         scale: of the scores; None means D^-½.
@@ -148,7 +145,7 @@ def _check_tiles(tiles, query, cu_seqlens):
     if tiles.total_tokens != len(query):
         raise ValueError(f"tiles: expected those of {len(query)} tokens as query, got those of {tiles.total_tokens}")
     for t in (tiles.query, tiles.key):
-        check_dense("tiles", t)
+        check_tensor("tiles", t)
         if t.dtype != torch.int32 or t.dim() != 2 or t.shape[1] != 3:
             raise TypeError(f"tiles: expected int32 lists of shape [n, 3], got {t.dtype} {tuple(t.shape)}")
         if t.device != query.device:
@@ -161,13 +158,9 @@ def _check_tiles(tiles, query, cu_seqlens):
 
 def _check_tensors(query, key, value, cu_seqlens):
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-        check_dense(name, tensor)
+        check_floating(name, tensor)
     if query.dim() != 3 or query.shape[2] == 0:
         raise ValueError(f"query: expected shape [T, H, D], got {tuple(query.shape)}")
-    if query.dtype not in _DTYPES:
-        raise TypeError(f"query: expected {_DTYPE_NAMES}, got {query.dtype}")
     T, Hq, D = query.shape
     for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() != 3 or tensor.shape[0] != T or tensor.shape[2] != D or tensor.shape[1] != key.shape[1]:
@@ -176,9 +169,8 @@ def _check_tensors(query, key, value, cu_seqlens):
             )
         # Under autocast only fp64 is not cast, so it goes with itself alone.
         cast = _autocast(query.device) and torch.float64 not in (query.dtype, tensor.dtype)
-        if tensor.dtype not in _DTYPES or (tensor.dtype != query.dtype and not cast):
-            expected = _DTYPE_NAMES if cast else f"{query.dtype} as query"
-            raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
+        if tensor.dtype != query.dtype and not cast:
+            raise TypeError(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected device {query.device} as query, got {tensor.device}")
     if key.shape[1] == 0 or Hq % key.shape[1]:

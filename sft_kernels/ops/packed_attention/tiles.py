@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..._backend import checks_enabled
+from ..._checks import check_tensor
 from .segments import segment_lengths
 
 BLOCK = 128
@@ -90,33 +91,8 @@ class AttentionTiles(NamedTuple):
 
 def check_boundaries(cu_seqlens):
     """Raise for ``cu_seqlens`` of a shape or dtype that boundaries never have."""
-    if not isinstance(cu_seqlens, torch.Tensor):
-        raise TypeError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
-    check_dense("cu_seqlens", cu_seqlens)
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
         raise ValueError(f"cu_seqlens: expected shape [B + 1], got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens: expected int32 or int64, got {cu_seqlens.dtype}")
-
-
-def check_dense(name, tensor):
-    """Raise for a sparse or nested ``tensor``."""
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "nested" if tensor.is_nested else str(tensor.layout)
-        raise TypeError(f"{name}: expected a dense tensor, got a {kind} one")
-
-
-def capturing():
-    """Whether the current stream is captured into a CUDA graph. A torch without CUDA cannot be asked."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-
-
-def boundaries_on(device, cu_seqlens):
-    """``cu_seqlens`` on ``device``, without waiting for it.
-
-    Raises ``ValueError`` for a copy from the host in a CUDA graph. The graph would keep the host's address and read it
-    anew at every replay, long after the batch is gone.
-    """
-    if device.type == "cuda" and cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling() and capturing():
-        raise ValueError(f"cu_seqlens: expected device {device} while a CUDA graph is captured, got cpu")
-    return cu_seqlens.to(device, non_blocking=True)

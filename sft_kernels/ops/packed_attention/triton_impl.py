@@ -5,7 +5,7 @@ import math
 import torch
 
 from . import triton_backward, triton_forward
-from .tiles import AttentionTiles, boundaries_on
+from .tiles import AttentionTiles
 
 
 def packed_attention(
@@ -16,7 +16,7 @@ def packed_attention(
     Boundaries are not read on the host. Without ``tiles`` they are made here, some ten small launches.
     """
     if tiles is None:
-        tiles = AttentionTiles.from_cu_seqlens(boundaries_on(query.device, cu_seqlens), query.shape[0])
+        tiles = AttentionTiles.from_cu_seqlens(cu_seqlens.to(query.device, non_blocking=True), query.shape[0])
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
     out, lse = _PackedAttention.apply(
