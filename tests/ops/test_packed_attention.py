@@ -284,10 +284,13 @@ UNSUPPORTED = {
 
 def test_fp8_is_refused_for_all_three_and_under_autocast():
     given = [t.to(torch.float8_e4m3fn) for t in tensors()]
-    with pytest.raises(TypeError, match="query: expected floating point .*float8"):
+    with pytest.raises(TypeError, match=r"query: expected floating point .*float8"):
         packed_attention(*given, bounds())
     given[0] = given[0].float()
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match="key: expected floating point .*float8"):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=r"key: expected floating point .*float8"),
+    ):
         packed_attention(*given, bounds())
 
 
