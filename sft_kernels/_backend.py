@@ -45,6 +45,24 @@ def implementations(op):
     return tuple(_IMPLEMENTATIONS[op])
 
 
+def named(op, impl):
+    """Returns ``(impl, source)``: the name that holds, and whether ``impl`` or the environment gave it.
+
+    ``SFT_KERNELS_IMPL`` replaces ``"auto"`` if it is set. Raises ``ValueError`` for a name that is none,
+    :class:`Unavailable` for one that ``op`` does not have.
+    """
+    source = "impl"
+    if impl == "auto":
+        impl = os.environ.get("SFT_KERNELS_IMPL") or "auto"
+        source = "SFT_KERNELS_IMPL"
+    if impl not in ("auto", *IMPLS):
+        raise ValueError(f"{source}: expected one of {('auto', *IMPLS)}, got {impl!r}")
+    available = _IMPLEMENTATIONS[op]
+    if impl not in ("auto", *available):
+        raise Unavailable(f"{source}={impl!r}: {op} has no such implementation; it has {', '.join(available)}")
+    return impl, source
+
+
 def resolve(op, impl="auto", device=None, needs_torch=None, needs_triton=None):
     """The callable that implements ``op`` on ``device`` (None: the CPU).
 
@@ -55,18 +73,11 @@ def resolve(op, impl="auto", device=None, needs_torch=None, needs_triton=None):
 
     Raises ``ValueError`` for a name that is none, :class:`Unavailable` for one that cannot run here, with the reason.
     """
-    source = "impl"
-    if impl == "auto":
-        impl = os.environ.get("SFT_KERNELS_IMPL") or "auto"
-        source = "SFT_KERNELS_IMPL"
+    impl, source = named(op, impl)
     available = _IMPLEMENTATIONS[op]
     if impl == "auto":
         triton = "triton" in available and not needs_torch and not _why_no_triton(device, interpreted=False)
         impl = "triton" if triton else "torch"
-    if impl not in IMPLS:
-        raise ValueError(f"{source}: expected one of {('auto', *IMPLS)}, got {impl!r}")
-    if impl not in available:
-        raise Unavailable(f"{source}={impl!r}: {op} has no such implementation; it has {', '.join(available)}")
     reason = None
     if impl in ("triton", "cuda") and needs_torch:
         reason = f"{needs_torch} are torch's own code"

@@ -59,7 +59,7 @@ def the_penalty_is_linear(logits, target, options, scale=None, **more):
 
 @fault(*LOSSES)
 def the_last_row_is_not_written(logits, target, options, scale=None, **more):
-    out = more.get("out", logits)
+    out = logits if more.get("out") is None else more["out"]
     last = out[-1:].clone()
     rows = core.softmax_grad(logits, target, options, scale, **more)
     out[-1:] = last

@@ -193,7 +193,9 @@ def test_both_kernels_are_launched_while_their_device_is_current(monkeypatch):
 
 def test_an_implementation_that_cannot_be_is_refused_when_it_is_named(monkeypatch):
     monkeypatch.setattr(_backend, "_why_no_cuda", lambda device: "not built")
-    with pytest.raises(ValueError, match=r"impl: expected one of .*'cuda'.*got 'flash'"):
+    with pytest.raises(ValueError, match=r"impl: expected one of .*'cuda'.*got 'fast'"):
+        AdamW(parameters(), impl="fast")
+    with pytest.raises(Unavailable, match=r"impl='flash': adamw has no such implementation; it has .*cuda"):
         AdamW(parameters(), impl="flash")
     with FakeTensorMode(), pytest.raises(Unavailable, match="impl='cuda': not built"):
         AdamW([torch.zeros(3, device="cuda:1")], impl="cuda")

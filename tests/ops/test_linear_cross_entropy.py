@@ -170,7 +170,7 @@ def test_autocast(loss, dtypes, backward_inside):
         (torch.randn(N, D), torch.randn(V, D).double(), TypeError, "linear_weight"),
         (torch.randn(N, D), torch.randn(V, D, device="meta"), ValueError, "linear_weight.*device"),
         (torch.tensor(1.0), torch.randn(V, D), ValueError, "input"),
-        ([[1.0] * D] * N, torch.randn(V, D), ValueError, "input"),
+        ([[1.0] * D] * N, torch.randn(V, D), TypeError, "input: expected a tensor, got list"),
     ],
     ids=["columns", "vector", "no vocabulary", "dtype", "device", "0-d", "list"],
 )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..._backend import implementations, resolve
+from ..._backend import named, resolve
 from .state import HALF, MASTERS, MOMENTS, check_fit, check_half, is_dense_layout, refuse_unfit
 
 
@@ -82,8 +82,7 @@ class AdamW(torch.optim.AdamW):
         update_stats=False,
         impl="auto",
     ):
-        if impl not in ("auto", *implementations("adamw")):
-            raise ValueError(f"impl: expected one of {('auto', *implementations('adamw'))}, got {impl!r}")
+        named("adamw", impl)
         if max_grad_norm is not None and (isinstance(max_grad_norm, bool) or not max_grad_norm > 0):
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
         if impl not in ("auto", "torch") and (foreach is not None or fused is not None):
@@ -130,7 +129,7 @@ class AdamW(torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        device = self._device()
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
         if device is not None and device.type == "cuda":  # elsewhere the parameters may yet be moved to a GPU
             resolve("adamw", self._impl, device)
         self._choose_path()  # again: torch has set _step_supports_amp_scaling from ``fused`` alone

@@ -46,6 +46,14 @@ def _tile(logits, first, o_g, m_g):
 
 
 @triton.jit
+def _edges(skip, groups, V):
+    """The columns [ROWS, 16] outside whole groups, and which of them there are."""
+    o = tl.arange(0, 2 * _VEC)[None, :]
+    c = tl.where(o < _VEC, o, (skip + groups * _VEC)[:, None] + o - _VEC)
+    return c, tl.where(o < _VEC, o < skip[:, None], True) & (c < V)
+
+
+@triton.jit
 def _softmax_grad_kernel(
     logits,  # [N, V]
     out,  # [N, V]: dlogits, may be logits
@@ -104,12 +112,6 @@ def _softmax_grad_kernel(
     o_v = tl.arange(0, _VEC)[None, None, :]
     groups = tl.maximum(V - skip, 0) // _VEC  # [ROWS] whole ones
     tiles = tl.cdiv(V // _VEC, GROUPS)
-    if EDGES:
-        o_e = tl.arange(0, 2 * _VEC)[None, :]
-        behind = (skip + groups * _VEC)[:, None] + o_e - _VEC
-        c_e = tl.where(o_e < _VEC, o_e, behind)  # [ROWS, 16] columns
-        m_e = tl.where(o_e < _VEC, o_e < skip[:, None], True) & (c_e < V)
-        p_e = (o_n * stride)[:, None] + c_e
 
     x_y = tl.load(logits + o_n * stride + y, mask=here, other=float("-inf")).to(tl.float32)
     u_y = _shape(x_y, here, softcap, logit_scale, tanh_scale, CAPPED, SCALED)[0]
@@ -155,6 +157,8 @@ def _softmax_grad_kernel(
 
         top = tl.maximum(tl.max(m, 1), u_y)
         if EDGES:
+            c_e, m_e = _edges(skip, groups, V)
+            p_e = (o_n * stride)[:, None] + c_e
             x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=float("-inf")).to(tl.float32)
             u_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)[0]
             top = tl.maximum(top, tl.max(u_e, 1))
@@ -221,6 +225,8 @@ def _softmax_grad_kernel(
             d = tl.where(live[:, None, None], d, 0.0)
             tl.store(out + p_out, d.to(out.dtype.element_ty), mask=m_n[:, None, None] & m_g)
         if EDGES:
+            c_e, m_e = _edges(skip, groups, V)
+            p_e = (o_n * stride)[:, None] + c_e
             x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=0.0).to(tl.float32)
             u_e, slope_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
             d_e = factor[:, None] * tl.exp(u_e - base[:, None])
