@@ -1,23 +1,11 @@
-"""``impl="cuda"`` takes CPU tensors in tests of ops: its kernels run over fibers, as Triton's are interpreted.
-
-The sum in fp32 of a product in half precision, which torch has for GPUs alone, has a CPU kernel here.
-"""
+"""``impl="cuda"`` takes CPU tensors in tests of ops: its kernels run over fibers, as Triton's are interpreted."""
 
 import pytest
-import torch
 
 from sft_kernels._backend import Unavailable
 from sft_kernels.ops.linear_cross_entropy import matmul
 
 from ..csrc import host
-
-
-def _addmm(acc, a, b, beta):
-    acc.addmm_(a.float(), b.float(), beta=beta)
-
-
-_on_cpu = torch.library.Library("sft_kernels", "IMPL")
-_on_cpu.impl("addmm_", _addmm, "CPU")
 
 
 @pytest.fixture

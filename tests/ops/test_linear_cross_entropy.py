@@ -473,3 +473,11 @@ def test_label_smoothing_is_refused_by_name_beside_class_weights_too(value, erro
     tensors = torch.randn(3, D), torch.randn(V, D), torch.tensor([1, 3, 4])
     with pytest.raises(error, match="label_smoothing: expected"):
         linear_cross_entropy(*tensors, label_smoothing=value, weight=torch.ones(V))
+
+
+def test_a_sum_in_fp32_of_half_precision_products_keeps_what_its_schema_says():
+    a, b = torch.randn(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
+    torch.library.opcheck(torch.ops.sft_kernels.addmm_.default, (torch.randn(5, 3), a, b, 1))
+    acc = torch.full((5, 3), float("nan"))
+    matmul.accumulate(acc, a, b, beta=0)  # which does not read it
+    assert torch.equal(acc, a.float() @ b.float())

@@ -101,11 +101,16 @@ def _slices(weight):
 # ---- the sum in fp32 of a product in half precision, as an operator: before 2.13 torch's own cannot be traced
 
 
-def _addmm(acc, a, b, beta):
+def _addmm_cuda(acc, a, b, beta):
     torch.addmm(acc, a, b, beta=beta, out_dtype=acc.dtype, out=acc)
+
+
+def _addmm(acc, a, b, beta):
+    acc.addmm_(a.to(acc.dtype), b.to(acc.dtype), beta=beta)
 
 
 _library = torch.library.Library("sft_kernels", "FRAGMENT")
 _library.define("addmm_(Tensor(a!) acc, Tensor a, Tensor b, int beta) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("addmm_", _addmm, "CUDA")
+_library.impl("addmm_", _addmm_cuda, "CUDA")
+_library.impl("addmm_", _addmm, "CompositeExplicitAutograd")  # other devices, for which torch has no such product
 torch.library.register_fake("sft_kernels::addmm_", lambda acc, a, b, beta: None, lib=_library)
