@@ -191,6 +191,17 @@ def test_both_kernels_are_launched_while_their_device_is_current(monkeypatch):
     assert seen == [there, there]
 
 
+def test_a_count_of_skipped_steps_that_began_on_the_meta_device_is_none(launches):
+    """Of a model that was built without memory."""
+    params = [nn.Parameter(torch.randn(3))]
+    optimizer = AdamW(params, impl="triton", skip_nonfinite=True)
+    optimizer.skipped_steps = optimizer.skipped_steps.to("meta")
+    params[0].grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.skipped_steps.item() == 0
+    assert all(devices == {CPU} for _, devices in launches)
+
+
 def test_an_implementation_that_cannot_be_is_refused_when_it_is_named(monkeypatch):
     monkeypatch.setattr(_backend, "_why_no_cuda", lambda device: "not built")
     with pytest.raises(ValueError, match=r"impl: expected one of .*'cuda'.*got 'fast'"):

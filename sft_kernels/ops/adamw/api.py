@@ -238,8 +238,8 @@ class AdamW(torch.optim.AdamW):
                 return implementation
             self._tables = None
         refuse_unfit(self)
-        if self.skipped_steps.device != device and device is not None:
-            self.skipped_steps = self.skipped_steps.to(device, non_blocking=True)
+        if device is not None and self.skipped_steps.device != device:
+            self.skipped_steps = _moved(self.skipped_steps, device)
         if implementation is torchs:
             return torchs
         from .tables import why_torch
@@ -363,6 +363,11 @@ class UpdateStatistics(NamedTuple):
 
 _OPTIONS = ("max_grad_norm", "skip_nonfinite", "master_weights", "stochastic_rounding", "state_dtype", "update_stats")
 _LOSSLESS = (*MOMENTS, *MASTERS)
+
+
+def _moved(count, device):
+    """``count`` on ``device``; one on the meta device has counted nothing."""
+    return torch.zeros_like(count, device=device) if count.is_meta else count.to(device, non_blocking=True)
 
 
 def _fusible(p):

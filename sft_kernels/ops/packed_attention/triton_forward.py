@@ -153,8 +153,8 @@ def launch(query, key, value, tiles, block, scale, window_size, softcap):
         return out, lse
     query, key, value = map(by_rows, (query, key, value))
     mask = Mask.of(scale, softcap, window_size, T)
-    options = sizes("forward", query, key, block)
     with on(query.device):
+        options = sizes("forward", query, key, block)
         _forward_kernel[(len(tiles) * options["SPLIT"] * Hq,)](
             query, key, value, out, lse, tiles, T, Hq, Hq // Hkv,
             *(t.stride(0) for t in (query, key, value)), *(t.stride(1) for t in (query, key, value)),

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..._triton import on, tanh
+from ..._triton import tanh
 from .tiles import BLOCK
 
 
@@ -128,13 +128,12 @@ CONFIGS = {
 FP32 = Config(64, 16, 8, 1)
 
 
-def capability(device):
-    """The compute capability whose configurations ``device`` gets: 9 if an SM has as much shared memory, else 8."""
+def capability():
+    """The compute capability whose configurations the current device gets: 9 if an SM has as much shared memory, else
+    8. Ask under :func:`~sft_kernels._triton.on`."""
     if triton.knobs.runtime.interpret:
         return 9
-    with on(device):
-        target = triton.runtime.driver.active.get_current_target()
-    return 9 if target.arch // 10 in (9, 10) else 8
+    return 9 if triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10) else 8
 
 
 def config_of(name, capability, D, key_heads):
@@ -148,9 +147,10 @@ def config_of(name, capability, D, key_heads):
 
 
 def sizes(name, query, key, block):
-    """The constants and launch options of kernel ``name`` for ``query`` [T, Hq, D] over tiles of ``block`` rows."""
+    """The constants and launch options of kernel ``name`` for ``query`` [T, Hq, D] over tiles of ``block`` rows, on the
+    current device."""
     D = query.shape[2]
-    config = FP32 if query.dtype == torch.float32 else config_of(name, capability(query.device), D, key.shape[1])
+    config = FP32 if query.dtype == torch.float32 else config_of(name, capability(), D, key.shape[1])
     return {
         "D": D,
         "BLOCK_D": max(triton.next_power_of_2(D), 16),
