@@ -1,4 +1,4 @@
-"""What every op asks of its tensors."""
+"""Checks of tensors that every op makes."""
 
 import torch
 
@@ -9,9 +9,15 @@ def check_tensor(name, value):
     """Raise ``TypeError`` unless ``value`` is a dense tensor; sparse and nested ones are not supported."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-    if value.is_nested or value.layout != torch.strided:
-        kind = "a nested tensor" if value.is_nested else f"one of layout {value.layout}"
+    if kind := unlike_dense(value):
         raise TypeError(f"{name}: expected a dense tensor, got {kind}")
+
+
+def unlike_dense(tensor):
+    """The kind of ``tensor``, in words, if it is sparse or nested; else None."""
+    if tensor.is_nested:
+        return "a nested tensor"
+    return None if tensor.layout == torch.strided else f"one of layout {tensor.layout}"
 
 
 def check_floating(name, value):

@@ -6,8 +6,9 @@ truncates, which makes an infinity of some NaNs, and denormals come out wrong ei
 multiplied as torch does it, and any other operation on it raises.
 
 The interpreter's ``tl.dot`` is NumPy's product, and the order in which that sums depends on the CPU. Here it is summed
-in fp64 and rounded once: products of fp32 are exact in fp64, so the order no longer shows. So is ``tl.fma`` of fp32,
-which the interpreter rounds twice and a GPU once.
+in fp64 and then rounded to fp32: products of fp32 are exact in fp64, and the order moves their sum by about 2⁻⁵³ of its
+largest term, which the rounding almost always hides. ``tl.fma`` of fp32, which the interpreter rounds to fp32 twice and
+a GPU once, goes through fp64 too.
 
 triton 3.6 makes bounds of loops from arrays of one element, as NumPy does not any more from 2.4 on.
 """

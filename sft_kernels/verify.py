@@ -23,6 +23,7 @@ from ._budget import compare
 from .ops.adamw import reference as adamw_reference
 from .ops.linear_cross_entropy.reference import linear_cross_entropy as linear_cross_entropy_reference
 from .ops.packed_attention.reference import packed_attention as packed_attention_reference
+from .ops.softmax_grad.composed import torch_cross_entropy
 from .ops.softmax_grad.reference import masked_loss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,9 +78,9 @@ def plain_cross_entropy(
     indices = not target.is_floating_point()
     target = target.long() if indices else target.to(logits.dtype)
     if num_items is None and token_weight is None and not z_loss:
-        return F.cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=label_smoothing)
+        return torch_cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=label_smoothing)
 
-    losses = F.cross_entropy(logits, target, weight, reduction="none", label_smoothing=label_smoothing)
+    losses = torch_cross_entropy(logits, target, weight, reduction="none", label_smoothing=label_smoothing)
     kept = target != -100 if indices else torch.ones_like(losses, dtype=torch.bool)
     of_target = torch.ones_like(losses)
     if weight is not None:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,12 @@ torch.set_num_threads(1)
 # Without a GPU Triton's kernels are interpreted; triton reads this when it is imported, so before any test is.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# What Inductor compiles is kept here, a folder for each torch: in the folder that all share, torch 2.13 found C++ that
+# torch 2.11 had compiled, and freed memory that was not its own.
+_BUILD = Path(__file__).parents[1] / "build"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_BUILD / f"inductor-{torch.__version__}"))
 
 
 @pytest.fixture(autouse=True)

@@ -35,6 +35,17 @@ def test_cross_entropy(torchs, module, options, weighted, soft):
     torch.testing.assert_close(*torch.autograd.grad(found, ours), *torch.autograd.grad(expected, theirs))
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_compiled_torchs_own_code_is_found_too(torchs, soft):
+    """A compiler looks functions up by their names, where ours stands now."""
+    torch._dynamo.reset()
+    x, weight = torch.randn(N, V, requires_grad=True), torch.rand(V)
+    y = torch.randn(N, V).softmax(1) if soft else torch.randint(0, V, (N,))
+    loss = torch.nn.CrossEntropyLoss(weight, label_smoothing=0.1)
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(x, y)
+    torch.testing.assert_close(found, torchs(x, y, weight, label_smoothing=0.1))
+
+
 def test_the_loss_of_a_head(torchs):
     h, head, weight, y = torch.randn(N, D), torch.randn(V, D), torch.rand(V), torch.randint(0, V, (N,))
     found = sft_kernels.linear_cross_entropy(h, head, y, weight=weight, label_smoothing=0.1)

@@ -191,6 +191,41 @@ def test_both_kernels_are_launched_while_their_device_is_current(monkeypatch):
     assert seen == [there, there]
 
 
+def test_statistics_follow_the_parameters_too():
+    """A step after the move is counted beside one before it, which is where a skipped step's statistics come from."""
+    params = parameters()
+    optimizer = AdamW(params, impl="torch", update_stats=True, skip_nonfinite=True)
+    for device in (CPU, GPU):
+        moved(params, device)
+        optimizer.step()
+    assert optimizer.update_statistics().rounded_away.device == GPU
+
+
+def test_statistics_are_those_of_the_implementation_that_stepped_last(monkeypatch):
+    """As of a model that is moved back from a GPU."""
+    params = [nn.Parameter(torch.ones(8))]
+    optimizer = AdamW(params, lr=0.1, update_stats=True)
+    ratios = []
+    for impl in ("triton", "torch"):
+        monkeypatch.setenv("SFT_KERNELS_IMPL", impl)
+        params[0].grad = torch.ones(8)
+        optimizer.step()
+        ratios.append(optimizer.update_statistics().update_to_weight.item())
+        params[0].data.fill_(100.0)
+    assert ratios[1] < ratios[0] / 5
+
+
+def test_a_rate_that_was_a_tensor_and_becomes_zero_is_zero():
+    params = [nn.Parameter(torch.ones(8))]
+    optimizer = AdamW(params, lr=torch.tensor(0.1), impl="triton", weight_decay=0.0)
+    for lr in (torch.tensor(0.1), 0.0):
+        optimizer.param_groups[0]["lr"] = lr
+        before = params[0].detach().clone()
+        params[0].grad = torch.ones(8)
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
 def test_a_count_of_skipped_steps_that_began_on_the_meta_device_is_none(launches):
     """Of a model that was built without memory."""
     params = [nn.Parameter(torch.randn(3))]

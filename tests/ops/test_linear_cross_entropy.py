@@ -475,6 +475,15 @@ def test_label_smoothing_is_refused_by_name_beside_class_weights_too(value, erro
         linear_cross_entropy(*tensors, label_smoothing=value, weight=torch.ones(V))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float64_sum_of_half_precision_products_takes_them_in_fp32(dtype):
+    """Of fp16 gradients up to 2¹⁵ half precision would overflow."""
+    acc, a, b = torch.zeros(5, 3).double(), torch.full((5, 700), 2.0**15).to(dtype), torch.ones(700, 3).to(dtype)
+    for _ in range(2):
+        matmul.accumulate(acc, a, b)
+    assert (acc == 2 * 700 * 2.0**15).all()
+
+
 def test_a_sum_in_fp32_of_half_precision_products_keeps_what_its_schema_says():
     a, b = torch.randn(5, 7).bfloat16(), torch.randn(7, 3).bfloat16()
     torch.library.opcheck(torch.ops.sft_kernels.addmm_.default, (torch.randn(5, 3), a, b, 1))

@@ -486,3 +486,13 @@ def test_on_a_device_that_is_not_asked_a_label_outside_gives_nan(loss, options, 
     losses = loss.ours(*loss.tensors(), y, reduction="none", **options)
     assert losses.isnan().nonzero().flatten().tolist() == [0]
     assert loss.ours(*loss.tensors(), y, **options).isnan()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_cap_far_below_the_scale_overflows_nothing(impl):
+    """logit_scale / softcap is beyond fp32; a logit of 0 stays 0."""
+    x = torch.tensor([[0.0, 1.0, 2.0]], requires_grad=True)
+    loss = cross_entropy(x, torch.tensor([0]), softcap=1e-30, logit_scale=1e10, impl=impl)
+    loss.backward()
+    assert loss.item() == pytest.approx(torch.tensor(3.0).log().item())
+    assert x.grad.isfinite().all()

@@ -6,10 +6,13 @@ from typing import NamedTuple
 import torch
 
 from ..._backend import named, resolve
-from .state import HALF, MASTERS, MOMENTS, check_fit, check_half, is_dense_layout, refuse_unfit
+from ..._checks import unlike_dense
+from .state import HALF, MASTERS, MOMENTS, check_fit, check_half, refuse_unfit
+
+_TorchAdamW = torch.optim.AdamW  # under whose name ours may stand later
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(_TorchAdamW):
     """``torch.optim.AdamW`` with ``clip_grad_norm_`` and a skip of non-finite steps folded into ``step``.
 
     Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (arXiv:1711.05101). Two defaults differ from torch's:
@@ -34,8 +37,8 @@ class AdamW(torch.optim.AdamW):
             among the parameters, and the element's index in the unsharded tensor alone.
         state_dtype: the floating dtype of the moments; None for the parameter's, as in torch.
         update_stats: count what :meth:`update_statistics` gives.
-        impl: ``"auto"`` or an implementation's name. What runs is decided at each step, by where the parameters are:
-            they may be moved to a GPU after the optimiser is built.
+        impl: ``"auto"`` or an implementation's name. Each step goes by where the parameters are: they may be moved to a
+            GPU after the optimiser is built.
 
     Attributes:
         last_grad_norm: fp32 0-d tensor on the device, the norm before clipping; None before the first step, and where
@@ -216,8 +219,8 @@ class AdamW(torch.optim.AdamW):
         return loss
 
     def _torch_step(self):
-        """torch's own step. ``super()`` finds it even if this class has taken torch's name, ``torch.optim.AdamW``."""
-        step = super().step.__func__
+        """torch's own step."""
+        step = _TorchAdamW.step
         # torch wraps the step of a class to run step hooks. Ours is wrapped already, and hooks run once.
         if getattr(step, "hooked", False):
             step = step.__wrapped__
@@ -233,10 +236,9 @@ class AdamW(torch.optim.AdamW):
         """The step's implementation, by where the parameters are now: they may have been moved since the last step."""
         device = self._device()
         implementation, torchs = (resolve("adamw", impl, device) for impl in (self._impl, "torch"))
-        if implementation is not torchs:
-            if self._tables is not None and self._tables.hold(self):
-                return implementation
-            self._tables = None
+        if implementation is not torchs and self._tables is not None and self._tables.hold(self):
+            return implementation
+        self._tables = None
         refuse_unfit(self)
         if device is not None and self.skipped_steps.device != device:
             self.skipped_steps = _moved(self.skipped_steps, device)
@@ -367,12 +369,12 @@ _LOSSLESS = (*MOMENTS, *MASTERS)
 
 def _moved(count, device):
     """``count`` on ``device``; one on the meta device has counted nothing."""
-    return torch.zeros_like(count, device=device) if count.is_meta else count.to(device, non_blocking=True)
+    return torch.zeros_like(count, device=device) if count.is_meta else count.to(device)
 
 
 def _fusible(p):
     """Whether torch's fused kernel updates ``p`` rightly: it walks parameter and moments by address."""
-    if not (is_dense_layout(p) and p.is_floating_point() and p.device.type in ("cpu", "cuda")):
+    if not (unlike_dense(p) is None and p.is_floating_point() and p.device.type in ("cpu", "cuda")):
         return False
     return torch.empty_like(p, device="meta").stride() == p.stride()
 

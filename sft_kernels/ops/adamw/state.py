@@ -2,10 +2,12 @@
 
 import torch
 
+from ..._checks import unlike_dense
+
 HALF = (torch.float16, torch.bfloat16)
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 MASTERS = ("master", "remainder")  # at most one of them
-_DTYPES = {torch.float32, torch.float64, *HALF, torch.complex64, torch.complex128}
+_UPDATED = {torch.float32, torch.float64, *HALF, torch.complex64, torch.complex128}
 
 
 def moments(group):
@@ -21,16 +23,11 @@ def refuse_unfit(optimizer):
                 check_fit(p.grad, "gradients", RuntimeError)  # as torch's optimisers do
 
 
-def is_dense_layout(t):
-    return t.layout is torch.strided and not t.is_nested
-
-
 def check_fit(t, name, error=ValueError):
     """Raise ``error`` if no implementation takes ``t``, a tensor of the argument ``name``."""
-    if not is_dense_layout(t):
-        kind = "nested" if t.is_nested else "sparse" if str(t.layout).startswith("torch.sparse") else str(t.layout)
-        raise error(f"{name}: AdamW does not support {kind} tensors; use dense ones")
-    if t.dtype not in _DTYPES:
+    if kind := unlike_dense(t):
+        raise error(f"{name}: expected dense tensors, got {kind}")
+    if t.dtype not in _UPDATED:
         raise error(f"{name}: AdamW does not support {t.dtype}; use float16, bfloat16, float32 or float64")
 
 

@@ -34,6 +34,7 @@ _COLUMN_OF = {
     "step": STEP,
 }
 _DTYPES = (torch.float32, *HALF)
+_ON_DEVICE = float("nan")  # for a number that is a tensor there; compared as an object, it equals itself alone
 
 
 class Combination(NamedTuple):
@@ -265,7 +266,7 @@ class Tables:
                 if isinstance(x, torch.Tensor):
                     if x.device.type == self.device.type:
                         tensors.append((i, j, x))
-                        x = 0.0
+                        x = _ON_DEVICE
                     else:  # on the host
                         x = x.item()
                 values.append(x)

@@ -187,7 +187,7 @@ def _summed(optimizer, stats):
     sums, counts = torch.zeros(len(stats), 3, dtype=torch.float64, device=device), []
     for i, counted in enumerate(stats):
         for each, _, skip in counted:
-            old = torch.zeros_like(each) if before is None else before[i] / len(counted)
+            old = torch.zeros_like(each) if before is None else before[i].to(each.device) / len(counted)
             sums[i] += (each if skip is None else torch.where(skip, old, each)).to(device)
         counts.append(sum(count for _, count, _ in counted))
     return sums, counts

@@ -44,7 +44,7 @@ class _Options(NamedTuple):
     plan: Plan
     dtype: torch.dtype  # of the products
     needs: _Needs
-    fp16: bool  # products or head are: gradients stay in fp32 until they are whole
+    fp16: bool  # whether products or head are in fp16: gradients then stay in fp32 until the upstream scalar comes
     reduce: bool
     stats: bool
     shards: Shards | None  # of a head that is split over ranks
@@ -117,13 +117,14 @@ def _gather(hidden, rows, keep, dtype):
 
 def _scatter(dx, hidden, rows, keep):
     """The gradient of all hidden states: ``dx`` at ``rows``, 0 elsewhere; None stays None."""
-    if dx is None or (keep is None and rows.numel() == hidden.shape[0] and dx.dtype == hidden.dtype):
-        return dx
+    if dx is None:
+        return None
     N, D = hidden.shape
+    dx = dx.to(hidden.dtype)
     if keep is None:
-        return hidden.new_zeros(N, D).index_copy_(0, rows, dx.to(hidden.dtype))
+        return dx if rows.numel() == N else hidden.new_zeros(N, D).index_copy_(0, rows, dx)
     # What is padded goes to one row more, which nobody sees.
-    return hidden.new_zeros(N + 1, D).index_copy_(0, rows.where(keep, N), dx.to(hidden.dtype))[:N]
+    return hidden.new_zeros(N + 1, D).index_copy_(0, rows.where(keep, N), dx)[:N]
 
 
 def _plain_products(device):
@@ -295,7 +296,8 @@ def linear_cross_entropy(
             acc_dtype = matmul.accumulator_dtype(linear_weight.dtype)
             head = (linear_weight,) if linear_bias is None else (linear_weight, linear_bias)
             fp16 = torch.float16 in (dtype, *(t.dtype for t in head))
-            summed = needs.dw and not fp16 and linear_weight.dtype != acc_dtype  # in memory that one chunk spares
+            # Several chunks sum dW in fp32 memory of its own, which a single chunk does not need.
+            summed = needs.dw and not fp16 and linear_weight.dtype != acc_dtype
             width = V if shards is None else shards.longest
             plan = make_plan(
                 len(targets), D, width, dtype.itemsize,

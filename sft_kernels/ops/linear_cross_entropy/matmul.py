@@ -83,15 +83,16 @@ def grad_bias(dlogits):
 
 
 def accumulate(acc, a, b, beta=1):
-    """``acc = beta · acc + a b`` in place, summed in the dtype of ``acc``; with a ``beta`` of 0 ``acc`` is not read."""
+    """``acc = beta · acc + a b`` in place, ``beta`` 0 or 1, summed in the dtype of ``acc`` and each product in fp32 at
+    least; with a ``beta`` of 0 ``acc`` is not read."""
     if a.dtype == acc.dtype:
         acc.addmm_(a, b, beta=beta)
     elif acc.dtype == torch.float32 and a.dtype.itemsize < 4:
         torch.ops.sft_kernels.addmm_(acc, a, b, beta)
-    elif beta == 0:  # float64 beside another dtype, under autocast
-        acc.copy_(a @ b)
-    else:
-        acc += a @ b
+    else:  # float64 beside another dtype, under autocast
+        part = torch.empty_like(acc, dtype=accumulator_dtype(a.dtype))
+        accumulate(part, a, b, beta=0)
+        acc.copy_(part) if beta == 0 else acc.add_(part)
 
 
 def _slices(weight):

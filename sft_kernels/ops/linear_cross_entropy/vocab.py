@@ -39,12 +39,14 @@ def gradients(core, x, weight, bias, targets, scale, lse, chunk, needs, factor):
         core(dlogits, targets - s.start, scale=scale, lse=lse)
         if needs.dx:
             matmul.accumulate(dx, dlogits, w)
-        if needs.dw and factor is None:
-            matmul.grad_weight(dlogits, x, dw[s])
-        elif needs.dw:
-            part = torch.empty_like(dw[s], dtype=matmul.accumulator_dtype(x.dtype))
+        if needs.dw:
+            # A product with few rows and a sum over all tokens: as in ``grad_input``, by way of fp32.
+            sums = matmul.accumulator_dtype(x.dtype)
+            whole = dw.dtype == sums and factor is None
+            part = dw[s] if whole else torch.empty_like(dw[s], dtype=sums)
             matmul.grad_weight(dlogits, x, part)
-            dw[s] = part.mul_(factor)
+            if not whole:
+                dw[s] = part if factor is None else part.mul_(factor)
         if needs.db:
             part = matmul.grad_bias(dlogits)
             db[s] = part if factor is None else part * factor

@@ -146,8 +146,10 @@ def _check_tiles(tiles, query, cu_seqlens):
         raise ValueError(f"tiles: expected those of {len(query)} tokens as query, got those of {tiles.total_tokens}")
     for t in (tiles.query, tiles.key):
         check_tensor("tiles", t)
-        if t.dtype != torch.int32 or t.dim() != 2 or t.shape[1] != 3:
-            raise TypeError(f"tiles: expected int32 lists of shape [n, 3], got {t.dtype} {tuple(t.shape)}")
+        if t.dtype != torch.int32:
+            raise TypeError(f"tiles: expected int32, got {t.dtype}")
+        if t.dim() != 2 or t.shape[1] != 3:
+            raise ValueError(f"tiles: expected lists of shape [n, 3], got {tuple(t.shape)}")
         if t.device != query.device:
             raise ValueError(f"tiles: expected device {query.device} as query, got {t.device}")
     if checks_enabled(cu_seqlens.device) and checks_enabled(query.device):

@@ -60,8 +60,8 @@ def _segment(query, key, value, *, scale, window_size, softcap):
 def _each_head(tensor, group):
     """``tensor`` [l, Hkv, D] repeated for each of its query heads, [l, Hkv · group, D].
 
-    By way of fp32, so that the gradients of the heads are summed in fp32 and rounded once. Torch's own GQA sums them in
-    half precision on a CPU, rounding at each head, and in fp32 on a GPU.
+    By way of fp32, so that the gradients of the heads, each in half precision, are summed in fp32 and rounded once.
+    Torch's own GQA sums them in half precision on a CPU, rounding at each head, and in fp32 on a GPU.
     """
     l, Hkv, D = tensor.shape
     return tensor.float()[:, :, None].expand(l, Hkv, group, D).to(tensor.dtype).reshape(l, Hkv * group, D)

@@ -5,10 +5,19 @@ rare in fine-tuning, and torch has them.
 """
 
 import torch
-from torch.nn.functional import cross_entropy as torch_cross_entropy  # by its name may stand ours, later
 
 from .options import LossOptions
 from .reduction import LossStats
+
+_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's operators count them
+
+
+def torch_cross_entropy(input, target, weight=None, *, reduction="mean", label_smoothing=0.0):
+    """``torch.nn.functional.cross_entropy`` with an ``ignore_index`` of -100.
+
+    It is torch's operator: ours may have taken the function's name, which a compiler looks up too.
+    """
+    return torch.ops.aten.cross_entropy_loss(input, target, weight, _REDUCTIONS[reduction], -100, label_smoothing)
 
 
 def composed_loss(core, logits, target, weight, scale, inside, keep, options, reduce, want_stats):

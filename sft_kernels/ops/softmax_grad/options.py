@@ -47,8 +47,8 @@ class LossOptions(NamedTuple):
 
     @property
     def tanh_scale(self):
-        """s / c, which multiplies a logit in the argument of tanh; None without a ``softcap``."""
-        return None if self.softcap is None else (self.logit_scale or 1.0) / self.softcap
+        """s / c, which multiplies a logit in tanh, so that fp32 holds its double; None without a ``softcap``."""
+        return None if self.softcap is None else min((self.logit_scale or 1.0) / self.softcap, _FP32.max / 2)
 
     @property
     def steepest(self):

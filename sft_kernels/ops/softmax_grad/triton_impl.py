@@ -47,7 +47,7 @@ def _tile(logits, first, o_g, m_g):
 
 @triton.jit
 def _edges(skip, groups, V):
-    """The columns [ROWS, 16] outside whole groups, and which of them there are."""
+    """Returns ``(columns, mask)``, both [ROWS, 16]: the columns outside whole groups, and whether a row has them."""
     o = tl.arange(0, 2 * _VEC)[None, :]
     c = tl.where(o < _VEC, o, (skip + groups * _VEC)[:, None] + o - _VEC)
     return c, tl.where(o < _VEC, o < skip[:, None], True) & (c < V)
