@@ -20,10 +20,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# What Inductor compiles is kept here, a folder for each torch: in the folder that all share, torch 2.13 found C++ that
-# torch 2.11 had compiled, and freed memory that was not its own.
-_BUILD = Path(__file__).parents[1] / "build"
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_BUILD / f"inductor-{torch.__version__}"))
+# What Inductor compiles is kept here, a folder for each torch and kind of CPU, which its cache does not tell apart: in
+# one folder torch 2.13 ran C++ that torch 2.11 had compiled, and freed memory that was not its own.
+_INDUCTOR = f"inductor-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / _INDUCTOR))
 
 
 @pytest.fixture(autouse=True)
