@@ -111,7 +111,7 @@ def _is_bf16(x):
 
 
 def _is_wide(x):
-    """Whether ``x``, a handle, is floating point of at least 16 bits."""
+    """Returns True if the handle ``x`` is floating point of at least 16 bits."""
     return x.dtype.scalar.is_floating() and x.dtype.scalar.primitive_bitwidth >= 16
 
 

@@ -107,7 +107,7 @@ def once_a_forward(function):
 
 
 def _capturing():
-    """Whether the current stream is captured into a CUDA graph."""
+    """Returns True while the current stream is captured into a CUDA graph."""
     try:
         return torch.cuda.is_current_stream_capturing()
     except RuntimeError:  # a torch without CUDA cannot be asked

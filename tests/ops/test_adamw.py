@@ -381,7 +381,7 @@ def test_an_unfit_gradient_raises_before_anything_is_written(kind, path, options
 @pytest.mark.parametrize("kind", UNFIT_PARAMETERS)
 @pytest.mark.filterwarnings("ignore:Sparse CSR", "ignore:The PyTorch API of nested")
 def test_an_unfit_parameter_raises_before_anything_is_written(kind, path, options):
-    """Where it is given, if it is to be trained; else, frozen, it may stay until it has a gradient."""
+    """One to be trained is refused when it is given; a frozen one once it has a gradient."""
     only_with_torchs_options(path, options)
     make, match = UNFIT_PARAMETERS[kind]
     p, q = nn.Parameter(torch.ones(3)), make()

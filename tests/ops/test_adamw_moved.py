@@ -164,7 +164,7 @@ def test_a_frozen_parameter_that_stays_behind_decides_nothing(launches):
 
 
 def test_both_kernels_are_launched_while_their_device_is_current(monkeypatch):
-    """Of the tables only the device is that of a second GPU, and of the rest what a step allocates."""
+    """Only the tables' device, and what a step allocates, are of a second GPU."""
     there, current, seen = torch.device("cuda:1"), [None], []
 
     @contextlib.contextmanager
@@ -227,7 +227,7 @@ def test_a_rate_that_was_a_tensor_and_becomes_zero_is_zero():
 
 
 def test_a_count_of_skipped_steps_that_began_on_the_meta_device_is_none(launches):
-    """Of a model that was built without memory."""
+    """A model may be built without memory."""
     params = [nn.Parameter(torch.randn(3))]
     optimizer = AdamW(params, impl="triton", skip_nonfinite=True)
     optimizer.skipped_steps = optimizer.skipped_steps.to("meta")

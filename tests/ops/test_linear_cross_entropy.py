@@ -477,7 +477,7 @@ def test_label_smoothing_is_refused_by_name_beside_class_weights_too(value, erro
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_float64_sum_of_half_precision_products_takes_them_in_fp32(dtype):
-    """Of fp16 gradients up to 2¹⁵ half precision would overflow."""
+    """Sums of fp16 gradients up to 2¹⁵ would overflow in half precision."""
     acc, a, b = torch.zeros(5, 3).double(), torch.full((5, 700), 2.0**15).to(dtype), torch.ones(700, 3).to(dtype)
     for _ in range(2):
         matmul.accumulate(acc, a, b)

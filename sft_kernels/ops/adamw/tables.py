@@ -306,7 +306,7 @@ def _settle(optimizer, group, p):
 
 
 def _is_capturing(device):
-    """Whether a graph is being captured on the current stream of ``device``."""
+    """Returns True while a graph is captured on the current stream of ``device``."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
