@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from .results import Results, code_state, plot, table
-from .timing import CLOCK, ROOT
+from .facts import ROOT, code_state
+from .results import Results, plot, table
+from .timing import CLOCK
 
 _OPENED = pytest.StashKey()
 

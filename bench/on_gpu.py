@@ -1,210 +1,282 @@
-"""Everything that only a GPU can show, in one call: ``python -m bench.on_gpu --out DIR --minutes N``.
+"""Everything that only a GPU can show, in calls of minutes: ``python -m bench.on_gpu --out DIR --minutes N``.
 
-The most valuable part first: every kernel once against the oracle, the tests marked ``gpu``, all of ``verify``,
-compute-sanitizer over the compiled kernels, the suites. Each part is a process of its own with its own time limit, so
-that one that hangs or crashes costs itself alone, and leaves its log, its JSON and a rewritten ``summary.txt`` and
-``summary.json`` in DIR before the next begins. Run it from the repository; the package need not be installed. Nothing
-is fetched, and nothing is written outside DIR. The exit status is 0 where every part passed or had nothing to do, 1
-where one did not, 2 for a wrong call or where there is no GPU.
+The most valuable part first: all kernels compiled on the machine's cores while the GPU is free, each kernel once
+against the oracle, the GPU tests, all of ``verify``, then what is measured, and compute-sanitizer last. ``PARTS`` says
+what each is. Two calls are natural: three minutes that say what is broken, then seven that measure, the second with
+``--after`` the first's DIR. How to go about it: the section "Fifteen minutes on a GPU" of bench/README.md.
+
+DIR gets two files, ``summary.txt`` and ``results.tgz``, each under 16 MiB and rewritten after every part. Caches lie
+under ``build/``, where a machine that is kept finds them again. Nothing is fetched. The exit status is 0 if every part
+passed or had nothing to do, 1 if one did not, 2 for a wrong call or if there is no GPU.
 """
 
 import argparse
-import contextlib
-import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
+from . import parts
+from .facts import ROOT, code_state, first_line, versions
+from .parts import Part, Stage
 
-from .results import first_line, versions
-from .timing import ROOT
-
-SUITES = ("linear_cross_entropy", "adamw", "packed_attention", "cross_entropy")
+CACHE = ROOT / "build" / "gpu_cache"
 NO_TESTS = 5  # pytest's exit status where none was collected
+NO_CUDA = "left out by --without-cuda"
+NOT_BUILT = "the CUDA kernels are not built: make cuda here, or pass --without-cuda"
+QUIET = ("-q", "-p", "no:cacheprovider")
+IMPLEMENTATIONS = {
+    "cross_entropy": ("triton", "cuda", "torch"),
+    "linear_cross_entropy": ("triton", "cuda", "torch"),
+    "packed_attention": ("triton", "flash", "torch"),
+    "adamw": ("triton", "cuda", "torch"),
+}
+PARTS = {  # in the order of their value
+    "compile": "compiles every kernel, in parallel, while the GPU is free",
+    "peers": "unpacks the wheels of --peers",
+    "smoke": "each op, implementation and dtype once against the oracle, launches blocking",
+    "tests": "the tests marked gpu",
+    "verify": "all of sft-kernels verify",
+    "loss": "the suite of linear_cross_entropy",
+    "attention": "the suite of packed_attention",
+    "adamw": "the suite of AdamW",
+    "step": "a whole training step of a 1 B model, stock and ours, padded and packed",
+    "sweep": "other configurations of the core and of attention",
+    "given": "the suite of cross_entropy over given logits",
+    "counters": "Nsight Compute's counters of the core and of an attention kernel",
+    "memcheck": "compute-sanitizer's memcheck over every kernel",
+}
 
 
-class Part(NamedTuple):
-    """One process. Without a command it has nothing to do, and ``absent`` says why."""
+class Plan:
+    """The stages of one call."""
 
-    name: str
-    minutes: float
-    command: tuple[str, ...] | None = None
-    absent: str | None = None
-    nothing_to_do: int | None = None  # the exit status that says so
+    def __init__(self, folder, *, rehearse=False, without_cuda=False, peers=None, arch=90):
+        self.folder, self.rehearse, self.without_cuda, self.arch = folder, rehearse, without_cuda, arch
+        self.peers = peers
+        self.tiny = ("--tiny",) if rehearse else ()
+
+    def stages(self):
+        """All of them, in the order of ``PARTS``."""
+        return [getattr(self, f"_{name}")() for name in PARTS]
+
+    def _python(self, *arguments):
+        """The command ``python -m …``; in a rehearsal under a pretended GPU."""
+        before = ("bench.pretend",) if self.rehearse else ()
+        return (sys.executable, "-m", *before, *map(str, arguments))
+
+    def _compile(self):
+        workers = 2 if self.rehearse else min(16, os.cpu_count() or 1)
+        command = (sys.executable, "-m", "bench.precompile", "--arch", str(self.arch), *self.tiny, "--share")
+        env = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+        found = tuple(Part(f"compile.{i:02}", 75, (*command, f"{i}/{workers}"), env=env) for i in range(workers))
+        return Stage("compile", found, workers, again=True)
+
+    def _peers(self):
+        part = Part("peers", absent="no --peers")
+        if self.peers:
+            part = Part("peers", 60, (sys.executable, "-m", "bench.wheels", str(self.peers), "--into", str(_SITE)))
+        return Stage("peers", (part,), again=True)
+
+    def _smoke(self):
+        return Stage("smoke", tuple(self._verified("smoke", 60, "--smoke", blocking=True)), 4)
+
+    def _verify(self):
+        return Stage("verify", tuple(self._verified("verify", 240 if self.rehearse else 100)), 4)
+
+    def _verified(self, stage, seconds, *options, blocking=False):
+        """A process for each op and implementation, so that a fault poisons no other."""
+        for op, implementations in IMPLEMENTATIONS.items():
+            for implementation in implementations:
+                name = f"{stage}.{op}.{implementation}"
+                if implementation == "cuda" and (why := self._no_library()):
+                    yield Part(name, **why)
+                    continue
+                if self.rehearse and implementation == "flash":
+                    yield Part(name, absent="needs a GPU")
+                    continue
+                command = self._python("sft_kernels.cli", "verify", "--device", "cuda", *options, "--ops", op)
+                command += ("--impls", implementation, "--json", str(self.folder / f"{name}.json"))
+                env = {"CUDA_LAUNCH_BLOCKING": "1"} if blocking else {}
+                yield Part(name, seconds, command, env=env)
+
+    def _no_library(self):
+        """Returns how a part of the CUDA kernels ends if they are not there, else None."""
+        if self.without_cuda:
+            return {"absent": NO_CUDA}
+        if self.rehearse:
+            return {"absent": "needs a GPU"}
+        return None if any((ROOT / "sft_kernels").glob("_C*.so")) else {"broken": NOT_BUILT}
+
+    def _tests(self):
+        found = []
+        for path in sorted((ROOT / "tests").rglob("test_*.py")):
+            if "mark.gpu" not in path.read_text(encoding="utf-8"):
+                continue
+            name = f"tests.{'.'.join(path.relative_to(ROOT / 'tests').with_suffix('').parts)}"
+            if path.parent.name == "csrc" and (why := self._no_library()) and not self.rehearse:
+                found.append(Part(name, **why))
+                continue
+            command = (sys.executable, "-m", "pytest", str(path.relative_to(ROOT)), "-m", "gpu", *QUIET)
+            found.append(Part(name, 110, command, nothing_to_do=NO_TESTS))
+        return Stage("tests", tuple(found), 6)
+
+    def _suite(self, name, module, seconds):
+        options = (*QUIET, "--benchmark-quiet", "--device", "cuda", "--results", self.folder, "--plots", self.folder)
+        part = Part(name, seconds, self._python("pytest", f"bench/{module}.py", *options, *self.tiny))
+        return Stage(name, (part,))
+
+    def _loss(self):
+        return self._suite("loss", "bench_linear_cross_entropy", 120)
+
+    def _attention(self):
+        return self._suite("attention", "bench_packed_attention", 120)
+
+    def _adamw(self):
+        return self._suite("adamw", "bench_adamw", 60)
+
+    def _given(self):
+        return self._suite("given", "bench_cross_entropy", 60)
+
+    def _step(self):
+        return self._module("step", "bench.whole_step", 120)
+
+    def _sweep(self):
+        return self._module("sweep", "bench.sweep", 75)
+
+    def _module(self, name, module, seconds):
+        options = ("--device", "cuda", "--results", self.folder, *self.tiny)
+        return Stage(name, (Part(name, seconds, self._python(module, *options)),))
+
+    def _counters(self):
+        """Under ncu, where that is; a rehearsal runs the kernels without it."""
+        found = []
+        for kernel in ("core", "attention"):
+            name = f"counters.{kernel}"
+            command = self._python("bench.counters", kernel, *self.tiny)
+            if not self.rehearse:
+                from .counters import profiled
+
+                command = profiled(kernel, command, self.folder / f"{name}.csv")
+            missing = not self.rehearse and shutil.which("ncu") is None
+            found.append(Part(name, absent="ncu is not on the path") if missing else Part(name, 60, command))
+        return Stage("counters", tuple(found))
+
+    def _memcheck(self):
+        found = []
+        for implementation in ("triton", "cuda"):
+            name = f"memcheck.{implementation}"
+            why = self._no_library() if implementation == "cuda" else None
+            if why is None and shutil.which("compute-sanitizer") is None:
+                why = {"absent": "compute-sanitizer is not on the path"}
+            if why is None:
+                command = self._python("sft_kernels.cli", "verify", "--smoke", "--device", "cuda")
+                command += ("--impls", implementation)
+                why = {"command": ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *command)}
+            found.append(Part(name, 150, **why))
+        return Stage("memcheck", tuple(found), 2)
 
 
-class Outcome(NamedTuple):
-    name: str
-    verdict: str  # "passed", "absent", "failed", "crashed", "stopped", "not reached"
-    seconds: float = 0.0
-    detail: str = ""
-
-    @property
-    def ok(self):
-        return self.verdict in ("passed", "absent")
+_SITE = CACHE / "peers"
 
 
-def parts(out, device, smoke=False, tiny=False):
-    """The parts in their order; ``tiny`` for a rehearsal."""
-
-    def python(*arguments):
-        return (sys.executable, "-m", *map(str, arguments))
-
-    def verify(name, minutes, *options):
-        command = python("sft_kernels.cli", "verify", "--device", device, "--json", out / f"{name}.json", *options)
-        return Part(name, minutes, command)
-
-    found = [verify("smoke", 3, "--smoke")]
-    if smoke:
-        return found
-    quiet = ("-q", "-p", "no:cacheprovider")
-    tests = python("pytest", "tests", "-m", "gpu", "--continue-on-collection-errors", *quiet)
-    found.append(Part("tests", 8, tests, nothing_to_do=NO_TESTS))
-    found.append(verify("verify", 6))
-    found += sanitizer(python("sft_kernels.cli", "verify", "--smoke", "--device", device, "--impls", "cuda"))
-    for op in SUITES:
-        options = ("--benchmark-quiet", "--device", device, "--results", out, "--plots", out)
-        options += ("--tiny",) if tiny else ()
-        found.append(Part(f"bench_{op}", 6, python("pytest", f"bench/bench_{op}.py", *quiet, *options)))
-    return found
+def chosen(stages, only):
+    """Returns the stages and parts that a name of ``only`` means: a stage's, a part's, or a beginning up to a full
+    stop."""
+    kept = []
+    for stage in stages:
+        found = tuple(p for p in stage.parts if any(p.name == name or p.name.startswith(f"{name}.") for name in only))
+        if found:
+            kept.append(stage._replace(parts=found))
+    return kept
 
 
-def sanitizer(command):
-    """compute-sanitizer's tools over a command that runs every compiled kernel once."""
-    why = None
-    if not any((ROOT / "csrc").glob("*.cu")):
-        why = "there is no csrc"
-    elif not any((ROOT / "sft_kernels").glob("_C*.so")):
-        why = "the CUDA kernels are not built: make cuda"
-    elif shutil.which("compute-sanitizer") is None:
-        why = "compute-sanitizer is not on the path"
-    if why:
-        return [Part("sanitizer", 0, absent=why)]
-    tools = ("memcheck", "racecheck", "initcheck")
-    return [
-        Part(f"sanitizer_{tool}", 4, ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *command))
-        for tool in tools
-    ]
-
-
-def run_parts(parts, out, minutes, facts):
-    """Run them one after another within ``minutes`` of wall clock; every outcome is on disk before the next begins."""
-    deadline = time.monotonic() + 60 * minutes
-    env = environment(out)
-    outcomes, parts = [], list(parts)
-
-    def flush():  # an interruption must not leave what reads like a whole run
-        write_summary(out, facts, [*outcomes, *(Outcome(part.name, "not reached") for part in parts[len(outcomes) :])])
-
-    flush()
-    for part in parts:
-        left = deadline - time.monotonic()
-        if part.command is None:
-            outcomes.append(Outcome(part.name, "absent", detail=part.absent))
-        elif left < 1:
-            outcomes.append(Outcome(part.name, "not reached", detail=f"the {minutes:g} minutes were spent"))
-        else:
-            outcomes.append(run(part, min(60 * part.minutes, left), out / f"{part.name}.log", env))
-        flush()
-        print(line(outcomes[-1]), flush=True)
-    return outcomes
-
-
-def run(part, limit, log, env):
-    """One part, killed with all its children after ``limit`` seconds."""
-    start = time.monotonic()
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            part.command,
-            cwd=ROOT,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            status = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            status = None
-        finally:  # also on an interrupt, and whatever a finished part left running
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    took = time.monotonic() - start
-    if status is None:
-        return Outcome(part.name, "stopped", took, f"after its {limit:.0f} s")
-    if status == 0:
-        return Outcome(part.name, "passed", took)
-    if status == part.nothing_to_do:
-        return Outcome(part.name, "absent", took, "nothing to run")
-    if status < 0:
-        return Outcome(part.name, "crashed", took, signal.Signals(-status).name)
-    lines = log.read_text(errors="replace").strip().splitlines()
-    return Outcome(part.name, "failed", took, f"exit {status}: {lines[-1][:100] if lines else 'no output'}")
-
-
-def environment(out):
-    """Caches and temporary files inside ``out``, the checkout importable, no network."""
-    cache = out / "cache"
+def environment(scratch):
+    """Returns the environment of every part: caches under ``build/``, temporary files in ``scratch``, no network."""
     folders = {
-        name: str(cache / name.lower())
-        for name in "TMPDIR XDG_CACHE_HOME TRITON_HOME TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR CUDA_CACHE_PATH"
-        " MPLCONFIGDIR".split()
-    }
+        name: CACHE / name.lower()
+        for name in "XDG_CACHE_HOME TRITON_HOME TRITON_CACHE_DIR TORCHINDUCTOR_CACHE_DIR CUDA_CACHE_PATH"
+        " MPLCONFIGDIR HYPOTHESIS_STORAGE_DIRECTORY".split()
+    } | {"TMPDIR": scratch}
     for folder in folders.values():
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return (
-        os.environ
-        | folders
-        | {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
-        | {"HYPOTHESIS_STORAGE_DIRECTORY": str(cache / "hypothesis")}
+        folder.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"), str(_SITE))))
+    settings = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+    return os.environ | {name: str(folder) for name, folder in folders.items()} | settings
+
+
+def _gpu():
+    """Returns ``(name and driver, architecture)`` as nvidia-smi says them, or None."""
+    said = first_line(["nvidia-smi", "--query-gpu=name,driver_version,compute_cap", "--format=csv,noheader"])
+    if said is None:
+        return None
+    name, driver, capability = (each.strip() for each in said.split(","))
+    return f"{name}, driver {driver}", int(capability.replace(".", ""))
+
+
+def main(argv=None, start=None):
+    start = time.monotonic() if start is None else start
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.on_gpu",
+        description=__doc__.splitlines()[0],
+        epilog="parts: " + "; ".join(f"{name}: {what}" for name, what in PARTS.items()),
     )
-
-
-def line(outcome):
-    return f"{outcome.name:<28}{outcome.verdict:<13}{outcome.seconds:>7.1f} s  {outcome.detail}".rstrip()
-
-
-def write_summary(out, facts, outcomes):
-    head = ", ".join(f"{key} {value}" for key, value in facts.items())
-    (out / "summary.txt").write_text("\n".join([head, "", *map(line, outcomes)]) + "\n")
-    document = {"facts": facts, "parts": [outcome._asdict() for outcome in outcomes]}
-    (out / "summary.json").write_text(json.dumps(document, indent=1) + "\n")
-
-
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.on_gpu", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for logs, JSON, plots and the summary")
+    parser.add_argument("--out", type=Path, required=True, help="folder for summary.txt and results.tgz")
     parser.add_argument("--minutes", type=float, required=True, help="wall clock for everything")
-    parser.add_argument("--smoke", action="store_true", help="the first part alone")
-    parser.add_argument("--rehearse", action="store_true", help="the same parts on the CPU with tiny shapes")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these parts; smoke.adamw is some of smoke")
+    parser.add_argument("--after", type=Path, metavar="DIR", help="leave out what passed in the run that wrote DIR")
+    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="wheels of other libraries to measure beside ours")
+    parser.add_argument("--without-cuda", action="store_true", help="the CUDA kernels may be absent")
+    parser.add_argument("--rehearse", action="store_true", help="the same parts with tiny shapes on a pretended GPU")
     args = parser.parse_args(argv)
     if not args.minutes > 0:
         parser.error(f"--minutes: expected more than 0, got {args.minutes:g}")
-    if not args.rehearse and not torch.cuda.is_available():
-        parser.error(f"no GPU: torch {torch.__version__} sees no CUDA device; --rehearse runs the parts on the CPU")
+    gpu = ("a rehearsal, no GPU", 90) if args.rehearse else _gpu()
+    if gpu is None:
+        parser.error("no GPU: nvidia-smi finds none; --rehearse runs the parts on the CPU")
+    if args.peers and not args.peers.is_dir():
+        parser.error(f"--peers: {args.peers} is no folder")
+    before, facts = set(), {"device": gpu[0], **versions()}
+    facts["commit"], facts["uncommitted changes"] = code_state()
+    if args.after:
+        try:
+            earlier, before = parts.passed_in(args.after)
+        except ValueError as error:
+            parser.error(f"--after: {error}")
+        if earlier.get("commit") != facts["commit"]:
+            facts["passed before at"] = earlier.get("commit")
     out = args.out.resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (CACHE.parent / "on_gpu").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out: {error}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running part is ended too
-    device = "cpu" if args.rehearse else "cuda"
-    name = first_line(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
-    facts = {"device": "CPU, a rehearsal" if args.rehearse else name, **versions()}
-    facts["commit"] = first_line(["git", "rev-parse", "HEAD"])
+    work = Path(tempfile.mkdtemp(dir=CACHE.parent / "on_gpu"))
+    folder, scratch = work / "results", work / "tmp"
+    folder.mkdir()
+    plan = Plan(
+        folder,
+        rehearse=args.rehearse,
+        without_cuda=args.without_cuda,
+        peers=args.peers and args.peers.resolve(),
+        arch=gpu[1],
+    )
+    stages = plan.stages()
+    if args.only:
+        known = {stage.name for stage in stages} | {part.name for stage in stages for part in stage.parts}
+        for name in args.only:
+            if name not in known and not chosen(stages, [name]):
+                parser.error(f"--only: no part is called {name}; there are {', '.join(PARTS)}")
+        stages = chosen(stages, args.only)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running parts are ended too
+    run = parts.Run(folder, out, facts, start + 60 * args.minutes, environment(scratch), before)
     try:
-        outcomes = run_parts(parts(out, device, args.smoke, tiny=args.rehearse), out, args.minutes, facts)
+        outcomes = run.go(stages)
     finally:
-        shutil.rmtree(out / "cache", ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
     return 0 if all(outcome.ok for outcome in outcomes) else 1
 
 

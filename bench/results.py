@@ -1,23 +1,16 @@
 """What a run leaves: one JSON file an op with everything needed to judge it, its table and its plot."""
 
 import datetime
-import functools
-import importlib.metadata
 import json
 import platform
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from .timing import ROOT, spread
-
-DISTRIBUTIONS = (
-    "triton liger-kernel cut-cross-entropy quack-kernels trl apex bitsandbytes torchao flash-attn flash-attn-3"
-    " flash-attn-4 transformers"
-).split()
+from .facts import code_state, first_line, versions
+from .timing import spread
 
 
 def device_facts(device):
@@ -36,36 +29,6 @@ def device_facts(device):
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     return {"name": name, "threads": torch.get_num_threads(), "system": platform.system()}
-
-
-def versions():
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-@functools.cache
-def code_state():
-    """``(commit, whether tracked files differ from it)`` at the first call; None where git does not say.
-
-    To be called before anything is measured: what is committed during a run is not what ran.
-    """
-    commit = first_line(["git", "rev-parse", "HEAD"])
-    changes = ["git", "status", "--porcelain", "--untracked-files=no"]
-    return commit, None if commit is None else first_line(changes) is not None
-
-
-def first_line(command):
-    """The first line that a command prints, run in the repository; None where it is missing, fails or says nothing."""
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
 def file_name(op, device, tiny=False):
@@ -113,24 +76,37 @@ def table(document):
         lines.append("A rehearsal with tiny shapes: no figure.")
     elif device["type"] == "cpu":
         lines.append("Shapes and sweep are thinned for the CPU.")
-    head = f"{'':<28}{'median ms':>11}{'quartiles':>18}{'ours is':>9}{'of floor':>10}{'extra MB':>10}  right"
+    gpu = device["type"] == "cuda"
+    head = f"{'':<30}{'device ms' if gpu else 'median ms':>11}{'quartiles':>18}"
+    head += f"{'as called':>11}{'host':>9}" if gpu else ""
+    head += f"{'ours is':>9}{'of floor':>10}{'extra MB':>10}  right"
     absent = {}
     for cell in document["cells"]:
         rows, floor = cell["rows"], cell["floor_seconds"]
-        ours = spread(rows["ours"]["seconds"])[0] if "seconds" in rows.get("ours", {}) else None
+        ours = spread(of_device(rows["ours"]))[0] if "seconds" in rows.get("ours", {}) else None
         shape = ", ".join(f"{key} {value}" for key, value in cell["parameters"].items() if key in "NDVTdtype")
-        lines += ["", f"{cell['cell']} ({shape})", head, f"{'floor':<28}{floor * 1e3:>11.3f}  {cell['floor']}"]
+        lines += ["", f"{cell['cell']} ({shape})", head, f"{'floor':<30}{floor * 1e3:>11.3f}  {cell['floor']}"]
         for name, row in rows.items():
             if "seconds" not in row:
                 absent.setdefault((name, row.get("absent") or f"raised {row['raised']}"), []).append(cell["cell"])
                 continue
-            middle, low, high = spread(row["seconds"])
+            middle, low, high = spread(of_device(row))
             ratio = f"{middle / ours:.2f}×" if ours else ""
             peak = "" if row["peak_extra_bytes"] is None else f"{row['peak_extra_bytes'] / 1e6:.0f}"
+            version = f", {row['version']}" if row.get("version") else ""
             right = "yes" if row["error"] <= 1 else f"OFF: {row['error']:.3g} × the error budget"
+            host = "".join(
+                f"{spread(row[key])[0] * 1e3:>{width}.3f}" if key in row else " " * width
+                for key, width in (("seconds", 11), ("host_seconds", 9))
+            )
             lines.append(
-                f"{name:<28}{middle * 1e3:>11.3f}{f'{low * 1e3:.2f}–{high * 1e3:.2f}':>18}{ratio:>9}"
-                f"{floor / middle:>10.1%}{peak:>10}  {right}"
+                f"{name:<30}{middle * 1e3:>11.3f}{f'{low * 1e3:.2f}–{high * 1e3:.2f}':>18}{host if gpu else ''}"
+                f"{ratio:>9}{floor / middle:>10.1%}{peak:>10}  {right}{version}"
+            )
+        if clock := (cell.get("gpu") or {}).get("sm_mhz"):
+            slowed = cell["gpu"]["slowed_by"]
+            lines.append(
+                f"SM clock {clock[0]:.0f}–{clock[2]:.0f} MHz{', slowed by ' if slowed else ''}{', '.join(slowed)}"
             )
     if absent:
         lines.append("")
@@ -138,6 +114,11 @@ def table(document):
         where = "" if len(cells) == len(document["cells"]) else f" in {', '.join(cells)}"
         lines.append(f"not measured{where}: {name}: {why}")
     return "\n".join(lines)
+
+
+def of_device(row):
+    """Returns the samples that say how long the device works: behind a filled queue where they were taken."""
+    return row.get("queued_seconds") or row["seconds"]
 
 
 def plot(document, path):
@@ -148,6 +129,8 @@ def plot(document, path):
     swept = all("kept" in cell["parameters"] for cell in cells)
     if swept:  # one line needs one kind of mask and of logits
         cells = [c for c in cells if (c["parameters"]["pattern"], c["parameters"]["logits"]) == ("prompt", "uniform")]
+        shape = cells[0]["parameters"] if cells else {}
+        cells = [c for c in cells if all(c["parameters"].get(key) == shape.get(key) for key in "NDV")]
     cells = [cell for cell in cells if "seconds" in cell["rows"].get("ours", {})]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     share, ratio = figure.subplots(1, 2)
@@ -156,9 +139,9 @@ def plot(document, path):
         points = [
             (
                 at,
-                spread(cell["rows"][name]["seconds"])[0],
+                spread(of_device(cell["rows"][name]))[0],
                 cell["floor_seconds"],
-                spread(cell["rows"]["ours"]["seconds"])[0],
+                spread(of_device(cell["rows"]["ours"]))[0],
             )
             for at, cell in enumerate(cells)
             if "seconds" in cell["rows"][name]

@@ -4,12 +4,14 @@ A cell is one set of shapes and shares. Everyone in it, the machine's own copy a
 ``timing.interleaved``, so that a ratio never compares two moments of the machine.
 """
 
+import contextlib
 import gc
 import warnings
 
 import torch
 
 from . import peers, timing
+from .watch import Watch
 
 
 class Suite:
@@ -57,11 +59,14 @@ class Suite:
         """Seconds below which no version runs, from the medians of :meth:`machine`, and in words what they are."""
         raise NotImplementedError
 
+    def left_out(self, name, parameters):
+        """Returns why ``name`` is not measured in a cell, or None."""
+
     def budget(self):
         """Seconds of timed rounds a cell."""
         if self.tiny:
             return 0.2
-        return 5 if self.device.type == "cuda" else 6
+        return 1.5 if self.device.type == "cuda" else 6  # a GPU is rented by the minute
 
     def one_run(self, name, parameters):
         """``prepare`` and ``run`` of one adapter's work: what ``timing.peak_extra_bytes`` asks for."""
@@ -74,6 +79,9 @@ class Suite:
         parameters = self.cells()[cell]
         rivals, rows = {}, {name: {"absent": why} for name, why in self.absent.items()}
         for name, adapter in self.present.items():
+            if why := self.left_out(name, parameters):
+                rows[name] = {"absent": why}
+                continue
             rows[name] = row = dict(self._error(name, parameters))
             if "error" in row:
                 try:
@@ -86,18 +94,20 @@ class Suite:
                     row["raised"] = peers.why(error)
         machine = self.machine(parameters)
         sets = self.sets(parameters)
-        samples, failed = timing.interleaved(
-            rivals | machine, sets, self.device, budget=self.budget(), rounds=(2, 2) if self.tiny else (5, 25)
-        )
+        rounds = (2, 2) if self.tiny else (5, 25)
+        with Watch() if self.device.type == "cuda" else contextlib.nullcontext() as gpu:
+            samples, failed = timing.interleaved(
+                rivals | machine, sets, self.device, budget=self.budget(), rounds=rounds
+            )
         for name, why in failed.items():
             if name in machine:
                 raise RuntimeError(f"{cell}: the floor's {name} raised {why}")
             rows[name]["raised"] = why
         for name in rivals:
             if name in samples:
-                rows[name]["seconds"] = samples[name]
+                rows[name] |= recorded(samples[name])
                 rows[name]["peak_extra_bytes"] = self._peak(name, cell, rivals[name], sets[0])
-        medians = {name: timing.spread(samples[name])[0] for name in machine}
+        medians = {name: timing.spread(samples[name].device)[0] for name in machine}
         floor, made_of = self.floor(parameters, medians)
         del rivals, machine, sets
         gc.collect()
@@ -108,7 +118,8 @@ class Suite:
             "parameters": parameters,
             "floor_seconds": floor,
             "floor": made_of,
-            "machine": {name: samples[name] for name in medians},
+            "machine": {name: recorded(samples[name]) for name in medians},
+            "gpu": gpu and gpu.summary(),
             "rows": {name: rows[name] for name in self.adapters()},
         }
 
@@ -132,6 +143,12 @@ class Suite:
         if not self.cells()[cell]["peak_on_cpu"] or (self.tiny and name != "ours"):
             return None
         return timing.peak_extra_bytes(f"{type(self).__module__}:one_run", name, cell, self.tiny)
+
+
+def recorded(samples):
+    """Returns the :class:`timing.Samples` that are not empty, as a row of a results file has them."""
+    names = {"seconds": samples.called, "queued_seconds": samples.queued, "host_seconds": samples.host}
+    return {name: taken for name, taken in names.items() if taken}
 
 
 def labels(N, V, kept, pattern, generator, example=256):

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+from .facts import ROOT
 
 
 class Rival(NamedTuple):
@@ -53,52 +53,83 @@ class Clock:
 CLOCK = Clock()
 
 
-def seconds(function, device):
-    """How long ``function()`` took: by events on CUDA, launch gaps included, by the wall clock on the CPU."""
+SMALL = 5e-3  # seconds: who takes less on a GPU is also timed behind a filled queue
+_CLOCK_RATE = 2e9  # an SM's clock, at most, for the length of a wait
+
+
+class Samples(NamedTuple):
+    """What was measured of one rival, in seconds."""
+
+    called: list  # from an idle device to the end of the work: launch gaps included
+    queued: list  # the same behind a filled launch queue: the device's own time; of small work on CUDA alone
+    host: list  # until the call returned, on CUDA
+
+    @property
+    def device(self):
+        """The samples that say how long the device works."""
+        return self.queued or self.called
+
+
+def seconds(function, device, behind=0.0):
+    """Returns ``(seconds, seconds of host time)`` of ``function()``.
+
+    By events on CUDA, where ``behind`` first gives the device that many seconds of waiting: by the time they are over,
+    all of a short function's launches stand in the queue, and no launch gap is left in the first number. By the wall
+    clock on the CPU, where both numbers are the same.
+    """
     if device.type != "cuda":
-        start = time.perf_counter()
+        begin = time.perf_counter()
         function()
-        return time.perf_counter() - start
+        return (time.perf_counter() - begin,) * 2
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
+    if behind:
+        torch.cuda._sleep(int(behind * _CLOCK_RATE))
+    begin = time.perf_counter()
     start.record()
     function()
     end.record()
+    host = time.perf_counter() - begin
     end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3, host
 
 
 def interleaved(rivals, sets, device, *, budget, rounds=(3, 25)):
-    """Samples of rivals that take turns: ``({name: [seconds, …]}, {name: why it failed})``.
+    """Samples of rivals that take turns: ``({name: Samples}, {name: why it failed})``.
 
     Args:
         rivals: ``{name: Rival}``.
         sets: input sets, each the arguments of ``prepare``.
         budget: seconds of wall clock to spend on the timed rounds, within the bounds ``rounds``.
 
-    The first round warms up, compiles and is not counted. Who raises takes no further part.
+    The first round warms up, compiles and is not counted. Who raises takes no further part. On CUDA, a turn that took
+    less than ``SMALL`` is taken twice, the second time behind a filled queue.
     """
-    taken = {name: [] for name in rivals}
+    taken = {name: Samples([], [], []) for name in rivals}
     failed = {}
     shuffle = random.Random(0).shuffle
     turn = 0
 
-    def one_round(warm_up):
+    def one_turn(name, behind=0.0):
         nonlocal turn
+        turn += 1
+        prepared = rivals[name].prepare(*sets[turn % len(sets)])
+        return seconds(lambda: rivals[name].run(prepared), device, behind)
+
+    def one_round(warm_up):
         order = [name for name in rivals if name not in failed]
         shuffle(order)
         for name in order:
-            turn += 1
             try:
-                prepared = rivals[name].prepare(*sets[turn % len(sets)])
-                sample = seconds(lambda: rivals[name].run(prepared), device)  # noqa: B023, called here
+                called, host = one_turn(name)
+                if not warm_up:
+                    taken[name].called.append(called)
+                    if device.type == "cuda":
+                        taken[name].host.append(host)
+                        if called < SMALL:
+                            taken[name].queued.append(one_turn(name, behind=2 * host + 1e-4)[0])
             except Exception as error:
                 failed[name] = reason(error)
-                continue
-            finally:
-                prepared = None
-            if not warm_up:
-                taken[name].append(sample)
 
     one_round(warm_up=True)
     gc.collect()

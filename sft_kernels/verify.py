@@ -394,7 +394,7 @@ def _attention_case(op, impl, dtype, device, options):
 
 # ---- the table
 
-_OPS = {
+OPS = {
     "cross_entropy": ("softmax_grad", _loss_case, _LOSS_FAMILIES),
     "linear_cross_entropy": ("softmax_grad", _loss_case, _LINEAR_FAMILIES),
     "adamw": ("adamw", _adamw_case, _ADAMW_FAMILIES),
@@ -408,8 +408,8 @@ def verify(ops=None, impls=None, dtypes=None, *, device="cpu", smoke=False):
     ``None`` means all there are. An implementation that cannot do here what is asked is a row of its own, "absent", one
     for each reason.
     """
-    for op in ops or _OPS:
-        core, case, families = _OPS[op]
+    for op in ops or OPS:
+        core, case, families = OPS[op]
         for impl in implementations(core):
             if impls is not None and impl not in impls:
                 continue
@@ -466,7 +466,7 @@ def _interpreted(op, dtypes, smoke):
 def main(argv=None):
     """Print the table; returns 1 where a row fails, or where an implementation asked for by name is absent, else 0."""
     parser = argparse.ArgumentParser(prog="sft-kernels verify", description=__doc__.splitlines()[0])
-    parser.add_argument("--ops", nargs="+", choices=[*_OPS], help="all without it")
+    parser.add_argument("--ops", nargs="+", choices=[*OPS], help="all without it")
     parser.add_argument("--impls", nargs="+", choices=["torch", "triton", "cuda", "flash"], help="all without it")
     parser.add_argument("--dtypes", nargs="+", choices=[*DTYPES], help="all without it")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -484,18 +484,27 @@ def main(argv=None):
         for row in verify(args.ops, args.impls, args.dtypes, device=args.device, smoke=args.smoke):
             rows.append(row)
             print(_line(row), flush=True)
+            if args.json not in (None, "-"):
+                _write(Path(args.json), args.device, rows)
         count = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("ok", "FAIL", "absent")}
         print(f"\n{count['ok']} within the budget, {count['FAIL']} failed, {count['absent']} absent")
-    if args.json:
-        document = {"torch": torch.__version__, "device": args.device, "rows": [row._asdict() for row in rows]}
-        if args.json == "-":
-            print(json.dumps(document))
-        else:
-            Path(args.json).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    if args.json == "-":
+        print(json.dumps(_document(args.device, rows)))
     missing = set(args.impls or ()) - {row.impl for row in rows if row.verdict != "absent"}
     for impl in sorted(missing):
         print(f"sft-kernels verify: {impl} was asked for and runs nothing here", file=sys.stderr)
     return 1 if count["FAIL"] or missing else 0
+
+
+def _document(device, rows):
+    return {"torch": torch.__version__, "device": device, "rows": [row._asdict() for row in rows]}
+
+
+def _write(path, device, rows):
+    """Replace the file after every row: a run that is killed leaves the rows it had, and no half of a file."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(_document(device, rows), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _line(row):
