@@ -6,9 +6,8 @@ import torch
 from . import peers, right, timing
 from .suite import Suite, confident, labels, sweep
 
-
-# Hugging Face TRL, issue 6858: chunked, Liger, unfused and Cut Cross-Entropy on an H100, bf16, nothing masked. The other
-# cells' shape is that of Liger's and QuACK's own tables.
+# Hugging Face TRL, issue 6858: chunked, Liger, unfused and Cut Cross-Entropy on an H100, bf16, nothing
+# masked. The other cells' shape is that of Liger's and QuACK's own tables.
 PUBLISHED = {"N": 16384, "D": 2048, "V": 248320}
 
 

@@ -13,9 +13,9 @@ import torch
 from . import peers, right, timing
 from .suite import Suite
 
-
-# Layout, tokens, query and key heads. The uniform ones of 32 k tokens and 16 heads have the shapes of FlashAttention's
-# own tables (hidden 2048, D = 128). The first cells are the ones that matter most: a call may have no time for the last.
+# Layout, tokens, query and key heads. The uniform ones of 32 k tokens and 16 heads have the shapes of
+# FlashAttention's own tables (hidden 2048, D = 128). The first cells matter most: a call may have no time
+# for the last.
 _K = 1 << 10
 GPU_SHAPES = [
     *(("mix", 16 * _K, 32, 8), (8 * _K, 16 * _K, 32, 8), ("mix", 64 * _K, 32, 8), ("mix", 8 * _K, 32, 8)),

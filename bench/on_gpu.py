@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from .facts import ROOT, code_state, first_line, versions
 from .parts import Part, Stage
 
 CACHE = ROOT / "build" / "gpu_cache"
+SITE = CACHE / "peers"
 NO_TESTS = 5  # pytest's exit status where none was collected
 NO_CUDA = "left out by --without-cuda"
 NOT_BUILT = "the CUDA kernels are not built: make cuda here, or pass --without-cuda"
@@ -78,7 +78,7 @@ class Plan:
     def _peers(self):
         part = Part("peers", absent="no --peers")
         if self.peers:
-            part = Part("peers", 60, (sys.executable, "-m", "bench.wheels", str(self.peers), "--into", str(_SITE)))
+            part = Part("peers", 60, (sys.executable, "-m", "bench.wheels", str(self.peers), "--into", str(SITE)))
         return Stage("peers", (part,), again=True)
 
     def _smoke(self):
@@ -180,9 +180,6 @@ class Plan:
         return Stage("memcheck", tuple(found), 2)
 
 
-_SITE = CACHE / "peers"
-
-
 def chosen(stages, only):
     """Returns the stages and parts that a name of ``only`` means: a stage's, a part's, or a beginning up to a full
     stop."""
@@ -194,7 +191,7 @@ def chosen(stages, only):
     return kept
 
 
-def environment(scratch):
+def environment(scratch, with_peers=False):
     """Returns the environment of every part: caches under ``build/``, temporary files in ``scratch``, no network."""
     folders = {
         name: CACHE / name.lower()
@@ -203,7 +200,8 @@ def environment(scratch):
     } | {"TMPDIR": scratch}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"), str(_SITE))))
+    path = (str(ROOT), os.environ.get("PYTHONPATH"), str(SITE) if with_peers else None)
+    path = os.pathsep.join(filter(None, path))
     settings = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     return os.environ | {name: str(folder) for name, folder in folders.items()} | settings
 
@@ -248,15 +246,8 @@ def main(argv=None, start=None):
             parser.error(f"--after: {error}")
         if earlier.get("commit") != facts["commit"]:
             facts["passed before at"] = earlier.get("commit")
-    out = args.out.resolve()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (CACHE.parent / "on_gpu").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out: {error}")
-    work = Path(tempfile.mkdtemp(dir=CACHE.parent / "on_gpu"))
+    work = CACHE.parent / "on_gpu" / str(os.getpid())
     folder, scratch = work / "results", work / "tmp"
-    folder.mkdir()
     plan = Plan(
         folder,
         rehearse=args.rehearse,
@@ -271,8 +262,15 @@ def main(argv=None, start=None):
             if name not in known and not chosen(stages, [name]):
                 parser.error(f"--only: no part is called {name}; there are {', '.join(PARTS)}")
         stages = chosen(stages, args.only)
+    out = args.out.resolve()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        parser.error(f"--out: {error}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that running parts are ended too
-    run = parts.Run(folder, out, facts, start + 60 * args.minutes, environment(scratch), before)
+    env = environment(scratch, with_peers=args.peers is not None)
+    run = parts.Run(folder, out, facts, start + 60 * args.minutes, env, before)
     try:
         outcomes = run.go(stages)
     finally:
