@@ -416,7 +416,7 @@ def main(argv=None):
     except OSError as error:
         parser.error(f"--results: {error}")
     if args.tiny and args.device == "cpu":
-        torch.set_num_threads(1)  # on a busy machine threads wait for each other, fifty times as long as a tiny op takes
+        torch.set_num_threads(1)  # threads that wait for each other took fifty times as long as these tiny ops
     device, setup = torch.device(args.device), Setup.of(args.tiny)
     document = new_document(setup, device, args.tiny)
     path, rows = new_path(args.results, document), document["variants"]
@@ -434,9 +434,10 @@ def main(argv=None):
         write()
     document["disagreement"] = disagreement(rows, setup.tolerance)
     failures = [document["disagreement"]] if document["disagreement"] else []
-    failures += [f"{name} raised {row['raised']}" for name, row in rows.items() if _ours(name) and "raised" in row]
+    raised = {name: row["raised"] for name, row in rows.items() if "raised" in row}
+    failures += [f"{name} raised {reason}" for name, reason in raised.items() if name.startswith("ours")]
     write()
-    if not args.no_trace and "raised" not in rows["ours, packed"]:
+    if not args.no_trace and "ours, packed" not in raised:
         file = args.results / "whole_step_trace.json.gz"
         try:
             trace(setup, device, file)
@@ -449,10 +450,6 @@ def main(argv=None):
     for failure in failures:
         print(f"FAILED: {failure}")
     return 1 if failures else 0
-
-
-def _ours(name):
-    return name.startswith("ours")
 
 
 if __name__ == "__main__":
