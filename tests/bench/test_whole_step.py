@@ -261,3 +261,48 @@ def test_no_gpu_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         whole_step.main(["--device", "cuda", "--results", str(tmp_path)])
     assert "sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of ``torch.cuda`` in their order. Trainers of a GPU stay on the CPU and stand among them as "step"."""
+    made = []
+
+    def record(name, value=None):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: made.append(name) or value)
+
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        record(name)
+    record("max_memory_allocated", 7 << 30)
+
+    class OnTheCPU(Trainer):
+        def __init__(self, variant, setup, device):
+            super().__init__(variant, setup, CPU)
+            self.update = variant.optimizer(self.model, device)
+
+        def step(self):
+            made.append("step")
+            return super().step()
+
+    monkeypatch.setattr(whole_step, "Trainer", OnTheCPU)
+    return made
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_gpu_is_waited_for_on_either_side_and_its_peak_is_of_the_timed_steps(calls, name):
+    row = whole_step.measure(VARIANTS[name], Setup.of(tiny=True), torch.device("cuda"))
+    step = ["synchronize", "step", "synchronize"]
+    assert calls == ["empty_cache", *step, "reset_peak_memory_stats", *step, *step, "max_memory_allocated"]
+    assert row["peak_bytes"] == 7 << 30
+    assert "7.5" in whole_step.table(document_of({name: row}))
+
+
+def document_of(rows):
+    data = {"examples": 1, "tokens": 1, "kept_tokens": 1}
+    return {"data": data, "variants": rows, "device": {"name": "x"}, "versions": {"torch": "x"}, "rehearsal": False}
+
+
+def test_a_trace_of_a_gpu_waits_for_it(calls, tmp_path):
+    whole_step.trace(Setup.of(tiny=True), torch.device("cuda"), tmp_path / "trace.json.gz")
+    assert calls == ["empty_cache", "step", "synchronize", "step", "synchronize"]
+    assert (tmp_path / "trace.json.gz").stat().st_size > 0
