@@ -32,6 +32,7 @@ PROPERTIES = SimpleNamespace(
 )
 _GET_DEVICE = torch.Tensor.device.__get__
 _IS_CUDA, _IS_CPU = torch.Tensor.is_cuda.__get__, torch.Tensor.is_cpu.__get__
+_ABOUT_DEVICES = (torch.device, torch._C._nn._parse_to)  # nothing is made there
 _SET_DATA = torch.Tensor.data.__set__
 _FACTORIES = {
     getattr(torch, name)
@@ -45,7 +46,7 @@ class Pretence(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is torch.device:
+        if function in _ABOUT_DEVICES:
             return function(*args, **kwargs)
         if function == _GET_DEVICE:
             return HOST if _on_host(args[0]) else GPU

@@ -1,0 +1,101 @@
+"""A sweep sets each candidate, leaves the table as it was, and names what is off; kernels are compiled ahead."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import sweep
+from bench.timing import ROOT
+from sft_kernels.ops.packed_attention import triton_shared
+
+KNOBS = {knob.kernel: knob for knob in sweep.attention_knobs(9)}
+
+
+def run(*command, **environment):
+    path = {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    return subprocess.run(
+        [sys.executable, "-m", *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | path | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("kernel", KNOBS)
+def test_the_tables_own_configuration_comes_first_and_none_twice(kernel):
+    knob = KNOBS[kernel]
+    assert knob.candidates[0] == triton_shared.CONFIGS[kernel][9, 128]
+    assert len({*knob.candidates}) == len(knob.candidates) > 2
+
+
+def test_a_candidate_is_in_force_inside_and_the_table_is_put_back():
+    knob = KNOBS["dkey"]
+    before = dict(knob.table)
+    with contextlib.suppress(ZeroDivisionError), knob.at(knob.candidates[1]):
+        found = triton_shared.config_of("dkey", 9, 128, 8)
+        raise ZeroDivisionError
+    assert found == knob.candidates[1]
+    assert knob.table == before
+
+
+def test_candidates_that_are_off_or_cannot_run_are_named(monkeypatch):
+    knob = KNOBS["dquery"]
+    bad, worse = knob.candidates[1:3]
+
+    def error(knob, candidate, device):
+        return {"error": 3.0} if candidate == bad else {"raised": "no room"} if candidate == worse else {"error": 0.1}
+
+    monkeypatch.setattr(sweep, "attention_error", error)
+
+    class Inputs:
+        def rival(self, knob, candidate):
+            return sweep.timing.Rival(lambda _: None)
+
+        def flops(self, knob):
+            return 1e12
+
+    found = sweep.cell(knob, "a cell", Inputs(), torch.device("cpu"), tiny=False)
+    text = sweep.table(found)
+    assert f"  {sweep.label(worse):<44}no room" in text.splitlines()
+    assert any(sweep.label(bad) in line and "OFF: 3 ×" in line for line in text.splitlines())
+    assert "seconds" not in found["rows"][sweep.label(worse)]
+
+
+def test_a_sweep_from_end_to_end(tmp_path):
+    done = run("bench.pretend", "bench.sweep", "--device", "cuda", "--tiny", "--results", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.iterdir()
+    document = json.loads(path.read_text())
+    assert [cell["cell"].split(",")[0] for cell in document["cells"]][:3] == ["forward", "dquery", "dkey"]
+    for cell in document["cells"]:
+        assert all(row["error"] <= 1 and len(row["seconds"]) == 2 for row in cell["rows"].values())
+        assert len(cell["rows"]) == 2
+
+
+@pytest.mark.parametrize("kernel", ["core", "attention"])
+def test_what_ncu_counts_is_launched_more_often_than_it_skips(kernel):
+    done = run("bench.pretend", "bench.counters", kernel, "--tiny")
+    assert done.returncode == 0, done.stderr
+    assert "3 times" in done.stdout
+
+
+def test_kernels_are_compiled_into_the_cache_and_found_there_again(tmp_path):
+    """A share of the cases; a second process finds all of it, and a share that is none is refused."""
+    environment = {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment["TRITON_INTERPRET"] = "0"
+    first = run("bench.precompile", "--arch", 90, "--tiny", "--share", "0/4", **environment)
+    assert first.returncode == 0, first.stdout + first.stderr
+    cubins = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")}
+    assert cubins
+    assert f"{len(cubins)} kernels" in first.stdout
+    again = run("bench.precompile", "--arch", 90, "--tiny", "--share", "0/4", **environment)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.cubin")} == cubins
+    assert again.returncode == 0
+    for share in ("4/4", "x", "-1/2"):
+        assert run("bench.precompile", "--arch", 90, f"--share={share}").returncode == 2
