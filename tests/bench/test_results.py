@@ -10,7 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import bench_adamw, bench_cross_entropy, bench_linear_cross_entropy, bench_packed_attention, results, timing
+from bench import (
+    bench_adamw,
+    bench_cross_entropy,
+    bench_linear_cross_entropy,
+    bench_packed_attention,
+    facts,
+    results,
+    timing,
+)
 from bench.suite import labels
 
 CPU = torch.device("cpu")
@@ -79,6 +87,20 @@ def test_the_table_shows_ratio_floor_peak_and_who_is_off_or_absent(tmp_path):
     assert "Shapes and sweep are thinned for the CPU." in lines
 
 
+def test_on_a_gpu_the_table_goes_by_the_time_behind_a_filled_queue(tmp_path):
+    run = results.Results(SUITE, tmp_path)
+    measured = cell()
+    rows = measured["rows"]
+    rows["ours"] |= {"queued_seconds": [0.0016], "host_seconds": [0.0004]}
+    rows["filtered"] |= {"host_seconds": [0.0002], "version": "peer 1.2"}
+    run.add(measured | {"gpu": {"sm_mhz": [1500, 1700, 1980], "slowed_by": ["power cap"]}})
+    run.document["device"]["type"] = "cuda"
+    lines = {line.split("  ")[0]: line for line in results.table(run.document).splitlines()}
+    assert re.search(r" 1\.600 .* 2\.000 +0\.400 +1\.00× +62\.5% +5  yes$", lines["ours"])
+    assert re.search(r" 4\.000 .* 4\.000 +0\.200 +2\.50× +25\.0% .*OFF: .*, peer 1\.2$", lines["filtered"])
+    assert "SM clock 1500–1980 MHz, slowed by power cap" in lines
+
+
 @pytest.mark.parametrize("kept", [(None,), (1.0, 0.2)])
 def test_plots_are_drawn_for_sweeps_and_for_single_cells(tmp_path, kept):
     pytest.importorskip("matplotlib")
@@ -120,7 +142,35 @@ def test_sweep_has_the_shares_masks_and_logits_of_the_design():
     shares = (1.0, 0.5, 0.35, 0.2, 0.05)
     assert {(share, "prompt", logits) for share in shares for logits in ("uniform", "peaked")} <= set(cells)
     assert {(share, "scattered", "uniform") for share in shares[1:]} <= set(cells)
-    assert all((p["N"], p["D"], p["V"]) == (8192, 4096, 128256) for p in suite.cells().values())
+    shapes = [(p["N"], p["D"], p["V"]) for p in suite.cells().values()]
+    assert shapes.count((8192, 4096, 128256)) == len(cells) - 1
+    assert shapes[5] == (16384, 2048, 248320)  # TRL's, which a short call still reaches
+    assert cells[5] == (1.0, "prompt", "uniform")
+
+
+def test_attention_has_the_mixes_and_the_shapes_of_published_tables():
+    suite = bench_packed_attention.PackedAttention("cpu")
+    suite.device = torch.device("cuda")
+    cells = [(p["layout"], p["T"] >> 10, p["Hq"], p["Hkv"]) for p in suite.cells().values()]
+    assert {("mix", t, 32, 8) for t in (8, 16, 32, 64)} <= set(cells)
+    assert {(n << 10, 32, 16, 16) for n in (1, 4, 16)} <= set(cells)
+    assert {p["D"] for p in suite.cells().values()} == {128}
+    flex = [name for name, p in suite.cells().items() if not suite.left_out("FlexAttention", p)]
+    assert flex == ["mix of 16384, 32/8 heads, forward", "mix of 16384, 32/8 heads, backward"]
+    assert not any(suite.left_out(name, p) for name in ("ours", "padded SDPA") for p in suite.cells().values())
+
+
+def test_who_is_left_out_of_a_cell_is_neither_built_nor_compared(monkeypatch):
+    suite = bench_adamw.AdamWStep("cpu", tiny=True)
+    (name,) = suite.cells()
+    monkeypatch.setattr(suite, "left_out", lambda name, p: "too slow" if name == "torch foreach" else None)
+    compared = []
+    error = suite.error
+    monkeypatch.setattr(suite, "error", lambda adapter, p: compared.append(adapter) or error(adapter, p))
+    rows = suite.measure(name)["rows"]
+    assert rows["torch foreach"] == {"absent": "too slow"}
+    assert suite.present["torch foreach"] not in compared
+    assert "seconds" in rows["torch fused"]
 
 
 def test_peaked_logits_are_those_of_a_model_that_mostly_knows():
@@ -188,9 +238,9 @@ def test_a_suite_from_end_to_end(tmp_path):
 
 
 def test_what_git_does_not_say_is_unknown_not_clean(monkeypatch):
-    results.code_state.cache_clear()
-    monkeypatch.setattr(results, "first_line", lambda command: None)
+    facts.code_state.cache_clear()
+    monkeypatch.setattr(facts, "first_line", lambda command: None)
     try:
-        assert results.code_state() == (None, None)
+        assert facts.code_state() == (None, None)
     finally:
-        results.code_state.cache_clear()
+        facts.code_state.cache_clear()
