@@ -38,7 +38,7 @@ PINNED = {
     "nvidia-cutlass-dsl-libs-cu13": "4.7.1",
 }
 PLATFORMS = "manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux2014_x86_64 any".split()
-LEFT_OUT = re.compile(r"/iket/.*\.so$|/3rdparty/|libtvm_ffi_testing|/cu13/(include|lib/stubs)/|\.a$")  # of the set
+LEFT_OUT = re.compile(r"/iket/.*\.so$|/3rdparty/|/cu13/(include|lib/stubs)/|\.a$")  # of the set
 PACKED = "wheels.tar.xz"
 # Both large libraries hold one LLVM: a window over the whole set finds the second copy. lc and pb suit machine code.
 FILTERS = [
