@@ -1,13 +1,15 @@
 """Ours and the others, one small adapter each.
 
 Every adapter is ``load(device)``, which imports what it needs and returns the callable that its table says, or raises:
-``ImportError`` where the peer is not installed, ``Absent`` where it cannot run here. Signatures are those of Liger
-0.8.5, cut-cross-entropy 25.1.1, QuACK 0.6.5 and TRL 1.16.0, and of flash-attn, apex, bitsandbytes and torchao as of
-2026; what needs a GPU has been read, not run.
+``ImportError`` where the peer is not installed, ``Absent`` where it cannot run here. The versions are those that
+``bench/wheels.py`` pins; their real code is called by tests/bench/test_peers.py where it is installed. The adapters of
+flash-attn 2 and 3, apex, bitsandbytes and torchao follow signatures as of 2026 that have been read, not run.
 """
 
+import importlib.metadata
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ LOSSES = {}  # name → load(device) → Loss
 OPTIMIZERS = {}  # name → load(device) → make(params, state_dtype, max_grad_norm) → step()
 ATTENTIONS = {}  # name → load(device) → make(cu_seqlens, max_seqlen) → Attention
 COMPILED = {"torch.compile", "FlexAttention"}
+DISTRIBUTIONS = {}  # name → the distribution whose version a row says; torch's own have none
 
 
 class Absent(RuntimeError):
@@ -38,7 +41,8 @@ def _as_given(*tensors):
 
 class Attention(NamedTuple):
     """``pack(q, k, v)`` lays packed [T, H, D] tensors out as the peer wants them, which is not timed (a model would
-    hold them so); ``unpack`` brings an output or gradient back to [T, H, D]."""
+    hold them so); ``unpack`` brings an output or gradient back to [T, H, D]. If it repeats key heads, so do the
+    gradients."""
 
     attend: Callable[..., torch.Tensor]
     pack: Callable[..., Any] = _as_given
@@ -59,6 +63,23 @@ def load(adapters, device):
                 raise
             absent[name] = why(error)
     return present, absent
+
+
+def version(name):
+    """``"liger-kernel 0.8.5"`` for the row of that name, ``"torch 2.11.0"`` for torch's own; None where unknown."""
+    if name.split(" ")[0] == "ours":
+        return None  # the results file has the commit
+    distribution = DISTRIBUTIONS.get(name, "torch")
+    try:
+        return f"{distribution} {importlib.metadata.version(distribution).split('+')[0]}"
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def in_few_cells(make, chosen):
+    """Refuse a cell that is not ``chosen`` to an attention that compiles anew for each mask."""
+    if not chosen and getattr(make, "compiles_each_mask", False):
+        raise Absent("measured in two cells alone: it compiles anew for each mask")
 
 
 def why(error):
@@ -93,9 +114,11 @@ def ours(op, adapt, device):
     return dict(sorted(named.items()))  # "ours" first
 
 
-def _peer(table, name):
+def _peer(table, name, distribution=None):
     def register(adapter):
         table[name] = adapter
+        if distribution is not None:
+            DISTRIBUTIONS[name] = distribution
         return adapter
 
     return register
@@ -128,7 +151,7 @@ def _(device):
     return torch.compile(lambda x, w, y: F.cross_entropy(F.linear(x, w), y), dynamic=False)
 
 
-@_peer(LINEAR_LOSSES, "Liger")
+@_peer(LINEAR_LOSSES, "Liger", "liger-kernel")
 def _(device):
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -137,7 +160,7 @@ def _(device):
     return lambda x, w, y: loss(w, x, y)
 
 
-@_peer(LINEAR_LOSSES, "cut-cross-entropy exact")
+@_peer(LINEAR_LOSSES, "cut-cross-entropy exact", "cut-cross-entropy")
 def _(device):
     from cut_cross_entropy import linear_cross_entropy
 
@@ -145,7 +168,7 @@ def _(device):
     return lambda x, w, y: linear_cross_entropy(x, w, y, filter_eps=None)
 
 
-@_peer(LINEAR_LOSSES, "cut-cross-entropy filtered")
+@_peer(LINEAR_LOSSES, "cut-cross-entropy filtered", "cut-cross-entropy")
 def _(device):
     from cut_cross_entropy import linear_cross_entropy
 
@@ -153,7 +176,7 @@ def _(device):
     return lambda x, w, y: linear_cross_entropy(x, w, y)
 
 
-@_peer(LINEAR_LOSSES, "QuACK")
+@_peer(LINEAR_LOSSES, "QuACK", "quack-kernels")
 def _(device):
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
@@ -161,11 +184,12 @@ def _(device):
     return chunked_linear_cross_entropy
 
 
-@_peer(LINEAR_LOSSES, "TRL chunked logprob")
+@_peer(LINEAR_LOSSES, "TRL chunked logprob", "trl")
 def _(device):
+    import trl.trainer.utils  # noqa: F401, its backward imports it, with datasets, accelerate and pandas
     from trl.kernels import ChunkedLogProbFunction
 
-    def loss(x, w, y):
+    def loss(x, w, y):  # what SFTTrainer computes by default ("nll"), less the entropy and accuracy that it logs
         kept = y != -100
         temperature, columns, softcap, scale = 1.0, 32768, None, 1.0
         logprobs = ChunkedLogProbFunction.apply(x[kept], w, None, y[kept], temperature, columns, softcap, scale, ())[0]
@@ -184,7 +208,7 @@ def _(device):
     return Loss(torch.compile(lambda x, y: F.cross_entropy(x, y), dynamic=False))
 
 
-@_peer(LOSSES, "Liger")
+@_peer(LOSSES, "Liger", "liger-kernel")
 def _(device):
     from liger_kernel.transformers import LigerCrossEntropyLoss
 
@@ -192,7 +216,7 @@ def _(device):
     return Loss(LigerCrossEntropyLoss(), overwrites=True)
 
 
-@_peer(LOSSES, "QuACK")
+@_peer(LOSSES, "QuACK", "quack-kernels")
 def _(device):
     from quack.cross_entropy import cross_entropy
 
@@ -238,7 +262,7 @@ OPTIMIZERS["torch fused"] = _torch_adamw(fused=True)
 OPTIMIZERS["torch foreach"] = _torch_adamw(foreach=True)
 
 
-@_peer(OPTIMIZERS, "apex")
+@_peer(OPTIMIZERS, "apex", "apex")
 def _(device):
     from apex.optimizers import FusedAdam
 
@@ -251,7 +275,7 @@ def _(device):
     return make
 
 
-@_peer(OPTIMIZERS, "bitsandbytes")
+@_peer(OPTIMIZERS, "bitsandbytes", "bitsandbytes")
 def _(device):
     from bitsandbytes.optim import AdamW32bit
 
@@ -264,7 +288,7 @@ def _(device):
     return make
 
 
-@_peer(OPTIMIZERS, "torchao")
+@_peer(OPTIMIZERS, "torchao", "torchao")
 def _(device):
     from torchao.optim import _AdamW  # the one whose moments are not quantised
 
@@ -299,26 +323,55 @@ def _(device):
     return make
 
 
-@_peer(ATTENTIONS, "torch varlen")
-def _(device):
-    from torch.nn.attention.varlen import varlen_attn
+VARLEN = "FlashAttention-2 (torch varlen)"
+VARLEN_REPEATED = "FlashAttention-2 (torch varlen, key heads repeated)"
 
-    _needs_cuda(device)
-    known = inspect.signature(varlen_attn).parameters
 
-    def make(cu_seqlens, max_seqlen):
-        def attend(q, k, v):
-            options = {"window_size": (-1, 0)}
-            if q.shape[1] != k.shape[1]:
-                if "enable_gqa" in known:
-                    options["enable_gqa"] = True
-                else:  # before torch 2.12 the caller repeats the heads
-                    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-            return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+def _varlen(repeats):
+    """``load`` of torch's own copy of FlashAttention-2. torch 2.12 has ``enable_gqa``. 2.11 has no such argument and no
+    check: its kernels take fewer key heads, says their source. Only where they do not, heads are repeated, not timed.
+    """
 
-        return Attention(attend)
+    def load_varlen(device):
+        from torch.nn.attention.varlen import varlen_attn
 
-    return make
+        _needs_cuda(device)
+        told = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+        def make(cu_seqlens, max_seqlen):
+            def attend(q, k, v):
+                options = {"enable_gqa": True} if told and q.shape[1] != k.shape[1] else {}
+                return varlen_attn(
+                    q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, window_size=(-1, 0), **options
+                )
+
+            def repeated(q, k, v):
+                each = q.shape[1] // k.shape[1]
+                k, v = (t.detach().repeat_interleave(each, 1).requires_grad_(t.requires_grad) for t in (k, v))
+                return q, k, v
+
+            return Attention(attend, repeated) if repeats else Attention(attend)
+
+        if not repeats:
+            return make
+        if _is_right(load_varlen_as_given, device):
+            raise Absent(f"not needed: {VARLEN} is right")
+        return make
+
+    return load_varlen
+
+
+load_varlen_as_given = _varlen(repeats=False)
+ATTENTIONS[VARLEN] = load_varlen_as_given
+ATTENTIONS[VARLEN_REPEATED] = _varlen(repeats=True)
+
+
+@cache
+def _is_right(load_attention, device):
+    from . import right  # which imports this module
+
+    found = right.checked(right.attention_error, load_attention(device), device, torch.bfloat16)
+    return found.get("error", float("inf")) <= 1
 
 
 def _flash(import_function, **options):
@@ -359,10 +412,10 @@ def _flash_2():
     return flash_attn_varlen_func
 
 
-ATTENTIONS["flash-attn 4"] = _flash(_flash_4)
-ATTENTIONS["flash-attn 3"] = _flash(_flash_3)
-ATTENTIONS["flash-attn 2"] = _flash(_flash_2)
-ATTENTIONS["flash-attn 2 deterministic"] = _flash(_flash_2, deterministic=True)
+_peer(ATTENTIONS, "flash-attn 4", "flash-attn-4")(_flash(_flash_4))
+_peer(ATTENTIONS, "flash-attn 3", "flash-attn-3")(_flash(_flash_3))
+_peer(ATTENTIONS, "flash-attn 2", "flash-attn")(_flash(_flash_2))
+_peer(ATTENTIONS, "flash-attn 2 deterministic", "flash-attn")(_flash(_flash_2, deterministic=True))
 
 
 @_peer(ATTENTIONS, "FlexAttention")
@@ -389,6 +442,7 @@ def _(device):
         cuda = device.type == "cuda"  # on the CPU it has no backward, and refuses tensors that want one
         return Attention(attend, pack, lambda t: t[0].transpose(0, 1), backward=cuda)
 
+    make.compiles_each_mask = True
     return make
 
 

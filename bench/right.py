@@ -98,6 +98,11 @@ def plain_attention(q, k, v, cu_seqlens):
     return torch.cat(out)
 
 
+def _of_heads(gradient, heads):
+    """The gradient [T, H, D] of ``heads`` heads that were repeated next to each other to be H."""
+    return gradient.unflatten(1, (heads, -1)).sum(2, dtype=torch.float64).to(gradient.dtype)
+
+
 def attention_error(make, device, dtype, Hq=4, Hkv=2, D=64, lengths=(16, 70, 1, 41)):
     """Of the output and, where there is a backward, the gradients of ``Σ out · dout``."""
     generator = torch.Generator(device).manual_seed(0)
@@ -117,7 +122,8 @@ def attention_error(make, device, dtype, Hq=4, Hkv=2, D=64, lengths=(16, 70, 1, 
     results = [attention.unpack(out).detach()]
     if attention.backward:
         padded_dout = attention.pack(dout, dout, dout)[0]
-        results += map(attention.unpack, torch.autograd.grad(out, leaves, padded_dout))
+        gradients = map(attention.unpack, torch.autograd.grad(out, leaves, padded_dout))
+        results += [_of_heads(g, t.shape[1]) for g, t in zip(gradients, qkv, strict=True)]
     n = len(results)
     return _worst(results, plain(*(t.double() for t in qkv))[:n], plain(*qkv)[:n])
 

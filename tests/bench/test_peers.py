@@ -1,7 +1,10 @@
 """Every peer is right or named: the installed ones against plain PyTorch, the others by their recorded signatures."""
 
+import importlib
+import inspect
 import sys
 import types
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -29,7 +32,7 @@ HERE = {  # what any CPU has
 @pytest.fixture(autouse=True)
 def _not_compiled(monkeypatch):
     """The adapters' own code: compiling takes longer than all of these tests, and a rehearsal does it."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(torch, "compile", lambda function=None, **options: function or (lambda decorated: decorated))
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -55,7 +58,7 @@ def test_who_runs_here_agrees_with_plain_pytorch(table, dtype):
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", None)
     _, absent = peers.load(peers.LINEAR_LOSSES, CUDA)
     assert "liger_kernel" in absent["Liger"]
 
@@ -140,7 +143,9 @@ def cut(e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=
     return F.cross_entropy(e @ c.T, targets)
 
 
-def quack_linear(x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True):
+def quack_linear(
+    x, weight, target, chunk_size=4096, ignore_index=-100, reduction="mean", tuned=True, use_scaled_exp=None
+):  # by default what QuACK finds fastest: on an H100, in bf16 and with V in multiples of 128, its scaled-exp kernels
     return F.cross_entropy(F.linear(x, weight), target)
 
 
@@ -199,14 +204,20 @@ def flash_with_lse(*args, **kwargs):
 )
 def test_adapters_call_what_the_peers_publish(monkeypatch, table, name, module, contents):
     adapters, error_of, options = TABLES[table]
+    if name.startswith("TRL"):
+        installed(monkeypatch, "trl.trainer.utils")
     installed(monkeypatch, module, **contents)
     found = right.checked(error_of, adapters(CPU)[name](CUDA), CPU, FP32, *options)
     assert found.get("error", 2) <= 1, found
 
 
 def varlen_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-    assert query.shape[1] == key.shape[1]
     return flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=window_size == (-1, 0))
+
+
+def varlen_of_equal_heads(query, key, *rest, scale=None, window_size=(-1, -1)):
+    assert query.shape[1] == key.shape[1]
+    return varlen_2_11(query, key, *rest, window_size=window_size)
 
 
 def varlen_2_12(
@@ -216,13 +227,31 @@ def varlen_2_12(
     return flash(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal=window_size == (-1, 0))
 
 
-@pytest.mark.parametrize("varlen", [varlen_2_11, varlen_2_12])
-def test_varlen_of_old_and_new_torch(monkeypatch, varlen):
+@pytest.mark.parametrize(
+    ("varlen", "right_one"),
+    [
+        (varlen_2_11, peers.VARLEN),
+        (varlen_2_12, peers.VARLEN),
+        (varlen_of_equal_heads, peers.VARLEN_REPEATED),
+    ],
+)
+def test_varlen_is_given_fewer_key_heads_and_repeated_ones_only_where_that_is_not_right(monkeypatch, varlen, right_one):
     installed(monkeypatch, "torch.nn.attention.varlen", varlen_attn=varlen)
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "torch.nn", torch.nn)
-    found = right.checked(right.attention_error, peers.ATTENTIONS["torch varlen"](CUDA), CPU, FP32)
-    assert found.get("error", 2) <= 1, found
+    monkeypatch.setattr(peers, "_needs_cuda", lambda device: None)  # so that it judges on this device
+    peers._is_right.cache_clear()
+    both = {name: peers.ATTENTIONS[name] for name in (peers.VARLEN, peers.VARLEN_REPEATED)}
+    present, absent = peers.load(both, CPU)
+    found = {name: right.checked(right.attention_error, make, CPU, FP32) for name, make in present.items()}
+    assert {name for name, row in found.items() if row.get("error", 2) <= 1} == {right_one}, found
+    assert absent == ({peers.VARLEN_REPEATED: f"not needed: {peers.VARLEN} is right"} if len(found) == 1 else {})
+    peers._is_right.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_varlen_needs_a_gpu():
+    assert peers.load({"both": peers.ATTENTIONS[peers.VARLEN_REPEATED]}, CPU)[1] == {"both": "runs on CUDA alone"}
 
 
 def test_a_peer_that_raises_when_it_is_loaded_is_absent_and_ours_is_not_hidden():
@@ -233,3 +262,129 @@ def test_a_peer_that_raises_when_it_is_loaded_is_absent_and_ours_is_not_hidden()
     assert (present, absent) == ({"ours": 1}, {"theirs": "RuntimeError: driver mismatch"})
     with pytest.raises(RuntimeError, match="driver mismatch"):
         peers.load({"ours": broken}, torch.device("cpu"))
+
+
+# Peers that are here: what is recorded above against the real code, as far as a machine without a GPU can call it.
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "record"),
+    [
+        ("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss.forward", LigerLinear.forward),
+        ("liger_kernel.transformers", "LigerCrossEntropyLoss.forward", Liger.forward),
+        ("cut_cross_entropy", "linear_cross_entropy", cut),
+        ("quack.linear_cross_entropy", "chunked_linear_cross_entropy", quack_linear),
+        ("quack.cross_entropy", "cross_entropy", quack),
+        ("apex.optimizers", "FusedAdam", apex),
+        ("bitsandbytes.optim", "AdamW32bit", adamw),
+        ("torchao.optim", "_AdamW", adamw),
+        ("flash_attn_interface", "flash_attn_varlen_func", flash),
+        ("flash_attn.cute", "flash_attn_varlen_func", flash),
+    ],
+)
+def test_the_stand_ins_have_the_signatures_of_what_is_installed(module, name, record):
+    function = pytest.importorskip(module, exc_type=ImportError)
+    for part in name.split("."):
+        function = getattr(function, part)
+    real = inspect.signature(function).parameters
+    recorded = [p for p in inspect.signature(record).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if record is flash:  # all are passed by name but the first three
+        assert list(real)[:3] == ["q", "k", "v"]
+        assert {p.name for p in recorded} <= real.keys()
+        return
+    assert list(real)[: len(recorded)] == [p.name for p in recorded]
+    if record in (apex, adamw):  # the adapters pass every value
+        return
+    assert [real[p.name].default for p in recorded] == [p.default for p in recorded]
+
+
+def test_the_defaults_of_ligers_losses():
+    liger = pytest.importorskip("liger_kernel.transformers", exc_type=ImportError)
+    for loss in (liger.LigerFusedLinearCrossEntropyLoss(), liger.LigerCrossEntropyLoss()):
+        assert (loss.ignore_index, loss.reduction, loss.softcap, loss.label_smoothing) == (-100, "mean", None, 0.0)
+        assert not loss.return_z_loss
+        assert getattr(loss, "accum_dtype", None) is None  # dW is summed in the weight's dtype
+
+
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_trl_is_right_on_the_cpu(dtype):
+    pytest.importorskip("trl.trainer.utils", exc_type=ImportError)
+    found = right.checked(right.linear_loss_error, peers.LINEAR_LOSSES["TRL chunked logprob"](CPU), CPU, dtype)
+    assert found.get("error", 2) <= 1, found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU the suites themselves judge")
+@pytest.mark.parametrize(
+    ("table", "name"),
+    [
+        ("losses", "Liger"),
+        ("linear_losses", "Liger"),
+        ("linear_losses", "cut-cross-entropy exact"),
+        ("linear_losses", "cut-cross-entropy filtered"),
+    ],
+)
+def test_peers_in_triton_are_right_in_its_interpreter(monkeypatch, table, name):
+    """In fp16: cut-cross-entropy refuses fp32, and the interpreter multiplies the bits of bf16 numbers."""
+    pytest.importorskip("cut_cross_entropy" if name.startswith("cut") else "liger_kernel.transformers")
+    tl = pytest.importorskip("triton.language")
+    if not interprets(tl):
+        pytest.skip("Triton's interpreter is off, or this one does not run here")
+    monkeypatch.setattr(peers, "_needs_cuda", lambda device: None)
+    if name.startswith("cut"):
+        cce = importlib.import_module("cut_cross_entropy.cce")
+        monkeypatch.setattr(cce, "sort_logit_avg", lambda logits: torch.argsort(logits).to(torch.int32))
+        log1p = types.SimpleNamespace(log1p=lambda x: tl.log(1.0 + x))  # the interpreter has no libdevice
+        monkeypatch.setattr(importlib.import_module("cut_cross_entropy.tl_utils"), "tl_libdevice", log1p)
+    adapters, error_of, _ = TABLES[table]
+    sizes = {"N": 16, "V": 200} if table == "losses" else {"N": 32, "D": 64, "V": 512}
+    assert error_of(adapters(CPU)[name](CPU), CPU, torch.float16, **sizes) <= 1
+
+
+def interprets(tl):
+    import triton
+
+    @triton.jit
+    def first_of_range(out, n):
+        for i in range(tl.load(n)):
+            tl.store(out + i, 1)
+
+    try:
+        out = torch.zeros(2)
+        first_of_range[(1,)](out, torch.tensor([2]))
+        return bool(out.all())
+    except Exception:
+        return False
+
+
+# What a row says beside its time.
+
+
+def test_a_row_says_its_version(monkeypatch):
+    def of(distribution):
+        if distribution == "torch":
+            return "2.11.0+cu130"
+        if distribution == "liger-kernel":
+            return "0.8.5"
+        raise PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(peers.importlib.metadata, "version", of)
+    assert peers.version("Liger") == "liger-kernel 0.8.5"
+    assert peers.version(peers.VARLEN) == peers.version("torch fused") == peers.version("unfused") == "torch 2.11.0"
+    assert peers.version("apex") is peers.version("ours") is peers.version("ours (triton)") is None
+    theirs = [*peers.LINEAR_LOSSES, *peers.LOSSES, *peers.OPTIMIZERS, *peers.ATTENTIONS]
+    torchs = {name for name in theirs if name not in peers.DISTRIBUTIONS}
+    assert torchs == {
+        "unfused", "torch chunked", "torch.compile", "F.cross_entropy", "torch fused", "torch foreach", "padded SDPA",
+        peers.VARLEN, peers.VARLEN_REPEATED, "FlexAttention",
+    }  # fmt: skip
+
+
+def test_flex_attention_alone_is_kept_to_chosen_cells():
+    present, _ = peers.load(peers.attentions(CPU), CPU)
+    for name, make in present.items():
+        peers.in_few_cells(make, True)
+        if name == "FlexAttention":
+            with pytest.raises(peers.Absent, match="two cells alone"):
+                peers.in_few_cells(make, False)
+        else:
+            peers.in_few_cells(make, False)

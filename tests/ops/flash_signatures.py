@@ -22,8 +22,10 @@ def flash_attn_4(
     window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
     score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None, aux_tensors=None, aux_scalars=None,
     return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None, disable_scheduler_metadata=False,
+    gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
 ):  # fmt: skip
-    """Dao-AILab/flash-attention, flash_attn/cute/interface.py, fa4-v4.0.0.beta27."""
+    """flash-attn-4 4.0.0b36, flash_attn/cute/interface.py. Forward and backward, with a softcap or a window too, were
+    compiled for sm_90a by it; its deterministic backward was read."""
 
 
 def flash_attn_4_beta4(
@@ -53,7 +55,9 @@ def flash_attn_2(
 def varlen_attn_2_11(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
 ):  # fmt: skip
-    """pytorch/pytorch, torch/nn/attention/varlen.py, 2.11; aten/src/ATen/native/transformers/cuda/flash_attn."""
+    """pytorch/pytorch, torch/nn/attention/varlen.py, 2.11; aten/src/ATen/native/transformers/cuda/flash_attn.
+
+    Fewer key heads than query heads are handed on: mha_varlen_fwd and mha_varlen_bwd take them, and sum dK and dV."""
 
 
 def varlen_attn_2_12(
@@ -143,8 +147,7 @@ def _flash_attn_2(a):
 
 
 def _varlen_attn(a):
-    grouped = a.query.shape[1] != a.key.shape[1]
-    assert not grouped or getattr(a, "enable_gqa", False)
+    assert a.query.shape[1] == a.key.shape[1] or getattr(a, "enable_gqa", True)
     out, lse = _attend(
         a.query, a.key, a.value, a.cu_seq_q, a.cu_seq_k, a.max_q, a.max_k, scale=a.scale,
         left=a.window_size[0], right=a.window_size[1], softcap=None, head_dims=range(8, 257, 8), regroups=True,

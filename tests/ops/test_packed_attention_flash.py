@@ -61,14 +61,12 @@ def library(request, monkeypatch):
     return request.param, install(monkeypatch, request.param)
 
 
-def computes(name, grouped=False, window_size=(-1, -1), softcap=None, causal=True, **_):
+def computes(name, window_size=(-1, -1), softcap=None, causal=True, **_):
     """Whether a library does, gradients included, as its source says."""
     windowed = window_size != (-1, -1) if causal else window_size not in ((-1, -1), (-1, 0))
-    if name.startswith("flash_attn_4"):  # on Hopper
+    if name == "flash_attn_4_beta4":  # on Hopper
         return softcap is None and not windowed
-    if not name.startswith("varlen_attn"):
-        return True
-    return softcap is None and (not grouped or name == "varlen_attn_2_12")
+    return softcap is None or not name.startswith("varlen_attn")
 
 
 @pytest.mark.parametrize("cu_seqlens", BOUNDS)
@@ -96,11 +94,11 @@ def computes(name, grouped=False, window_size=(-1, -1), softcap=None, causal=Tru
 def test_each_library_gives_the_oracles_answer_or_says_what_it_lacks(library, cu_seqlens, key_heads, options):
     name, calls = library
     given = tensors(key_heads=key_heads)
-    if computes(name, key_heads != 4, **options):
+    if computes(name, **options):
         check_case(given, bounds(cu_seqlens), impl="flash", **options)
         assert [call["name"] for call in calls] == [name]
     else:
-        lacks = r"torch's varlen_attn: (has no softcap|.* need torch 2\.12)|4: its backward has no (softcap|window)"
+        lacks = r"torch's varlen_attn: has no softcap|4: the backward of this version has no (softcap|window)"
         with pytest.raises(RuntimeError, match=lacks):
             flash(*(t.requires_grad_() for t in given), bounds(cu_seqlens), **options)
         assert not calls
@@ -197,17 +195,24 @@ def test_under_autocast(library):
         assert same_bits(flash(*given, bounds()), expected)
 
 
-@pytest.mark.parametrize(("capability", "chosen"), [(HOPPER, "flash_attn_3"), (BLACKWELL, "flash_attn_4")])
-def test_a_backward_that_is_not_deterministic_is_passed_over(capability, chosen, monkeypatch):
-    calls = install(monkeypatch, *NEWEST)
-    monkeypatch.setattr(flash_impl, "compute_capability", lambda device: capability)
+@pytest.mark.parametrize(
+    ("version", "capability", "passed_over"),
+    [
+        ("flash_attn_4", HOPPER, False),
+        ("flash_attn_4_beta4", HOPPER, True),
+        ("flash_attn_4_beta4", BLACKWELL, False),
+    ],
+)
+def test_a_backward_that_is_not_deterministic_is_passed_over(version, capability, passed_over, gpu, monkeypatch):
+    calls = install(monkeypatch, version, "flash_attn_3", "flash_attn_2")
+    gpu(capability)
     torch.use_deterministic_algorithms(True)
     try:
         flash(*(t.requires_grad_() for t in tensors(4, 4)), bounds())
         flash(*tensors(4, 4), bounds())
     finally:
         torch.use_deterministic_algorithms(False)
-    assert [call["name"] for call in calls] == [chosen, "flash_attn_4"]
+    assert [call["name"] for call in calls] == ["flash_attn_3" if passed_over else version, version]
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -236,6 +241,7 @@ def test_the_libraries_own_switch_follows_use_deterministic_algorithms(library, 
         (NEWEST[2:], HOPPER, {}, "flash_attn_2"),
         (NEWEST[3:], HOPPER, {}, "varlen_attn_2_12"),
         (NEWEST[3:], AMPERE, {}, "varlen_attn_2_12"),
+        (["varlen_attn_2_11"], HOPPER, {}, "varlen_attn_2_11"),
     ],
 )
 def test_the_newest_that_can_is_chosen(installed, capability, options, chosen, gpu, monkeypatch):
@@ -272,7 +278,6 @@ def test_flash_attn_3_is_found_under_either_name(monkeypatch):
         (NEWEST, HOPPER, {"d": 264}, {}, ["4: head dim.* 256, not 264", "3: .*264", "2: .*264", "varlen_attn: .*264"]),
         (NEWEST[3:], HOPPER, {"d": 12}, {}, ["2: not installed", "varlen_attn: head dim.*multiples of 8.*not 12"]),
         (NEWEST[3:], HOPPER, {}, {"softcap": 5.0}, ["varlen_attn: has no softcap"]),
-        (["varlen_attn_2_11"], HOPPER, {}, {}, ["varlen_attn: .*2.12"]),
     ],
 )  # fmt: skip
 def test_where_none_can_each_ones_lack_is_named(installed, capability, tensor, option, reasons, gpu, monkeypatch):
@@ -331,10 +336,16 @@ def test_auto_never_takes_it(library, monkeypatch):
     assert not library[1]
 
 
+def assert_recorded(function, record):
+    here, recorded = (inspect.signature(each).parameters.values() for each in (function, record))
+    assert [(p.name, p.kind, p.default) for p in here] == [(p.name, p.kind, p.default) for p in recorded]
+
+
 def test_the_recorded_signature_is_that_of_the_torch_that_is_here():
     minor = int(torch.__version__.split(".")[1])
-    record = getattr(flash_signatures, f"varlen_attn_2_{min(minor, 12)}")
-    here, recorded = (inspect.signature(function).parameters for function in (varlen.varlen_attn, record))
-    assert [(p.name, p.kind, p.default) for p in here.values()] == [
-        (p.name, p.kind, p.default) for p in recorded.values()
-    ]
+    assert_recorded(varlen.varlen_attn, getattr(flash_signatures, f"varlen_attn_2_{min(minor, 12)}"))
+
+
+def test_the_recorded_signature_is_that_of_the_flash_attn_4_that_is_here():
+    cute = pytest.importorskip("flash_attn.cute", exc_type=ImportError)
+    assert_recorded(cute.flash_attn_varlen_func, flash_signatures.flash_attn_4)

@@ -140,13 +140,13 @@ def _flash_attn_4_lacks(query, key, options, capability, parameters):
         return f"trains on compute capability 9, 10 and 11, this device has {capability[0]}.{capability[1]}"
     if not {"deterministic", "return_lse"} <= parameters:
         return "this version has no return_lse"
-    if options.gradient:  # what its backward asserts away
+    if options.gradient and "score_mod_bwd" not in parameters:  # early betas refuse these
         if options.softcap is not None:
-            return "its backward has no softcap"
+            return "the backward of this version has no softcap"
         if capability[0] == 9 and options.window_size not in ((-1, -1), (-1, 0)):
-            return "its backward has no window on compute capability 9"
+            return "the backward of this version has no window on compute capability 9"
         if capability[0] == 9 and torch.are_deterministic_algorithms_enabled():
-            return "its backward is not deterministic on compute capability 9"
+            return "the backward of this version is not deterministic on compute capability 9"
     return _head_dim(query, 256 if capability[0] == 9 else 128)
 
 
@@ -209,13 +209,16 @@ def _varlen_attn_lacks(query, key, options, capability, parameters):
         return f"needs compute capability 8, this device has {capability[0]}.{capability[1]}"
     if options.softcap is not None:
         return "has no softcap"
-    if query.shape[1] != key.shape[1] and "enable_gqa" not in parameters:
-        return "fewer key heads than query heads need torch 2.12"
     return _head_dim(query, 256)
 
 
 def _varlen_attn(function, q, k, v, bounds, max_seqlen, options):
-    """Deterministic where ``torch.use_deterministic_algorithms`` is: its backward asks for itself."""
+    """Deterministic where ``torch.use_deterministic_algorithms`` is: its backward asks for itself.
+
+    torch 2.12 wants to be told of fewer key heads than query heads. 2.11 has no such argument, and hands them to the
+    same kernels, which take them.
+    """
+    grouped = q.shape[1] != k.shape[1] and "enable_gqa" in _parameters(function)
     from torch.nn.attention.varlen import AuxRequest
 
     result = function(
@@ -229,7 +232,7 @@ def _varlen_attn(function, q, k, v, bounds, max_seqlen, options):
         window_size=options.window_size,
         scale=options.scale,
         return_aux=AuxRequest(lse=options.return_lse),
-        **({"enable_gqa": True} if q.shape[1] != k.shape[1] else {}),  # torch 2.11 has no such argument
+        **({"enable_gqa": True} if grouped else {}),
     )
     return result if options.return_lse else (result, None)
 
