@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 DISTRIBUTIONS = (
     "torch triton liger-kernel cut-cross-entropy quack-kernels trl apex bitsandbytes torchao flash-attn flash-attn-3"
-    " flash-attn-4 transformers"
+    " flash-attn-4 nvidia-cutlass-dsl-libs-cu13 apache-tvm-ffi transformers"
 ).split()
 
 

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import parts
+from . import parts, wheels
 from .facts import ROOT, code_state, first_line, versions
 from .parts import Part, Stage
 
@@ -200,7 +200,7 @@ def environment(scratch, with_peers=False):
     } | {"TMPDIR": scratch}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    path = (str(ROOT), os.environ.get("PYTHONPATH"), str(SITE) if with_peers else None)
+    path = (str(ROOT), os.environ.get("PYTHONPATH"), *(wheels.paths(SITE) if with_peers else ()))
     path = os.pathsep.join(filter(None, path))
     settings = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
     return os.environ | {name: str(folder) for name, folder in folders.items()} | settings

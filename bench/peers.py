@@ -76,12 +76,6 @@ def version(name):
         return None
 
 
-def in_few_cells(make, chosen):
-    """Refuse a cell that is not ``chosen`` to an attention that compiles anew for each mask."""
-    if not chosen and getattr(make, "compiles_each_mask", False):
-        raise Absent("measured in two cells alone: it compiles anew for each mask")
-
-
 def why(error):
     """An exception in one line."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -442,7 +436,6 @@ def _(device):
         cuda = device.type == "cuda"  # on the CPU it has no backward, and refuses tensors that want one
         return Attention(attend, pack, lambda t: t[0].transpose(0, 1), backward=cuda)
 
-    make.compiles_each_mask = True
     return make
 
 

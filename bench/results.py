@@ -77,7 +77,7 @@ def table(document):
     elif device["type"] == "cpu":
         lines.append("Shapes and sweep are thinned for the CPU.")
     gpu = device["type"] == "cuda"
-    head = f"{'':<30}{'device ms' if gpu else 'median ms':>11}{'quartiles':>18}"
+    head = f"{'':<52}{'device ms' if gpu else 'median ms':>11}{'quartiles':>18}"
     head += f"{'as called':>11}{'host':>9}" if gpu else ""
     head += f"{'ours is':>9}{'of floor':>10}{'extra MB':>10}  right"
     absent = {}
@@ -85,7 +85,7 @@ def table(document):
         rows, floor = cell["rows"], cell["floor_seconds"]
         ours = spread(of_device(rows["ours"]))[0] if "seconds" in rows.get("ours", {}) else None
         shape = ", ".join(f"{key} {value}" for key, value in cell["parameters"].items() if key in "NDVTdtype")
-        lines += ["", f"{cell['cell']} ({shape})", head, f"{'floor':<30}{floor * 1e3:>11.3f}  {cell['floor']}"]
+        lines += ["", f"{cell['cell']} ({shape})", head, f"{'floor':<52}{floor * 1e3:>11.3f}  {cell['floor']}"]
         for name, row in rows.items():
             if "seconds" not in row:
                 absent.setdefault((name, row.get("absent") or f"raised {row['raised']}"), []).append(cell["cell"])
@@ -100,7 +100,7 @@ def table(document):
                 for key, width in (("seconds", 11), ("host_seconds", 9))
             )
             lines.append(
-                f"{name:<30}{middle * 1e3:>11.3f}{f'{low * 1e3:.2f}–{high * 1e3:.2f}':>18}{host if gpu else ''}"
+                f"{name:<52}{middle * 1e3:>11.3f}{f'{low * 1e3:.2f}–{high * 1e3:.2f}':>18}{host if gpu else ''}"
                 f"{ratio:>9}{floor / middle:>10.1%}{peak:>10}  {right}{version}"
             )
         if clock := (cell.get("gpu") or {}).get("sm_mhz"):

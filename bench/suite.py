@@ -120,7 +120,7 @@ class Suite:
             "floor": made_of,
             "machine": {name: recorded(samples[name]) for name in medians},
             "gpu": gpu and gpu.summary(),
-            "rows": {name: rows[name] for name in self.adapters()},
+            "rows": {name: rows[name] | {"version": peers.version(name)} for name in self.adapters()},
         }
 
     def _error(self, name, parameters):

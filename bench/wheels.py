@@ -1,9 +1,9 @@
 """The suites' peers as a folder of wheels, for a GPU machine that has no network.
 
-    python -m bench.wheels FOLDER      fetches the set for Python 3.12 on Linux and packs it into FOLDER
+    python -m bench.wheels FOLDER                  fetches the set for Python 3.12 on Linux and packs it into FOLDER
+    python -m bench.wheels FOLDER --into TARGET    unpacks it, on the GPU machine, as bench.on_gpu --peers FOLDER does
 
-:func:`install` unpacks such a folder on the GPU machine, and :func:`paths` says what to put on ``PYTHONPATH`` there. A
-folder may hold plain wheels as well as the packed set.
+:func:`paths` says what to put on ``PYTHONPATH`` there. A folder may hold plain wheels as well as the packed set.
 
 The machine brings torch, triton and transformers, and what several peers import: accelerate, cuda-bindings, einops,
 pandas, protobuf, psutil, pyarrow, requests and xxhash. flash-attn 2 and 3, apex, bitsandbytes and torchao are left out.
@@ -115,9 +115,8 @@ def installed(target):
 
 
 def paths(target):
-    """Folders for ``PYTHONPATH``. It runs no ``.pth`` file, by which the CuTe DSL would add the second one."""
-    dsl = _site(target) / "nvidia_cutlass_dsl" / "dsl_packages"
-    return [str(_site(target)), *([str(dsl)] if dsl.is_dir() else [])]
+    """Returns what to put on ``PYTHONPATH``. It runs no ``.pth`` file, by which the CuTe DSL would add the second."""
+    return [str(_site(target)), str(_site(target) / "nvidia_cutlass_dsl" / "dsl_packages")]
 
 
 def _site(target):
@@ -135,7 +134,22 @@ def _pip(folder, *arguments):
         raise RuntimeError(f"{folder}: pip {arguments[0]} failed: {(errors or done.stderr.splitlines() or ['?'])[-1]}")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Fetch the suites' peers as wheels for a machine without a network.")
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.wheels", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    fetch(parser.parse_args().folder)
+    parser.add_argument("--into", type=Path, metavar="TARGET", help="unpack the folder's wheels there; fetch nothing")
+    args = parser.parse_args(argv)
+    if args.into is None:
+        fetch(args.folder)
+        return 0
+    try:
+        found = install(args.folder, args.into)
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"python -m bench.wheels: {error}", file=sys.stderr)
+        return 1
+    print(", ".join(f"{name} {version}" for name, version in sorted(found.items())))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

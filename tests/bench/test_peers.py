@@ -377,14 +377,3 @@ def test_a_row_says_its_version(monkeypatch):
         "unfused", "torch chunked", "torch.compile", "F.cross_entropy", "torch fused", "torch foreach", "padded SDPA",
         peers.VARLEN, peers.VARLEN_REPEATED, "FlexAttention",
     }  # fmt: skip
-
-
-def test_flex_attention_alone_is_kept_to_chosen_cells():
-    present, _ = peers.load(peers.attentions(CPU), CPU)
-    for name, make in present.items():
-        peers.in_few_cells(make, True)
-        if name == "FlexAttention":
-            with pytest.raises(peers.Absent, match="two cells alone"):
-                peers.in_few_cells(make, False)
-        else:
-            peers.in_few_cells(make, False)

@@ -16,6 +16,7 @@ from bench import (
     bench_linear_cross_entropy,
     bench_packed_attention,
     facts,
+    peers,
     results,
     timing,
 )
@@ -168,7 +169,7 @@ def test_who_is_left_out_of_a_cell_is_neither_built_nor_compared(monkeypatch):
     error = suite.error
     monkeypatch.setattr(suite, "error", lambda adapter, p: compared.append(adapter) or error(adapter, p))
     rows = suite.measure(name)["rows"]
-    assert rows["torch foreach"] == {"absent": "too slow"}
+    assert rows["torch foreach"] == {"absent": "too slow", "version": peers.version("torch foreach")}
     assert suite.present["torch foreach"] not in compared
     assert "seconds" in rows["torch fused"]
 
