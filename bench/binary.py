@@ -39,6 +39,7 @@ class Facts(NamedTuple):
     local: int  # loads and stores of local memory
     loads: dict  # bits → how many loads of global memory in loops, or anywhere where there is no loop
     stores: dict  # the same of stores
+    mixed: tuple  # of each innermost loop with accesses of 128 bits, how many narrower ones it has; in order, each once
     tensor_core: dict  # instruction → how many in loops
     ctas: int  # that fit an SM at a time
     in_flight: int  # bytes that an SM has asked of memory when every thread waits at the busiest place of its loops
@@ -56,6 +57,7 @@ class Need(NamedTuple):
     stack: object = 0  # bytes of a thread, at most
     width: object = 128  # bits of the widest load in loops
     narrow: object = 0  # loads and stores in loops that are narrower, at most
+    mixed: object = None  # :attr:`Facts.mixed`, exactly
     stores: bool = True  # whether stores are judged by width as loads are
     warps: object = None  # resident on an SM, at least
     in_flight: object = None  # bytes, at least
@@ -98,6 +100,7 @@ def facts_of(usage, sass, arch, warps, shared=None):
         sum(name.startswith(("LDL", "STL")) for _, name, _ in code),
         _by_width(name for _, name in judged if _is_load(name)),
         _by_width(name for _, name in judged if name.startswith("STG")),
+        tuple(sorted(set(_mixed(bodies)))),
         _count(name.split(".")[0] for _, name in inside if name.startswith(_TENSOR_CORE)),
         ctas,
         ctas * warps * 32 * most // 8,
@@ -135,6 +138,9 @@ def broken(facts, need):
             at_least("bits of the widest store", max(facts.stores, default=width), width)
             narrow += _narrower(facts.stores, width)
         at_most("narrow accesses", narrow, granted("narrow"))
+    mixed = granted("mixed")
+    if mixed is not None and facts.mixed != mixed:
+        found.append(f"narrow accesses beside wide ones {facts.mixed}, expected {mixed}")
     at_least("resident warps", facts.resident_warps, granted("warps"))
     at_least("bytes in flight", facts.in_flight, granted("in_flight"))
     tensor_core = granted("tensor_core")
@@ -170,6 +176,13 @@ def _asked_at_once(code):
             bits, loaded = 0, set()
         most = max(most, bits)
     return most
+
+
+def _mixed(bodies):
+    for body in bodies:
+        widths = [_bits(name) for _, name, _ in body if _is_global(name)]
+        if 128 in widths:
+            yield sum(bits < 128 for bits in widths)
 
 
 def _targets(rest):

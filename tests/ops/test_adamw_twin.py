@@ -79,9 +79,9 @@ def bits_of(p):
     return p.detach().view(torch.int16).numpy().view(np.uint16)
 
 
-def check_bits(optimizer, params, grads, *, c=np.float32(1)):  # noqa: B008
+def check_bits(optimizer, params, grads, *, c=np.float32(1), **options):  # noqa: B008
     ref = [expected(optimizer, p, i, g, c) for i, (p, g) in enumerate(zip(params, grads, strict=True))]
-    train(optimizer, params, [grads])
+    train(optimizer, params, [grads], **options)
     for p, each in zip(params, ref, strict=True):
         found = {"p": p.detach(), **optimizer.state[p]}
         if "remainder" in found:
@@ -199,6 +199,28 @@ def test_addresses_that_are_no_multiples_of_sixteen_are_updated_too(impl):
         rest = torch.ones(n + 8, dtype=torch.bool)
         rest[where : where + n] = False
         assert same_bits([b[rest] for b in buffers], [b[rest] for b in before])
+
+
+def into_a_bucket(params):
+    """Move gradients into one buffer behind one odd element, as DDP with ``gradient_as_bucket_view=True`` may."""
+    bucket = torch.cat([params[0].grad.new_zeros(1), *(p.grad for p in params)])
+    for p, view in zip(params, bucket[1:].split([p.numel() for p in params]), strict=True):
+        assert not view.numel() or view.data_ptr() % 16
+        p.grad = view
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize(("dtype", "options"), COMBINATIONS, ids=str)
+def test_odd_gradients_alone_keep_every_bit(dtype, options, impl):
+    sizes = [_BLOCK, CHUNK + _BLOCK + 8, 8]  # whole vectors, so that every gradient starts one element late
+    params = [nn.Parameter(torch.randn(n).to(dtype)) for n in sizes]
+    optimizer = AdamW(params, lr=1e-2, betas=(0.8, 0.95), max_grad_norm=1e9, impl=impl, **options)
+    norm = []
+    for where in (into_a_bucket, lambda params: None):  # the second time as they are
+        grads = [torch.randn(n).to(dtype) for n in sizes]
+        check_bits(optimizer, params, grads, before_step=where)
+        norm.append(float(torch.cat(grads).double().norm()))
+        assert float(optimizer.last_grad_norm) == pytest.approx(norm[-1], rel=1e-5)
 
 
 # ---- split masters

@@ -24,6 +24,7 @@ _NUMEL, _FIRST_CHUNK, _GROUP = tl.constexpr(at.NUMEL), tl.constexpr(at.FIRST_CHU
 _INDEX, _COPIES, _ALIGNED = tl.constexpr(at.INDEX), tl.constexpr(at.COPIES), tl.constexpr(at.ALIGNED)
 _OFFSET, _FIRST_MAP, _MAPS = tl.constexpr(at.OFFSET), tl.constexpr(at.FIRST_MAP), tl.constexpr(at.MAPS)
 _HYPER = tl.constexpr(at.HYPER)
+_GRAD_ALIGNED, _REST_ALIGNED = tl.constexpr(at.GRAD_ALIGNED), tl.constexpr(at.REST_ALIGNED)
 
 
 @triton.jit
@@ -50,11 +51,10 @@ def _write(pointer, o, m, x, MASKED: tl.constexpr):
 
 @triton.jit
 def _here(row, chunk, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a chunk begins in its tensor, how many elements it has, and how many whole tiles lie at 16 bytes."""
+    """Returns ``(start, left, aligned)``: where a chunk begins in its tensor, its elements, and the row's ALIGNED."""
     start = (chunk - tl.load(row + _FIRST_CHUNK)) * CHUNK  # int64
     left = tl.minimum(tl.load(row + _NUMEL) - start, CHUNK).to(tl.int32)
-    whole = tl.where(tl.load(row + _ALIGNED) != 0, left // BLOCK, 0)
-    return start, left, whole
+    return start, left, tl.load(row + _ALIGNED)
 
 
 # ---- the norm
@@ -82,7 +82,8 @@ def _sum_of_squares_kernel(
     for i in range(pid, chunks, programs):
         chunk = (first + i).to(tl.int64)
         row = addresses + tl.load(row_of_chunk + chunk).to(tl.int64) * _COLUMNS
-        start, left, whole = _here(row, chunk, CHUNK, BLOCK)
+        start, left, aligned = _here(row, chunk, CHUNK, BLOCK)
+        whole = tl.where(aligned & _GRAD_ALIGNED != 0, left // BLOCK, 0)
         squares = tl.zeros([BLOCK], tl.float32)
         address = tl.load(row + _GRAD)
         g = _pointer(address, GRAD, True) + start
@@ -172,13 +173,14 @@ def _update_tile(
     ROUND: tl.constexpr,
     MAPPED: tl.constexpr,
     STATS: tl.constexpr,
+    ODD: tl.constexpr,  # of the addresses the gradient's alone is no multiple of 16
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     o = tile * BLOCK + tl.arange(0, BLOCK)
     inside = o < left
     p_theta = _pointer(theta_at, PARAM, not MASKED) + start
-    p_g = _pointer(g_at, GRAD, not MASKED) + start
+    p_g = _pointer(g_at, GRAD, not (MASKED or ODD)) + start
     p_m = _pointer(m_at, STATE, not MASKED) + start
     p_v = _pointer(v_at, STATE, not MASKED) + start
 
@@ -326,25 +328,23 @@ def _update_kernel(
             key = _mix(tl.load(group + 7).to(tl.int64).to(tl.uint32) + 0x9E3779B9) ^ key
             key = _mix(_mix(key) ^ tl.load(row + _INDEX).to(tl.uint32))
 
-        start, left, whole = _here(row, chunk, CHUNK, BLOCK)
+        start, left, aligned = _here(row, chunk, CHUNK, BLOCK)
+        whole = tl.where(aligned & _REST_ALIGNED != 0, left // BLOCK, 0)
+        even = tl.where(aligned & _GRAD_ALIGNED != 0, whole, 0)
+        ends = (0, even, whole, tl.cdiv(left, BLOCK))
         zero = tl.zeros([BLOCK], tl.float32)
         lost = (zero, zero, zero)
         theta_at, g_at, master_at = tl.load(row + _PARAM), tl.load(row + _GRAD), tl.load(row + _MASTER)
         m_at, v_at, max_at = tl.load(row + _EXP_AVG), tl.load(row + _EXP_AVG_SQ), tl.load(row + _MAX_EXP_AVG_SQ)
         maps += 2 * tl.load(row + _FIRST_MAP)
         map_count, offset = tl.load(row + _MAPS), tl.load(row + _OFFSET)
-        for tile in range(0, whole):
-            lost = _update_tile(
-                theta_at, g_at, m_at, v_at, max_at, master_at, start, left, tile, maps, map_count, offset, lost,
-                c, omega1, beta2, alpha2, eps, q, a, d, key,
-                PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, MAPPED, STATS, False, BLOCK,
-            )  # fmt: skip
-        for tile in range(whole, tl.cdiv(left, BLOCK)):
-            lost = _update_tile(
-                theta_at, g_at, m_at, v_at, max_at, master_at, start, left, tile, maps, map_count, offset, lost,
-                c, omega1, beta2, alpha2, eps, q, a, d, key,
-                PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, MAPPED, STATS, True, BLOCK,
-            )  # fmt: skip
+        for part in tl.static_range(3):  # whole tiles, whole tiles with an odd gradient, the rest
+            for tile in range(ends[part], ends[part + 1]):
+                lost = _update_tile(
+                    theta_at, g_at, m_at, v_at, max_at, master_at, start, left, tile, maps, map_count, offset, lost,
+                    c, omega1, beta2, alpha2, eps, q, a, d, key,
+                    PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, MAPPED, STATS, part == 1, part == 2, BLOCK,
+                )  # fmt: skip
         if STATS:
             for k in tl.static_range(3):
                 tl.store(stats + chunk * 3 + k, tl.sum(lost[k]))
