@@ -27,8 +27,8 @@ def _step(dtype, scaled=False, mapped=False, odd=False, **options):
     step(optimizer)
 
 
-# Name: dtype, options, accesses of the tail's loop (8 elements a thread, each on its own), warps on an SM. Addresses are
-# known at run time alone, so every kernel has all three loops: "odd gradients" is the kernel of "bf16".
+# Name: dtype, options, accesses of the tail's loop (8 elements a thread, each on its own), warps on an SM. Addresses
+# are known at run time alone, so every kernel has all three loops: "odd gradients" is the kernel of "bf16".
 _OPTIONS = {
     "bf16": (_BF16, {}, 56, 20),
     "bf16, odd gradients": (_BF16, {"odd": True}, 56, 20),

@@ -46,7 +46,9 @@ def test_how_many_ctas_fit_an_sm(warps, registers, shared, ctas):
 
 def test_a_kernel_inside_its_budget_breaks_nothing():
     assert broken(FACTS, Need()) == []
-    need = Need(registers={80: 1, 90: 40}, shared=1024, mixed=(0, 8), warps=48, in_flight=49152, tensor_core={90: "HGMMA"})
+    need = Need(
+        registers={80: 1, 90: 40}, shared=1024, mixed=(0, 8), warps=48, in_flight=49152, tensor_core={90: "HGMMA"}
+    )
     assert broken(FACTS, need) == []
 
 
