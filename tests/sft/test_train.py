@@ -297,7 +297,7 @@ def test_models_that_the_losses_and_the_attention_carry_pass_the_check(kind, opt
             torch.nn.init.normal_(p, std=0.5)
     examples, _ = load_examples([chats], Encoder(tokenizer), 128)
     batch = collate([examples[:6], examples[6:9]], 400, 0)
-    check_against_stock(model, batch)
+    check_against_stock(model.eval(), batch)
     with torch.no_grad():
         checked = models.hidden_states(model, batch)
         with models.boundaries_given(model):
