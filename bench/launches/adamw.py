@@ -48,24 +48,26 @@ _OPTIONS = {
         12,
     ),
 }
-# The norm's loop over chunks also reads six words of the table.
-_NORM = Need(narrow=8 + 6, warps=36, in_flight=40 << 10)
+# The norm's loop over chunks also reads six words of the table, and adds up in fp64.
+_NORM = Need(narrow=8 + 6, fp64=2, warps=36, in_flight=40 << 10)
 
 
-def _update(tail, warps):
-    # Beside wide accesses of everything else the loop of odd gradients loads its 8 elements each on its own.
-    return Need(narrow=tail + 8, mixed=(0, 8), warps=warps, in_flight=40 << 10)
+def _update(tail, warps, scaled=False, **_):
+    # Beside wide accesses of everything else the loop of odd gradients loads its 8 elements each on its own. In fp64
+    # are the norm's root, two divisions and what becomes fp32, and one division by a scale. The corrections by the
+    # powers of the betas, some 60 instructions in step 1000, are found in memory.
+    return Need(narrow=tail + 8, mixed=(0, 8), fp64=54 if scaled else 44, warps=warps, in_flight=40 << 10)
 
 
 CASES = {
     name: (
         partial(_step, dtype, max_grad_norm=1.0, skip_nonfinite=True, **options),
-        {"_sum_of_squares_kernel": _NORM, "_update_kernel": _update(tail, warps)},
+        {"_sum_of_squares_kernel": _NORM, "_update_kernel": _update(tail, warps, **options)},
     )
     for name, (dtype, options, tail, warps) in _OPTIONS.items()
 } | {  # its inner loop is that over maps
     "bf16, rounded columns": (
         partial(_step, _BF16, state_dtype=_FP32, stochastic_rounding=True, mapped=True),
-        {"_update_kernel": Need(width=None)},
+        {"_update_kernel": Need(width=None, fp64=23)},
     )
 }

@@ -126,51 +126,6 @@ def test_bytes_a_parameter(moved, dtype, options, update, clip):
     assert 0 < last <= 8 * triton_impl._NORM_PROGRAMS
 
 
-def at(t, offset):
-    """``t``, moved ``offset`` elements behind an address that is a multiple of 16."""
-    buffer = t.new_zeros(t.numel() + 16)
-    first = -buffer.data_ptr() % 16 // t.element_size() + offset
-    view = buffer[first : first + t.numel()]
-    return view.copy_(t)
-
-
-@pytest.mark.parametrize(
-    ("odd", "wide", "narrow", "of_norm"),
-    [("nothing", 2 * 4, 4, 2), ("grad", 2 * 3, 4 + 2, 0), ("param", 0, 4 + 2 * 4, 2), ("exp_avg", 0, 4 + 2 * 4, 2)],
-)
-def test_an_odd_gradient_alone_is_loaded_narrow(odd, wide, narrow, of_norm, monkeypatch):
-    """Of two whole tiles and a tail; ``wide`` and ``narrow``: pointers of a tile, of four arrays each."""
-    counts, unmasked = collections.Counter(), []
-    pointer, load = triton_impl._pointer, interpreter.InterpreterBuilder.create_load
-
-    def declared(address, DTYPE, ALIGNED):
-        counts[bool(ALIGNED)] += 1
-        assert not ALIGNED or address.handle.data.item() % 16 == 0
-        return pointer(address, DTYPE, ALIGNED)
-
-    def loaded(self, ptr, *rest):
-        if ptr.data.size == triton_impl._BLOCK:
-            unmasked.append(ptr)
-        return load(self, ptr, *rest)
-
-    n = 2 * triton_impl._BLOCK + 9
-    tensors = {name: at(torch.randn(n).bfloat16(), odd == name) for name in ("param", "grad", "exp_avg", "exp_avg_sq")}
-    p = nn.Parameter(tensors.pop("param"))
-    p.grad = tensors.pop("grad")
-    optimizer = AdamW([p], impl="triton")
-    optimizer.state[p] = {"step": torch.zeros(()), **tensors, "exp_avg_sq": tensors["exp_avg_sq"].abs_()}
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_load", loaded)
-    with monkeypatch.context() as patch:
-        patch.setattr(triton_impl, "_pointer", declared)
-        optimizer.step()
-    assert (counts[True], counts[False]) == (wide, narrow + 2)  # two are of the step
-    of_update = len(unmasked)
-    assert of_update == (2 * 4 if wide else 0)
-    optimizer.max_grad_norm = 1.0
-    optimizer.step()
-    assert len(unmasked) == 2 * of_update + of_norm
-
-
 # ---- tables
 
 

@@ -25,6 +25,7 @@ PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, MASTER, STEP = range(7)
 NUMEL, FIRST_CHUNK, GROUP, INDEX, COPIES, ALIGNED, OFFSET, FIRST_MAP, MAPS = range(7, 16)
 COLUMNS = 16
 GRAD_ALIGNED, REST_ALIGNED = 1, 2
+CORRECTIONS = 5  # columns of a row, int64: of which t, β1 and β2 it keeps the corrections, and those two
 HYPER = 8  # columns of a group, fp64: lr, β1, β2, ε, λ, −1 or 1, max_grad_norm or 0, seed
 
 _COLUMN_OF = {
@@ -92,7 +93,7 @@ class Tables:
         row_ranges: of each launch its combination, its first row and the one behind its last.
         maps: int64 ``[·, 2]``, of ``sharding.placement_in_whole``; ``mapped``: whether there are any.
         ranks: :class:`sharding.Ranks`.
-        hyper, sums, partials, done, finished, stats: working memory of the kernels.
+        hyper, sums, partials, done, corrections, finished, stats: working memory of the kernels.
 
     Raises:
         ValueError, RuntimeError: as the step does, before anything is written.
@@ -183,6 +184,7 @@ class Tables:
         self.sums = zeros(2, dtype=torch.float64)  # of squares, and how many ranks found infinities
         self.partials = zeros(partials, dtype=torch.float64)
         self.done = zeros(len(order), dtype=torch.int32)  # chunks of a row
+        self.corrections = zeros(len(order), CORRECTIONS, dtype=torch.int64)  # no step has t = 0
         self.finished = zeros(1, dtype=torch.int32)  # programs of the norm
         self.stats = zeros(first, 3, dtype=torch.float32) if optimizer.update_stats else None
         self._source = self.addresses = None
