@@ -5,6 +5,7 @@ Nothing here needs a GPU. ``cuobjdump`` is the one in triton's wheel.
 
 import re
 import subprocess
+from collections import deque
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from typing import NamedTuple
 _WIDTH = re.compile(r"\.(?:[USF]?(8|16)|(64|128))\b")
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.M)
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_FP64 = ("DADD", "DMUL", "DFMA", "DSETP", "DMNMX")
 _TENSOR_CORE = ("HMMA", "HGMMA", "IMMA", "QGMMA")
 
 
@@ -39,6 +41,8 @@ class Facts(NamedTuple):
     local: int  # loads and stores of local memory
     loads: dict  # bits → how many loads of global memory in loops, or anywhere where there is no loop
     stores: dict  # the same of stores
+    fp64: int  # instructions on fp64 and to or from it, the fewest that a thread executes if it loads 128 bits anywhere
+    mixed: tuple  # of each innermost loop with accesses of 128 bits, how many narrower ones it has; in order, each once
     tensor_core: dict  # instruction → how many in loops
     ctas: int  # that fit an SM at a time
     in_flight: int  # bytes that an SM has asked of memory when every thread waits at the busiest place of its loops
@@ -56,6 +60,8 @@ class Need(NamedTuple):
     stack: object = 0  # bytes of a thread, at most
     width: object = 128  # bits of the widest load in loops
     narrow: object = 0  # loads and stores in loops that are narrower, at most
+    fp64: object = None  # :attr:`Facts.fp64`, at most
+    mixed: object = None  # :attr:`Facts.mixed`, exactly
     stores: bool = True  # whether stores are judged by width as loads are
     warps: object = None  # resident on an SM, at least
     in_flight: object = None  # bytes, at least
@@ -98,6 +104,8 @@ def facts_of(usage, sass, arch, warps, shared=None):
         sum(name.startswith(("LDL", "STL")) for _, name, _ in code),
         _by_width(name for _, name in judged if _is_load(name)),
         _by_width(name for _, name in judged if name.startswith("STG")),
+        _fewest(sass, code, lambda name: name.startswith(_FP64) or "F64" in name or name.endswith("64H")),
+        tuple(sorted(set(_mixed(bodies)))),
         _count(name.split(".")[0] for _, name in inside if name.startswith(_TENSOR_CORE)),
         ctas,
         ctas * warps * 32 * most // 8,
@@ -127,6 +135,7 @@ def broken(facts, need):
     at_most("bytes of stack", facts.stack, granted("stack"))
     if not granted("stack"):
         at_most("accesses of local memory", facts.local, 0)
+    at_most("instructions on fp64", facts.fp64, granted("fp64"))
     width = granted("width")
     if width is not None:
         at_least("bits of the widest load", max(facts.loads, default=0), width)
@@ -135,6 +144,9 @@ def broken(facts, need):
             at_least("bits of the widest store", max(facts.stores, default=width), width)
             narrow += _narrower(facts.stores, width)
         at_most("narrow accesses", narrow, granted("narrow"))
+    mixed = granted("mixed")
+    if mixed is not None and facts.mixed != mixed:
+        found.append(f"narrow accesses beside wide ones {facts.mixed}, expected {mixed}")
     at_least("resident warps", facts.resident_warps, granted("warps"))
     at_least("bytes in flight", facts.in_flight, granted("in_flight"))
     tensor_core = granted("tensor_core")
@@ -170,6 +182,52 @@ def _asked_at_once(code):
             bits, loaded = 0, set()
         most = max(most, bits)
     return most
+
+
+def _mixed(bodies):
+    for body in bodies:
+        widths = [_bits(name) for _, name, _ in body if _is_global(name)]
+        if 128 in widths:
+            yield sum(bits < 128 for bits in widths)
+
+
+def _fewest(sass, code, costs):
+    """The fewest instructions, of those that ``costs`` names, that a thread executes if it loads 128 bits anywhere.
+
+    It is the cheapest way through the graph of branches: rare cases do not happen, a loop ends after one turn or none.
+    """
+    guarded = {int(at, 16) for at in re.findall(r"^\s*/\*([0-9a-f]{4,})\*/\s+@", sass, re.M)}
+    place = {at: i for i, (at, _, _) in enumerate(code)}
+    after, before = [[] for _ in code], [[] for _ in code]
+    for i, (at, name, rest) in enumerate(code):
+        kind, always = name.split(".")[0], at not in guarded
+        if kind in ("BRA", "CALL"):  # ptxas also leaves an outer loop by what reads as a call
+            after[i] += [place[int(to, 16)] for to in _targets(rest) if int(to, 16) in place]
+            always = always and kind == "BRA" and "," not in rest
+        if not (always and kind in ("BRA", "EXIT", "RET")) and i + 1 < len(code):
+            after[i].append(i + 1)
+        for to in after[i]:
+            before[to].append(i)
+    cost = [costs(name) for _, name, _ in code]
+    exits = [i for i, (_, name, _) in enumerate(code) if name == "EXIT"]
+    start, end = _distances([0], after, cost), _distances(exits, before, cost)
+    wide = [i for i, (_, name, _) in enumerate(code) if _is_load(name) and _bits(name) == 128]
+    return int(min((start[i] + end[i] - cost[i] for i in wide or exits), default=0))
+
+
+def _distances(sources, edges, cost):
+    """From ``sources`` to every node, its own cost included; a cost is 0 or 1."""
+    found, waiting = [float("inf")] * len(cost), deque()
+    for i in sources:
+        found[i] = cost[i]
+        waiting.append(i)
+    while waiting:
+        i = waiting.popleft()
+        for to in edges[i]:
+            if found[i] + cost[to] < found[to]:
+                found[to] = found[i] + cost[to]
+                waiting.append(to) if cost[to] else waiting.appendleft(to)
+    return found
 
 
 def _targets(rest):

@@ -18,6 +18,7 @@ enum Column {
   NUMEL, FIRST_CHUNK, GROUP, INDEX, COPIES, ALIGNED, OFFSET, FIRST_MAP, MAPS,
   COLUMNS
 };
+enum Aligned { GRAD_ALIGNED = 1, REST_ALIGNED = 2 };
 enum Hyper { LR, BETA1, BETA2, EPS, WEIGHT_DECAY, SIGN, MAX_NORM, SEED, HYPERS };
 
 struct Row {
@@ -33,7 +34,8 @@ struct Row {
   int32_t first_chunk, group, index, copies;
   int32_t first_map;
   int16_t maps;
-  bool aligned;  // all addresses are multiples of 16
+  bool grad_aligned;  // its address is a multiple of 16
+  bool rest_aligned;  // all others are
 };
 
 // The bytes of arguments that CUDA passes; 256 of them are for what else there is.
@@ -85,7 +87,8 @@ inline int fill(Table& table, const int64_t* rows, int64_t from, int64_t count) 
     table.row[i] = {pointer(r[PARAM]), pointer(r[GRAD]), pointer(r[EXP_AVG]), pointer(r[EXP_AVG_SQ]),
                     pointer(r[MAX_EXP_AVG_SQ]), pointer(r[MASTER]), static_cast<float*>(pointer(r[STEP])), r[NUMEL],
                     r[OFFSET], int32_t(r[FIRST_CHUNK]), int32_t(r[GROUP]), int32_t(r[INDEX]), int32_t(r[COPIES]),
-                    int32_t(r[FIRST_MAP]), int16_t(r[MAPS]), r[ALIGNED] != 0};
+                    int32_t(r[FIRST_MAP]), int16_t(r[MAPS]), (r[ALIGNED] & GRAD_ALIGNED) != 0,
+                    (r[ALIGNED] & REST_ALIGNED) != 0};
   }
   return table.rows;
 }
@@ -125,6 +128,13 @@ SFT_BODY void load(const T* from, float (&x)[COUNT]) {
       for (int k = 0; k < VEC<T>; ++k) x[j * VEC<T> + k] = part[k];
     }
   }
+}
+
+// As many from any address.
+template <class T, int COUNT>
+SFT_BODY void load_each(const T* from, float (&x)[COUNT]) {
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) x[k] = to_float(from[k]);
 }
 
 template <class T, int COUNT>
@@ -192,7 +202,7 @@ SFT_BODY void sum_of_squares(const Norm& p) {
     const int64_t start = int64_t(p.table.first_chunk + chunk - row.first_chunk) * CHUNK;
     const int left = int(row.numel - start < CHUNK ? row.numel - start : CHUNK);
     const GRAD* g = static_cast<const GRAD*>(row.grad) + start;
-    const int whole = row.aligned ? left / VEC<GRAD> : 0;
+    const int whole = row.grad_aligned ? left / VEC<GRAD> : 0;
     float squares = 0;
 #pragma unroll 4
     for (int i = thread; i < whole; i += THREADS) {
@@ -310,7 +320,7 @@ SFT_BODY uint32_t random_bits(const Update& p, const Row& row, int64_t i, uint32
   return mix(uint32_t(i) ^ (uint32_t(uint64_t(i) >> 32) * 0x9e3779b1u) ^ key);
 }
 
-// COUNT elements from `at` on, as vectors; where it is 1, of any alignment.
+// COUNT elements from `at` on, as vectors, except a gradient that is not aligned; where COUNT is 1, of any alignment.
 template <class PARAM, class GRAD, class STATE, Master MASTER, int COUNT>
 SFT_BODY void elements(const Update& p, const Row& row, const Scalars& s, int64_t at, Moved& moved) {
   auto* param = static_cast<PARAM*>(row.param) + at;
@@ -318,7 +328,6 @@ SFT_BODY void elements(const Update& p, const Row& row, const Scalars& s, int64_
   auto* exp_avg_sq = static_cast<STATE*>(row.exp_avg_sq) + at;
   auto* largest = static_cast<STATE*>(row.max_exp_avg_sq) + at;
   float g[COUNT], m[COUNT], v[COUNT], w[COUNT], theta[COUNT], next[COUNT];
-  load(static_cast<const GRAD*>(row.grad) + at, g);
   load(exp_avg, m);
   load(exp_avg_sq, v);
   if (row.max_exp_avg_sq) load(largest, w);
@@ -327,9 +336,16 @@ SFT_BODY void elements(const Update& p, const Row& row, const Scalars& s, int64_
   } else {
     load(param, theta);
   }
+  uint32_t low[COUNT];
+  if constexpr (MASTER == Master::remainder) load(static_cast<const uint16_t*>(row.master) + at, low);
+  // Last: if the compiler makes a branch of it, everything else is under way by then.
+  auto* grad = static_cast<const GRAD*>(row.grad) + at;
+  if (COUNT == 1 || row.grad_aligned) {
+    load(grad, g);
+  } else {
+    load_each(grad, g);
+  }
   if constexpr (MASTER == Master::remainder) {
-    uint32_t low[COUNT];
-    load(static_cast<const uint16_t*>(row.master) + at, low);
 #pragma unroll
     for (int k = 0; k < COUNT; ++k) {
       theta[k] = bits_to_float(float_to_bits(theta[k]) + uint32_t(int32_t(int16_t(low[k]))));
@@ -353,7 +369,7 @@ SFT_BODY void elements(const Update& p, const Row& row, const Scalars& s, int64_
 
   float kept[COUNT];  // of the new parameter
   if constexpr (MASTER == Master::remainder) {
-    uint32_t high[COUNT], low[COUNT];
+    uint32_t high[COUNT];
 #pragma unroll
     for (int k = 0; k < COUNT; ++k) {
       const uint32_t b = float_to_bits(next[k]);
@@ -409,7 +425,7 @@ SFT_BODY void update(const Update& p) {
 
   const int64_t start = int64_t(chunk - row.first_chunk) * CHUNK;
   const int left = int(row.numel - start < CHUNK ? row.numel - start : CHUNK);
-  const int whole = row.aligned && !row.maps ? left / COUNT : 0;  // a map's divisions are worse than narrow accesses
+  const int whole = row.rest_aligned && !row.maps ? left / COUNT : 0;  // a map's divisions are worse than narrow accesses
   Moved moved;
   for (int i = thread; i < whole; i += THREADS) {
     elements<PARAM, GRAD, STATE, MASTER, COUNT>(p, row, s, start + i * COUNT, moved);

@@ -1,8 +1,9 @@
-"""What a run leaves behind: a JSONL log, a line per step on the screen, curves as PNG."""
+"""The traces of a run: a JSONL log with a line per step, some of them on the screen, curves as PNG."""
 
 import json
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 _COLUMNS = (
@@ -20,7 +21,9 @@ _COLUMNS = (
 class RunLog:
     """Writes ``train.jsonl`` in ``out`` and shows the steps; a run that is there already raises ``FileExistsError``.
 
-    Numbers may arrive as device tensors; they are read every ``every`` steps, all at once.
+    Numbers may arrive as 0-d tensors on a device. Every ``every`` steps those of all steps since the last time are
+    copied to the host at once: each step becomes a line of the file, and the last one also a line on the screen. Each
+    line has the numbers of its own step, no means over several.
     """
 
     def __init__(self, out, total, every):
@@ -48,8 +51,7 @@ class RunLog:
         tqdm.write(f"{'':>6} held out after {step} steps: {numbers}")
 
     def flush(self):
-        for values in self.pending:
-            row = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+        for row in _on_host(self.pending):
             self._write(row)
         if self.pending:
             tqdm.write(" ".join(form.format(row[name]) for name, form in _COLUMNS))
@@ -89,3 +91,17 @@ class RunLog:
         figure.tight_layout()
         figure.savefig(self.out / "curves.png", dpi=120)
         pyplot.close(figure)
+
+
+def _on_host(rows):
+    """``rows`` with numbers in the place of tensors, which are copied from their device in one piece."""
+    tensors = [value for row in rows for value in row.values() if isinstance(value, torch.Tensor)]
+    # fp64 holds fp32 and every count exactly.
+    numbers = iter(torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else ())
+
+    def number(value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        return next(numbers) if value.is_floating_point() else int(next(numbers))
+
+    return [{name: number(value) for name, value in row.items()} for row in rows]

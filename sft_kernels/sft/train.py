@@ -66,8 +66,9 @@ class Recipe:
     """JSONL files to measure the masked loss on."""
     eval_every: int = 0
     """Steps between measurements; 0: before and after only."""
-    log_every: int = 1
-    """Steps between lines on the screen."""
+    log_every: int = 10
+    """Steps between lines on the screen. The host waits for the device there, once, and not between; train.jsonl has
+    every step all the same."""
     seed: int = 0
     """Of weights, split and order."""
 
@@ -153,43 +154,44 @@ def train(recipe, *, model=None, tokenizer=None):
     log = RunLog(recipe.out, steps.total, recipe.log_every)
     model.train()
     try:
-        _evaluate(model, evaluation, device, recipe, log, 0)
-        for step, micro_batches in enumerate(steps, start=1):
-            batches = [batch(rows, recipe.weigh == "examples") for rows in micro_batches]
-            # One denominator for the whole step, or micro-batches with few kept tokens would weigh more.
-            num_items = sum(b.kept.count if recipe.weigh == "tokens" else b.examples for b in batches)
-            loss = torch.zeros((), device=device)
-            for b in batches:
-                moved = b.to(device)
-                with _autocast(device, recipe.precision):
-                    part = linear_cross_entropy(
-                        models.hidden_states(model, moved),
-                        **models.head(model),
-                        shift=True,
-                        kept=moved.kept,
-                        token_weight=moved.token_weight,
-                        num_items=num_items,
-                    )
-                part.backward()
-                loss += part.detach()
-            lr = schedule.get_last_lr()[0]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            schedule.step()
-            log.step(
-                step=step,
-                loss=loss,
-                lr=lr,
-                grad_norm=optimizer.last_grad_norm,
-                examples=sum(b.examples for b in batches),
-                rows=sum(b.rows for b in batches),
-                tokens=sum(b.tokens for b in batches),
-                kept=sum(b.kept.count for b in batches),
-                skipped_steps=optimizer.skipped_steps.clone(),
-            )
-            if recipe.eval_every and step % recipe.eval_every == 0 and step < steps.total:
-                _evaluate(model, evaluation, device, recipe, log, step)
-        _evaluate(model, evaluation, device, recipe, log, steps.total)
+        with models.boundaries_given(model):
+            _evaluate(model, evaluation, device, recipe, log, 0)
+            for step, micro_batches in enumerate(steps, start=1):
+                batches = [batch(rows, recipe.weigh == "examples") for rows in micro_batches]
+                # One denominator for the whole step, or micro-batches with few kept tokens would weigh more.
+                num_items = sum(b.kept.count if recipe.weigh == "tokens" else b.examples for b in batches)
+                loss = torch.zeros((), device=device)
+                for b in batches:
+                    moved = b.to(device)
+                    with _autocast(device, recipe.precision):
+                        part = linear_cross_entropy(
+                            models.hidden_states(model, moved),
+                            **models.head(model),
+                            shift=True,
+                            kept=moved.kept,
+                            token_weight=moved.token_weight,
+                            num_items=num_items,
+                        )
+                    part.backward()
+                    loss += part.detach()
+                lr = schedule.get_last_lr()[0]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                log.step(
+                    step=step,
+                    loss=loss,
+                    lr=lr,
+                    grad_norm=optimizer.last_grad_norm,
+                    examples=sum(b.examples for b in batches),
+                    rows=sum(b.rows for b in batches),
+                    tokens=sum(b.tokens for b in batches),
+                    kept=sum(b.kept.count for b in batches),
+                    skipped_steps=optimizer.skipped_steps.clone(),
+                )
+                if recipe.eval_every and step % recipe.eval_every == 0 and step < steps.total:
+                    _evaluate(model, evaluation, device, recipe, log, step)
+            _evaluate(model, evaluation, device, recipe, log, steps.total)
     finally:
         log.close()
     log.plot()

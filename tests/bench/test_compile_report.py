@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from bench import compile_report
-from bench.binary import SMS, Facts, Need, broken, instructions, resident
+from bench.binary import SMS, Facts, Need, broken, facts_of, instructions, resident
 
 pytest.importorskip("triton")
-FACTS = Facts(90, 8, 40, 1024, 0, 0, {128: 2}, {128: 1}, {"HGMMA": 4}, 6, 49152)
+FACTS = Facts(90, 8, 40, 1024, 0, 0, {128: 2}, {128: 1}, 44, (0, 8), {"HGMMA": 4}, 6, 49152)
 
 
 def test_lines_of_a_disassembly():
@@ -46,7 +46,15 @@ def test_how_many_ctas_fit_an_sm(warps, registers, shared, ctas):
 
 def test_a_kernel_inside_its_budget_breaks_nothing():
     assert broken(FACTS, Need()) == []
-    need = Need(registers={80: 1, 90: 40}, shared=1024, warps=48, in_flight=49152, tensor_core={90: "HGMMA"})
+    need = Need(
+        registers={80: 1, 90: 40},
+        shared=1024,
+        fp64=44,
+        mixed=(0, 8),
+        warps=48,
+        in_flight=49152,
+        tensor_core={90: "HGMMA"},
+    )
     assert broken(FACTS, need) == []
 
 
@@ -61,6 +69,8 @@ def test_a_kernel_inside_its_budget_breaks_nothing():
         ({"local": 2}, Need(), "accesses of local memory 2, at most 0"),
         ({"loads": {64: 3}}, Need(narrow=9), "bits of the widest load 64, at least 128"),
         ({"loads": {16: 3, 128: 1}}, Need(), "narrow accesses 3, at most 0"),
+        ({}, Need(fp64=43), "instructions on fp64 44, at most 43"),
+        ({"mixed": (0, 56)}, Need(mixed=(0, 8)), "narrow accesses beside wide ones (0, 56), expected (0, 8)"),
         ({"stores": {32: 1, 128: 1}}, Need(), "narrow accesses 1, at most 0"),
         ({"stores": {32: 1}}, Need(narrow=1), "bits of the widest store 32, at least 128"),
         ({}, Need(warps=49), "resident warps 48, at least 49"),
@@ -122,6 +132,54 @@ def test_planted_kernels_break_their_budgets(tmp_path):
     assert set(good["loads"]) == set(good["stores"]) == {"128"}
     assert good["in_flight"] == good["ctas"] * 8192 * 2  # one turn at a time, however often the loop is unrolled
     assert done.stdout.splitlines()[-1] == "8 kernels, 6 outside their budget"
+
+
+def test_narrow_accesses_beside_wide_ones_are_counted_loop_by_loop():
+    code = """
+        /*0000*/ LDG.E.128 R4, [R2.64] ;
+        /*0010*/ STG.E.128 [R2.64], R4 ;
+        /*0020*/ @P0 BRA 0x0 ;
+        /*0030*/ LDG.E.128 R4, [R2.64] ;
+        /*0040*/ LDG.E.U16 R8, [R6.64] ;
+        /*0050*/ STG.E [R2.64], R4 ;
+        /*0060*/ @P0 BRA 0x30 ;
+        /*0070*/ LDG.E.U16 R8, [R6.64] ;
+        /*0080*/ @P0 BRA 0x70 ;
+        /*0090*/ LDG.E.U16 R8, [R6.64] ;
+        /*00a0*/ EXIT ;
+    """
+    facts = facts_of("REG:8 STACK:0 SHARED:0", code, 90, 4)
+    assert facts.mixed == (0, 2)
+    assert (facts.loads, facts.stores) == ({16: 2, 128: 2}, {32: 1, 128: 1})
+
+
+def test_fp64_is_counted_on_the_cheapest_way_past_a_wide_load():
+    code = """
+        /*0000*/ DADD R4, R4, 1 ;
+        /*0010*/ @P1 EXIT ;
+        /*0020*/ @P0 BRA 0x60 ;
+        /*0030*/ DMUL R4, R4, R4 ;
+        /*0040*/ F2F.F32.F64 R8, R4 ;
+        /*0050*/ BRA 0x80 ;
+        /*0060*/ DFMA R4, R4, R4, R4 ;
+        /*0070*/ CALL.REL.NOINC 0xe0 ;
+        /*0080*/ MUFU.RCP R8, R8 ;
+        /*0090*/ LDG.E.128 R8, [R2.64] ;
+        /*00a0*/ MUFU.RCP64H R9, R5 ;
+        /*00b0*/ @P2 BRA 0x90 ;
+        /*00c0*/ EXIT ;
+        /*00d0*/ EXIT ;
+        /*00e0*/ DADD R4, R4, 1 ;
+        /*00f0*/ RET.REL.NODEC R2 0x0 ;
+    """
+
+    def fewest(code):
+        return facts_of("REG:8 STACK:0 SHARED:0", code, 90, 4).fp64
+
+    assert fewest(code) == 1 + 1 + 1  # DADD, DFMA, and one turn of the loop
+    assert fewest(code.replace("@P0 BRA 0x60", "MOV R1, R1")) == 1 + 2 + 1  # DMUL and F2F
+    assert fewest(code.replace("CALL.REL.NOINC 0xe0", "@P3 BRA P4, 0xa0")) == 1 + 1 + 1
+    assert fewest(code.replace("LDG.E.128", "LDG.E")) == 1  # the exit that comes first
 
 
 def test_it_refuses_to_interpret(monkeypatch):

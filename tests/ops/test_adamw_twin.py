@@ -79,9 +79,9 @@ def bits_of(p):
     return p.detach().view(torch.int16).numpy().view(np.uint16)
 
 
-def check_bits(optimizer, params, grads, *, c=np.float32(1)):  # noqa: B008
+def check_bits(optimizer, params, grads, *, c=np.float32(1), **options):  # noqa: B008
     ref = [expected(optimizer, p, i, g, c) for i, (p, g) in enumerate(zip(params, grads, strict=True))]
-    train(optimizer, params, [grads])
+    train(optimizer, params, [grads], **options)
     for p, each in zip(params, ref, strict=True):
         found = {"p": p.detach(), **optimizer.state[p]}
         if "remainder" in found:
@@ -172,6 +172,43 @@ def test_a_late_step_keeps_its_bits(t, impl):
 
 
 @pytest.mark.parametrize("impl", KERNELS)
+def test_whoever_changes_a_count_or_a_beta_between_steps_gets_the_right_corrections(impl):
+    """Triton's step finds those of the next step ready, if nothing was changed."""
+    params = [nn.Parameter(torch.randn(n)) for n in (CHUNK + 3, 5)]
+    optimizer = AdamW(params, lr=1e-2, betas=(0.8, 0.95), impl=impl)
+
+    def two_steps():
+        for _ in range(2):
+            check_bits(optimizer, params, [torch.randn(p.shape) for p in params])
+
+    two_steps()
+    for betas in ((0.8, 0.99), (0.7, 0.99), (0.8, 0.95)):
+        optimizer.param_groups[0]["betas"] = betas
+        two_steps()
+    for step in (1000.0, 3.0):
+        optimizer.state[params[0]]["step"].fill_(step)
+        two_steps()
+
+
+def test_corrections_are_worked_out_once_for_all_programs_of_the_next_step():
+    params = [nn.Parameter(torch.randn(n)) for n in (CHUNK + 3, 5)]
+    optimizer = AdamW(params, betas=(0.8, 0.95), impl="triton")
+    for t in (2, 3):
+        check_bits(optimizer, params, [torch.randn(p.shape) for p in params])
+        kept = optimizer._tables.corrections
+        values = [0.8, 0.95, 1 - twin.power(0.8, t), 1 / np.sqrt(1 - twin.power(0.95, t))]
+        assert kept[:, 0].tolist() == [t] * 2
+        assert kept[:, 1:].contiguous().view(torch.float64).tolist() == [values] * 2
+    before = optimizer.state[params[0]]["exp_avg"].clone(), params[0].detach().clone()
+    kept[0, 3] = torch.tensor(0.25, dtype=torch.float64).view(torch.int64)  # so that a = 4 lr, if they are taken
+    kept[0, 4] = torch.tensor(1e-30, dtype=torch.float64).view(torch.int64)  # and ε alone is the divisor
+    train(optimizer, params, [[torch.zeros(p.shape) for p in params]])
+    m = before[0] * 0.8
+    expected = before[1] - (4e-3 * m / 1e-8 + 1e-4 * before[1])
+    assert torch.allclose(params[0].detach(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("impl", KERNELS)
 def test_what_is_clipped_is_multiplied_once(impl):
     """A norm that any order of summation finds: 3 and 4 make 5, and 1e-6 is lost beside it in nothing."""
     params = [nn.Parameter(torch.randn(n)) for n in (_BLOCK + 3, 5)]
@@ -180,25 +217,6 @@ def test_what_is_clipped_is_multiplied_once(impl):
     optimizer = AdamW(params, max_grad_norm=0.3, weight_decay=0.0, impl=impl)
     check_bits(optimizer, params, grads, c=twin.gradient_factor(5.0, max_grad_norm=0.3))
     assert optimizer.last_grad_norm == 5.0
-
-
-@pytest.mark.parametrize("impl", KERNELS)
-def test_addresses_that_are_no_multiples_of_sixteen_are_updated_too(impl):
-    """Gradients that are views into a bucket, parameters into one buffer."""
-    n = 2 * _BLOCK + 9
-    for where in (1, 3):
-        buffers = torch.randn(n + 8), torch.randn(n + 8)
-        views = [buffer[where : where + n] for buffer in buffers]
-        assert all(view.data_ptr() % 16 for view in views)
-        before = [buffer.clone() for buffer in buffers]
-        p, q = nn.Parameter(views[0]), nn.Parameter(views[0].clone())
-        p.grad, q.grad = views[1], views[1].clone()
-        for each in (p, q):
-            AdamW([each], impl=impl, max_grad_norm=1.0).step()
-        assert same_bits(p.detach(), q.detach())
-        rest = torch.ones(n + 8, dtype=torch.bool)
-        rest[where : where + n] = False
-        assert same_bits([b[rest] for b in buffers], [b[rest] for b in before])
 
 
 # ---- split masters

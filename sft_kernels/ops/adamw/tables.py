@@ -19,10 +19,13 @@ from .state import HALF, MASTERS, check_half, is_dense, laid_out_as, moments, st
 CHUNK = 16384  # elements of a tensor that one program updates
 # Columns of a row, int64: addresses of what is updated,
 PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, MASTER, STEP = range(7)
-# and what else a program has to know. ALIGNED: all addresses are multiples of 16. OFFSET, FIRST_MAP, MAPS: where
-# elements stand in the whole (``sharding.placement_in_whole``).
+# and what else a program has to know. ALIGNED: GRAD_ALIGNED where the gradient's address is a multiple of 16, plus
+# REST_ALIGNED where all the others are. The gradient stands apart because views into a bucket start anywhere. OFFSET,
+# FIRST_MAP, MAPS: where elements stand in the whole (``sharding.placement_in_whole``).
 NUMEL, FIRST_CHUNK, GROUP, INDEX, COPIES, ALIGNED, OFFSET, FIRST_MAP, MAPS = range(7, 16)
 COLUMNS = 16
+GRAD_ALIGNED, REST_ALIGNED = 1, 2
+CORRECTIONS = 5  # columns of a row, int64: of which t, β1 and β2 it keeps the corrections, and those two
 HYPER = 8  # columns of a group, fp64: lr, β1, β2, ε, λ, −1 or 1, max_grad_norm or 0, seed
 
 _COLUMN_OF = {
@@ -90,7 +93,7 @@ class Tables:
         row_ranges: of each launch its combination, its first row and the one behind its last.
         maps: int64 ``[·, 2]``, of ``sharding.placement_in_whole``; ``mapped``: whether there are any.
         ranks: :class:`sharding.Ranks`.
-        hyper, sums, partials, done, finished, stats: working memory of the kernels.
+        hyper, sums, partials, done, corrections, finished, stats: working memory of the kernels.
 
     Raises:
         ValueError, RuntimeError: as the step does, before anything is written.
@@ -181,6 +184,7 @@ class Tables:
         self.sums = zeros(2, dtype=torch.float64)  # of squares, and how many ranks found infinities
         self.partials = zeros(partials, dtype=torch.float64)
         self.done = zeros(len(order), dtype=torch.int32)  # chunks of a row
+        self.corrections = zeros(len(order), CORRECTIONS, dtype=torch.int64)  # no step has t = 0
         self.finished = zeros(1, dtype=torch.int32)  # programs of the norm
         self.stats = zeros(first, 3, dtype=torch.float32) if optimizer.update_stats else None
         self._source = self.addresses = None
@@ -240,7 +244,9 @@ class Tables:
     def _send(self, fixed, moving, what):
         self._fixed, self._moving, self._what = fixed, moving, what
         self._table[self._fixed_at], self._table[self._moving_at] = fixed, moving
-        self._table[:, ALIGNED] = (self._table[:, :STEP] % 16 == 0).all(1)
+        odd = self._table[:, :STEP] % 16 != 0
+        rest = np.delete(odd, GRAD, axis=1).any(1)
+        self._table[:, ALIGNED] = np.where(odd[:, GRAD], 0, GRAD_ALIGNED) + np.where(rest, 0, REST_ALIGNED)
         if self._by_value:
             return
         # Memory of its own each time: a captured graph goes on reading what it was captured with.

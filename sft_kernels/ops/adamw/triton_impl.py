@@ -24,6 +24,8 @@ _NUMEL, _FIRST_CHUNK, _GROUP = tl.constexpr(at.NUMEL), tl.constexpr(at.FIRST_CHU
 _INDEX, _COPIES, _ALIGNED = tl.constexpr(at.INDEX), tl.constexpr(at.COPIES), tl.constexpr(at.ALIGNED)
 _OFFSET, _FIRST_MAP, _MAPS = tl.constexpr(at.OFFSET), tl.constexpr(at.FIRST_MAP), tl.constexpr(at.MAPS)
 _HYPER = tl.constexpr(at.HYPER)
+_CORRECTIONS = tl.constexpr(at.CORRECTIONS)
+_GRAD_ALIGNED, _REST_ALIGNED = tl.constexpr(at.GRAD_ALIGNED), tl.constexpr(at.REST_ALIGNED)
 
 
 @triton.jit
@@ -50,11 +52,10 @@ def _write(pointer, o, m, x, MASKED: tl.constexpr):
 
 @triton.jit
 def _here(row, chunk, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """Where a chunk begins in its tensor, how many elements it has, and how many whole tiles lie at 16 bytes."""
+    """Returns ``(start, left, aligned)``: where a chunk begins in its tensor, its elements, and the row's ALIGNED."""
     start = (chunk - tl.load(row + _FIRST_CHUNK)) * CHUNK  # int64
     left = tl.minimum(tl.load(row + _NUMEL) - start, CHUNK).to(tl.int32)
-    whole = tl.where(tl.load(row + _ALIGNED) != 0, left // BLOCK, 0)
-    return start, left, whole
+    return start, left, tl.load(row + _ALIGNED)
 
 
 # ---- the norm
@@ -82,7 +83,8 @@ def _sum_of_squares_kernel(
     for i in range(pid, chunks, programs):
         chunk = (first + i).to(tl.int64)
         row = addresses + tl.load(row_of_chunk + chunk).to(tl.int64) * _COLUMNS
-        start, left, whole = _here(row, chunk, CHUNK, BLOCK)
+        start, left, aligned = _here(row, chunk, CHUNK, BLOCK)
+        whole = tl.where(aligned & _GRAD_ALIGNED != 0, left // BLOCK, 0)
         squares = tl.zeros([BLOCK], tl.float32)
         address = tl.load(row + _GRAD)
         g = _pointer(address, GRAD, True) + start
@@ -93,7 +95,10 @@ def _sum_of_squares_kernel(
         for tile in range(whole, tl.cdiv(left, BLOCK)):
             x = tl.load(g + (tile * BLOCK + o), mask=tile * BLOCK + o < left, other=0).to(tl.float32)
             squares += x * x
-        total += tl.sum(squares).to(tl.float64) / tl.load(row + _COPIES).to(tl.float64)
+        sum_here, copies = tl.sum(squares).to(tl.float64), tl.load(row + _COPIES)
+        if copies != 1:
+            sum_here = sum_here / copies.to(tl.float64)
+        total += sum_here
     tl.store(partials + pid, total)
     # The program that finishes last, whichever it is, adds up all of them in the one order.
     tl.debug_barrier()
@@ -118,6 +123,36 @@ def _power(beta, t):
         beta = beta * beta
         t = t // 2
     return r
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int64, bitcast=True)
+
+
+@triton.jit
+def _corrections(beta1, beta2, t):
+    """Returns ``(1 − β1ᵗ, 1 / √(1 − β2ᵗ))`` in fp64."""
+    return 1.0 - _power(beta1, t), 1.0 / tl.sqrt(1.0 - _power(beta2, t))
+
+
+@triton.jit
+def _known_corrections(known, beta1, beta2, t):
+    """The same from memory, if they are in ``known`` for this step: only who changes a β or a count finds others."""
+    rest1, q = tl.load(known + 3).to(tl.float64, bitcast=True), tl.load(known + 4).to(tl.float64, bitcast=True)
+    if (tl.load(known) != t) | (tl.load(known + 1) != _bits(beta1)) | (tl.load(known + 2) != _bits(beta2)):
+        rest1, q = _corrections(beta1, beta2, t)
+    return rest1, q
+
+
+@triton.jit
+def _keep_corrections(known, beta1, beta2, t):
+    rest1, q = _corrections(beta1, beta2, t)
+    tl.store(known, t.to(tl.int64))
+    tl.store(known + 1, _bits(beta1))
+    tl.store(known + 2, _bits(beta2))
+    tl.store(known + 3, _bits(rest1))
+    tl.store(known + 4, _bits(q))
 
 
 @triton.jit
@@ -172,13 +207,14 @@ def _update_tile(
     ROUND: tl.constexpr,
     MAPPED: tl.constexpr,
     STATS: tl.constexpr,
+    ODD: tl.constexpr,  # of the addresses the gradient's alone is no multiple of 16
     MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     o = tile * BLOCK + tl.arange(0, BLOCK)
     inside = o < left
     p_theta = _pointer(theta_at, PARAM, not MASKED) + start
-    p_g = _pointer(g_at, GRAD, not MASKED) + start
+    p_g = _pointer(g_at, GRAD, not (MASKED or ODD)) + start
     p_m = _pointer(m_at, STATE, not MASKED) + start
     p_v = _pointer(v_at, STATE, not MASKED) + start
 
@@ -260,6 +296,7 @@ def _update_kernel(
     norm_out,  # [] fp32
     skipped,  # [] int64
     arrivals,  # [rows] int32, 0 before and after
+    corrections,  # [rows, 5] int64: t and the bits of β1, β2 and of their _corrections
     stats,  # [chunks, 3] fp32
     first,
     HAS_NORM: tl.constexpr,
@@ -313,11 +350,15 @@ def _update_kernel(
         step = tl.load(_pointer(tl.load(row + _STEP), tl.float32, False))
         t = step.to(tl.int32) + 1
         lr, beta1, beta2 = tl.load(group), tl.load(group + 1), tl.load(group + 2)
-        c = (tl.load(group + 5) / (clip * scale)).to(tl.float32)
+        c, shrink = tl.load(group + 5), clip * scale
+        if shrink != 1.0:
+            c = c / shrink
+        c = c.to(tl.float32)
         omega1 = tl.where(beta1 <= 0.5, -beta1, 1.0 - beta1).to(tl.float32)
         alpha2 = (1.0 - beta2).to(tl.float32)
-        q = (1.0 / tl.sqrt(1.0 - _power(beta2, t))).to(tl.float32)
-        a = (lr / (1.0 - _power(beta1, t))).to(tl.float32)
+        rest1, q = _known_corrections(corrections + r * _CORRECTIONS, beta1, beta2, t)
+        q = q.to(tl.float32)
+        a = (lr / rest1).to(tl.float32)
         d = (lr * tl.load(group + 4)).to(tl.float32)
         eps = tl.load(group + 3).to(tl.float32)
         beta2 = beta2.to(tl.float32)
@@ -326,38 +367,46 @@ def _update_kernel(
             key = _mix(tl.load(group + 7).to(tl.int64).to(tl.uint32) + 0x9E3779B9) ^ key
             key = _mix(_mix(key) ^ tl.load(row + _INDEX).to(tl.uint32))
 
-        start, left, whole = _here(row, chunk, CHUNK, BLOCK)
+        start, left, aligned = _here(row, chunk, CHUNK, BLOCK)
+        whole = tl.where(aligned & _REST_ALIGNED != 0, left // BLOCK, 0)
+        even = tl.where(aligned & _GRAD_ALIGNED != 0, whole, 0)
+        ends = (0, even, whole, tl.cdiv(left, BLOCK))
         zero = tl.zeros([BLOCK], tl.float32)
         lost = (zero, zero, zero)
         theta_at, g_at, master_at = tl.load(row + _PARAM), tl.load(row + _GRAD), tl.load(row + _MASTER)
         m_at, v_at, max_at = tl.load(row + _EXP_AVG), tl.load(row + _EXP_AVG_SQ), tl.load(row + _MAX_EXP_AVG_SQ)
         maps += 2 * tl.load(row + _FIRST_MAP)
         map_count, offset = tl.load(row + _MAPS), tl.load(row + _OFFSET)
-        for tile in range(0, whole):
-            lost = _update_tile(
-                theta_at, g_at, m_at, v_at, max_at, master_at, start, left, tile, maps, map_count, offset, lost,
-                c, omega1, beta2, alpha2, eps, q, a, d, key,
-                PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, MAPPED, STATS, False, BLOCK,
-            )  # fmt: skip
-        for tile in range(whole, tl.cdiv(left, BLOCK)):
-            lost = _update_tile(
-                theta_at, g_at, m_at, v_at, max_at, master_at, start, left, tile, maps, map_count, offset, lost,
-                c, omega1, beta2, alpha2, eps, q, a, d, key,
-                PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, MAPPED, STATS, True, BLOCK,
-            )  # fmt: skip
+        for part in tl.static_range(3):  # whole tiles, whole tiles with an odd gradient, the rest
+            for tile in range(ends[part], ends[part + 1]):
+                lost = _update_tile(
+                    theta_at, g_at, m_at, v_at, max_at, master_at, start, left, tile, maps, map_count, offset, lost,
+                    c, omega1, beta2, alpha2, eps, q, a, d, key,
+                    PARAM, GRAD, STATE, MASTER, AMSGRAD, ROUND, MAPPED, STATS, part == 1, part == 2, BLOCK,
+                )  # fmt: skip
         if STATS:
             for k in tl.static_range(3):
                 tl.store(stats + chunk * 3 + k, tl.sum(lost[k]))
 
-        # All threads, then all programs, of the tensor have read the step before the last one writes it.
-        chunks = tl.cdiv(tl.load(row + _NUMEL), CHUNK)
-        p_step = _pointer(tl.load(row + _STEP), tl.float32, False)  # read again, for the registers it would hold
+        # All threads, then all programs, of the tensor have read the step before the last one writes it. The last reads
+        # again what it needs, for the registers that this would hold.
         tl.debug_barrier()
-        if chunks <= 1:
-            tl.store(p_step, step + 1.0)
-        elif tl.atomic_add(arrivals + r, 1) == chunks - 1:
-            tl.store(p_step, step + 1.0)
+        r = tl.load(row_of_chunk + chunk).to(tl.int64)
+        row = addresses + r * _COLUMNS
+        chunks = tl.cdiv(tl.load(row + _NUMEL), CHUNK)
+        last = chunks <= 1
+        if chunks > 1:
+            last = tl.atomic_add(arrivals + r, 1) == chunks - 1
+        if last:
+            p_step = _pointer(tl.load(row + _STEP), tl.float32, False)
+            step = tl.load(p_step) + 1.0
+            tl.debug_barrier()
+            tl.store(p_step, step)
             tl.store(arrivals + r, 0)
+            # For all programs of the tensor in the step to come: fp64 is slow, and each would do the same.
+            group = hyper + tl.load(row + _GROUP) * _HYPER
+            known, next_t = corrections + r * _CORRECTIONS, step.to(tl.int32) + 1
+            _keep_corrections(known, tl.load(group + 1), tl.load(group + 2), next_t)
 
 
 # ---- launching
@@ -422,6 +471,7 @@ def _launch(optimizer, tables):
             norm,
             optimizer.skipped_steps if skip else None,
             tables.done,
+            tables.corrections,
             tables.stats,
             first,
             HAS_NORM=measured,
