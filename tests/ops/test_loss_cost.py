@@ -240,7 +240,7 @@ SLICES = {"chunking": "vocab", "max_logits_bytes": 2 * 24 * 32}
         ({"return_stats": True}, 23, 4),
         ({"capacity": 64, "return_stats": True}, 37, 4),
         ({"reduction": "none"}, 11, 11),
-        ({"capacity": 64, "reduction": "none"}, 16, 13),
+        ({"capacity": 64, "reduction": "none"}, 16, 12),
         ({"num_items": torch.tensor(7)}, 17, 4),
         ({"token_weight": torch.ones(64)}, 14, 4),
         ({"kept": None}, 16, 4),  # ne, nonzero, labels

@@ -139,6 +139,22 @@ def test_what_comes_back_to_the_losses_of_masked_rows_enters_nothing(loss, poiso
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("linear", LINEAR, ids=lambda loss: loss.name)
+def test_a_capacity_changes_nothing_also_where_the_last_row_is_kept(linear, reduction):
+    """What is padded is at row -1."""
+    y, tensors = labels(), linear.tensors()
+    y[-1] = 3
+    upstream = torch.rand(N) if reduction == "none" else 1.0
+
+    def loss(capacity):
+        kept = KeptTokens.from_labels(y, capacity=capacity)
+        return bound(linear.ours, None, kept=kept, reduction=reduction)
+
+    for found, wanted in zip(run(loss(N), tensors, upstream), run(loss(None), tensors, upstream), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("capacity", [None, N])
 @pytest.mark.parametrize("linear", LINEAR, ids=lambda loss: loss.name)
 def test_what_stands_in_the_last_row_does_not_enter_what_is_padded(linear, capacity, reduction):

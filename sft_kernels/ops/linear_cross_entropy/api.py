@@ -114,10 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             back, gradients, ctx.gradients = ctx.back, ctx.gradients, None
             factor = grad if back is None else grad * back
         else:
-            scale = scale * grad
-            if padding is not None:
-                scale.masked_fill_(padding, 0)
-            common = (options.core, _gather(hidden, rows, padding, options.dtype), weight, bias, targets, scale)
+            common = (options.core, _gather(hidden, rows, padding, options.dtype), weight, bias, targets, scale * grad)
             with _plain_products(grad.device):
                 if options.plan.loop == "vocab":
                     factor, gradients = None, _vocab_gradients(*common, lse, options)
