@@ -293,14 +293,16 @@ def test_half_precision_products_stay_within_the_budget(half_products, chunking,
 
 
 @CHUNKING
-def test_a_weight_of_another_dtype_is_cast_a_slice_at_a_time(monkeypatch, half_products, chunking):
+@pytest.mark.parametrize("bound", [None, 5000])  # with room for the cast head, without it
+def test_a_weight_of_another_dtype_is_cast_as_a_whole_or_in_slices(monkeypatch, half_products, chunking, bound):
     """An fp32 head that holds bf16 numbers, under bf16 products: within the budget of plain bf16."""
     y, (hidden, weight) = labels(), tensors(torch.bfloat16)
     plain = [run(lambda h, w: plain_cross_entropy(F.linear(h, w), y), (hidden.to(t), weight.to(t)))
              for t in (torch.float64, torch.bfloat16)]  # fmt: skip
     monkeypatch.setattr(matmul, "_SLICE", 7)
+    options = {"chunking": chunking, "max_logits_bytes": bound}
     with torch.autocast("cpu", torch.bfloat16):  # which alone admits two dtypes
-        ours = run(lambda h, w: linear_cross_entropy(h, w, y, chunking=chunking), (hidden, weight.float()))
+        ours = run(lambda h, w: linear_cross_entropy(h, w, y, **options), (hidden, weight.float()))
     for name, x, ref, eager in zip(("loss", "dhidden", "dweight"), ours, *plain, strict=True):
         check(name, x, ref, eager, output_dtype=torch.bfloat16)
 

@@ -10,6 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sft_kernels import KeptTokens, linear_cross_entropy
 from sft_kernels._budget import check
 from sft_kernels.ops.linear_cross_entropy.matmul import padded
+from sft_kernels.ops.linear_cross_entropy.parallel import Shards
+from sft_kernels.ops.softmax_grad import torch_impl
+from sft_kernels.ops.softmax_grad.options import LossOptions
 from sft_kernels.verify import loss_oracle, plain_linear_cross_entropy
 
 from .helpers import D, N, labels, run, same_bits
@@ -323,3 +326,16 @@ def out_of_range():
 
 def test_labels_range_over_the_whole_vocabulary(ranks):
     ranks(out_of_range)
+
+
+def test_a_token_whose_logits_are_ruled_out_on_all_ranks_has_no_mean_logit(monkeypatch):
+    """One rank, of which nothing need be sent: as the rows of a whole head."""
+    monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
+    logits, y = torch.randn(4, V), torch.zeros(4, dtype=torch.int64)
+    logits[1], logits[2, 5], logits[3] = float("-inf"), float("-inf"), float("nan")
+    rows = torch_impl.softmax_grad(logits, y, LossOptions(V), stats=True)
+    merged = Shards(None, V, 0, V).merge(rows)
+    assert merged.mean_logit[1] == 0
+    for found, wanted in zip(merged[:3], rows[:3], strict=True):
+        torch.testing.assert_close(found, wanted, equal_nan=True)
+    torch.testing.assert_close(merged.entropy, rows.entropy, equal_nan=True)

@@ -1,14 +1,16 @@
-"""What the fused losses cost on Triton's core: FLOPs and bytes by the written model, no host sync, one product to
-evaluate."""
+"""What the fused losses cost on Triton's core: FLOPs and bytes by the written model, launches, memory, no host sync,
+and one product to evaluate."""
 
 from typing import ClassVar
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sft_kernels import KeptTokens, cross_entropy, linear_cross_entropy
+from sft_kernels.ops.linear_cross_entropy import matmul, plan
 from sft_kernels.ops.linear_cross_entropy.plan import Plan, cost
 from sft_kernels.ops.softmax_grad import reduction
 
@@ -72,6 +74,44 @@ class NoSync(TorchDispatchMode):
         assert not boolean, f"{name} by a mask"
         assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select", "is_nonzero"), name
         return function(*args, **(kwargs or {}))
+
+
+class Launches(TorchDispatchMode):
+    """Lists the operations that would be launched on a GPU, one that takes two launches twice."""
+
+    _NONE: ClassVar = {"empty", "empty_like", "new_empty", "empty_strided", "detach", "_unsafe_view", "alias"}
+    _COPY_FIRST: ClassVar = {"masked_fill", "index_copy", "index_put"}
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        if not (function.is_view or name in self._NONE):
+            casts = name == "sum" and args[0].dtype == torch.bool
+            self.names += [name] * (2 if name in self._COPY_FIRST or casts else 1)
+        return out
+
+
+class Held(TorchDispatchMode):
+    """Finds the most bytes that are held at once in memory taken within it."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given = {t.untyped_storage()._cdata for t in given}
+        self.alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        self.alive = {key: held for key, held in self.alive.items() if not held[0].expired()}
+        for t in tree_leaves(out):
+            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.given:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out
 
 
 def leaves(needs=(True, True)):
@@ -152,3 +192,159 @@ def test_evaluation_takes_one_product_and_a_chunk_of_logits(impl):
     assert stats.correct == (log_p.argmax(1) == y)[kept].sum()
     torch.testing.assert_close(stats.nll_sum, losses.sum())
     torch.testing.assert_close(stats.entropy_sum, -(log_p.exp() * log_p).sum(1)[kept].sum())
+
+
+# ---- launches
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Labels are not checked, and products are in bf16."""
+    monkeypatch.setattr(reduction, "checks_enabled", lambda device: False)
+    monkeypatch.setattr(matmul, "compute_dtype", lambda x: torch.bfloat16)
+
+
+def launches(loss, inputs):
+    """The launches of forward and backward, in two lists."""
+    with Launches() as log:
+        out = loss()
+        out = out[0] if isinstance(out, tuple) else out
+        forward, log.names = log.names, []
+        torch.autograd.grad(out, inputs, torch.ones((), dtype=out.dtype).expand(out.shape))
+    backward = log.names
+    backward.remove("ones")
+    assert "scalar_tensor" not in forward + backward, "a fill for the scalar of a where"
+    return forward, backward
+
+
+def masked_labels():
+    """24 of 64 labels are kept, neither the first nor the last."""
+    y = torch.full((64,), -100)
+    y[20:44] = torch.randint(0, V, (24,))
+    return y
+
+
+CHUNKS = {"chunking": "tokens", "max_logits_bytes": 2 * V * 8}
+SLICES = {"chunking": "vocab", "max_logits_bytes": 2 * 24 * 32}
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "backward"),
+    [
+        # outside: clamp, ne; scale: full, fill; gather; logits, core, dx in fp32, dx, dW; loss: sub, mul, sum
+        ({}, 13, 4),  # backward: two scales, zeros, scatter
+        ({"linear_bias": True}, 15, 5),
+        (CHUNKS, 13 + 2 * 5 + 4, 4),  # a chunk: logits, core, dx in fp32, dx, dW; three fields together, dW
+        (SLICES, 10 + 2 * 6, 10 + 2 * 6),
+        ({"capacity": 64}, 20, 4),
+        ({"return_stats": True}, 23, 4),
+        ({"capacity": 64, "return_stats": True}, 37, 4),
+        ({"reduction": "none"}, 11, 11),
+        ({"capacity": 64, "reduction": "none"}, 16, 12),
+        ({"num_items": torch.tensor(7)}, 17, 4),
+        ({"token_weight": torch.ones(64)}, 14, 4),
+        ({"kept": None}, 16, 4),  # ne, nonzero, labels
+    ],
+    ids=str,
+)
+def test_launches_of_the_fused_loss(as_on_a_gpu, options, forward, backward):
+    y, pair = masked_labels(), [torch.randn(n, D).bfloat16().requires_grad_() for n in (64, V)]
+    options = {"kept": KeptTokens.from_labels(y, capacity=options.get("capacity")), "target": y, **options}
+    options.pop("capacity", None)
+    inputs = list(pair)
+    if "linear_bias" in options:
+        options["linear_bias"] = torch.randn(V).bfloat16().requires_grad_()
+        inputs.append(options["linear_bias"])
+    found = launches(lambda: linear_cross_entropy(*pair, impl="triton", **options), inputs)
+    assert tuple(map(len, found)) == (forward, backward), found
+
+
+def test_with_every_token_kept_nothing_is_gathered_scattered_or_copied(as_on_a_gpu):
+    pair = [torch.randn(n, D).bfloat16().requires_grad_() for n in (64, V)]
+    kept = KeptTokens.from_labels(torch.randint(0, V, (64,)))
+    for weights in (None, torch.ones(64)):
+        found = launches(lambda: linear_cross_entropy(*pair, kept=kept, token_weight=weights, impl="triton"), pair)  # noqa: B023
+        assert tuple(map(len, found)) == (12, 2), found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "forward", "backward"),
+    [
+        # keep, labels; outside 2; scale: cast, sum, clamp, div, fill; core; loss: sub, mul, sum
+        (torch.float32, {}, 13, 1),
+        (torch.bfloat16, {}, 14, 3),  # a cast of the loss; backward: its cast, scale, core
+        (torch.bfloat16, {"reduction": "none"}, 11, 3),
+        (torch.bfloat16, {"return_stats": True}, 33, 3),
+    ],
+    ids=str,
+)
+def test_launches_over_given_logits(as_on_a_gpu, dtype, options, forward, backward):
+    logits, y = torch.randn(64, V).to(dtype).requires_grad_(), masked_labels()
+    found = launches(lambda: cross_entropy(logits, y, impl="triton", **options), (logits,))
+    assert tuple(map(len, found)) == (forward, backward), found
+
+
+# ---- a head in fp32 under autocast
+
+
+def autocast_loss(pair, kept, **options):
+    with torch.autocast("cpu", torch.bfloat16):
+        return linear_cross_entropy(*pair, kept=kept, impl="triton", **options)
+
+
+ROW, COPY = 2 * V, 2 * V * D  # bytes in bf16: a row of logits, the head
+ENOUGH = 8  # rows of logits beside which a copy of the head is made
+
+
+@pytest.fixture
+def under_autocast(as_on_a_gpu, monkeypatch):
+    """Leaves, kept tokens, and the loss in the token loop within a bound; heads are cast in eight slices."""
+    monkeypatch.setattr(matmul, "_SLICE", V // 8)
+    monkeypatch.setattr(plan, "_ROWS", {"cpu": ENOUGH})
+    pair, kept = [torch.randn(n, D, requires_grad=True) for n in (64, V)], KeptTokens.from_labels(masked_labels())
+
+    def loss(bound, chunking="tokens"):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_cross_entropy(*pair, kept=kept, chunking=chunking, max_logits_bytes=bound, impl="triton")
+
+    return pair, kept, loss
+
+
+@pytest.mark.parametrize(("bound", "chunks"), [(None, 3), (COPY + 24 * ROW, 1), (COPY + ENOUGH * ROW, 3)])
+def test_an_fp32_head_is_cast_once_whatever_the_number_of_chunks(under_autocast, bound, chunks):
+    pair, _, loss = under_autocast
+    found = launches(lambda: loss(bound), pair)
+    # outside and scale 4, gather and cast, the copy; logits, core, dx, dW, none of them rounded or cast; three fields
+    assert tuple(map(len, found)) == (4 + 2 + 1 + 4 * chunks + 3 * (chunks > 1) + 3, 4), found
+
+
+def test_without_room_for_the_copy_each_product_casts_slice_by_slice(under_autocast):
+    pair, _, loss = under_autocast
+    found = launches(lambda: loss(COPY + ENOUGH * ROW - 1), pair)
+    assert tuple(map(len, found)) == (4 + 2 + 2 * 8 + 1 + 2 * 8 + 1 + 3, 4), found
+
+
+def test_the_vocabulary_loop_casts_each_chunk_once_a_pass(under_autocast):
+    pair, _, loss = under_autocast
+    forward, backward = launches(lambda: loss(32 * 2 * (24 + D), "vocab"), pair)
+    assert (forward.count("_to_copy"), backward.count("_to_copy")) == (1 + 3, 1 + 3)
+
+
+@pytest.mark.parametrize("chunking", ["tokens", "vocab"])
+@pytest.mark.parametrize("bound", [COPY + 24 * ROW, COPY + ENOUGH * ROW, COPY + ENOUGH * ROW - 1, COPY, 12 * ROW])
+def test_the_copy_of_a_head_counts_against_the_bound(under_autocast, chunking, bound):
+    """Beside the bound: rows, gathered in fp32 and cast, gradients, sums of rows in fp32; with slices, one of them."""
+    pair, kept, loss = under_autocast
+    with Held([*pair, *kept[:2]]) as held:
+        torch.autograd.grad(loss(bound, chunking), pair)
+    rows, vectors = 24 * D * (4 + 2 + 4), 24 * 8 * 10
+    gradients = 4 * (64 + V) * D + (4 * V * D if chunking == "vocab" else 0)  # a chunk's dW, before it is in its place
+    assert held.peak <= bound + rows + vectors + gradients + COPY // 8
+
+
+def test_gradients_under_autocast_are_not_rounded_to_half_precision(under_autocast):
+    pair, _, loss = under_autocast
+    for bound in (None, COPY + ENOUGH * ROW, COPY):
+        for gradient in torch.autograd.grad(loss(bound), pair):
+            assert gradient.dtype == torch.float32
+            assert not torch.equal(gradient, gradient.bfloat16().float())

@@ -8,7 +8,7 @@ from sft_kernels import KeptTokens, LossStats, cross_entropy, linear_cross_entro
 from sft_kernels._budget import check
 from sft_kernels.ops.softmax_grad import reduction, torch_impl
 
-from .helpers import DTYPES, LOSSES, D, N, V, Watch, labels, run, same_bits
+from .helpers import DTYPES, LINEAR, LOSSES, D, N, V, Watch, labels, run, same_bits
 
 
 @pytest.fixture(params=LOSSES, ids=lambda loss: loss.name)
@@ -128,6 +128,71 @@ def test_what_stands_at_masked_rows_enters_nothing(loss, poison, reduction):
     upstream = torch.rand(N) if reduction == "none" else 1.0
     clean = run(bound(loss.ours, y, reduction=reduction), (rows, *rest), upstream)
     assert same_bits(run(bound(loss.ours, y, reduction=reduction), (poisoned, *rest), upstream), clean)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_what_comes_back_to_the_losses_of_masked_rows_enters_nothing(loss, poison):
+    y, upstream = labels(), torch.rand(N)
+    tensors = loss.tensors()
+    clean = run(bound(loss.ours, y, reduction="none"), tensors, upstream)
+    assert same_bits(run(bound(loss.ours, y, reduction="none"), tensors, upstream.where(y != -100, poison)), clean)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("linear", LINEAR, ids=lambda loss: loss.name)
+def test_a_capacity_changes_nothing_also_where_the_last_row_is_kept(linear, reduction):
+    """What is padded is at row -1."""
+    y, tensors = labels(), linear.tensors()
+    y[-1] = 3
+    upstream = torch.rand(N) if reduction == "none" else 1.0
+
+    def loss(capacity):
+        kept = KeptTokens.from_labels(y, capacity=capacity)
+        return bound(linear.ours, None, kept=kept, reduction=reduction)
+
+    for found, wanted in zip(run(loss(N), tensors, upstream), run(loss(None), tensors, upstream), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("capacity", [None, N])
+@pytest.mark.parametrize("linear", LINEAR, ids=lambda loss: loss.name)
+def test_what_stands_in_the_last_row_does_not_enter_what_is_padded(linear, capacity, reduction):
+    """Padded rows are those at -1."""
+    y, token_weight = labels(), torch.rand(N)
+    y[-1] = -100
+    kept = KeptTokens.from_labels(y, capacity=capacity)
+
+    def loss(*tensors):
+        out, stats = linear.ours(
+            *tensors, None, kept=kept, token_weight=token_weight, reduction=reduction, return_stats=True
+        )
+        found.append(stats)
+        return out
+
+    found, tensors = [], linear.tensors()
+    clean = run(loss, tensors)
+    for t in (tensors[0], token_weight):
+        t[-1] = float("nan")
+    assert same_bits(run(loss, tensors), clean)
+    assert same_bits(*found)
+
+
+def test_statistics_take_no_gradient_and_a_loss_that_gets_none_gives_none(loss):
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None
+
+    leaves = [t.requires_grad_() for t in loss.tensors()]
+    value, stats = loss.ours(*leaves, labels(), return_stats=True)
+    assert not any(s.requires_grad for s in stats)
+    Nothing.apply(value).backward()
+    assert not any(t.grad is not None and t.grad.any() for t in leaves)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_items": 5}, {"num_items": 0}, {"num_items": torch.tensor(0)}], ids=str)

@@ -158,3 +158,9 @@ def test_degenerate_shapes(core, n, v):
 def test_a_tie_for_the_largest_logit_counts_as_correct(core):
     rows = core(torch.tensor([[1.0, 2.0, 2.0]] * 3), torch.tensor([0, 1, 2]), LossOptions(3))
     assert rows.correct.tolist() == [False, True, True]
+
+
+def test_the_rows_of_a_single_block_are_not_copied():
+    logits, target, _ = inputs()
+    part = torch_impl.softmax_grad(logits, target, PLAIN)
+    assert RowStats.cat([part]) is part

@@ -38,7 +38,7 @@ class _CrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, input, targets, scale, inside, keep, options):
+    def forward(ctx, input, targets, scale, keep, options):
         ctx.options = options
         early = options.reduce and options.need_grad and input.dtype.itemsize >= 4
         ctx.gradient = _empty_like(input) if early else None
@@ -46,7 +46,8 @@ class _CrossEntropy(torch.autograd.Function):
             input, targets, options.loss, scale if early else None, stats=options.stats, keep=keep, out=ctx.gradient
         )
         ctx.save_for_backward(input, targets, scale, keep, None if early else rows.lse)
-        return reduce_rows(ctx, rows, options.loss, scale, inside, keep, options.reduce, options.stats)
+        dropped = ~keep if options.stats else None
+        return reduce_rows(ctx, rows, options.loss, scale, dropped, options.reduce, options.stats)
 
     @staticmethod
     @differentiable_once
@@ -56,11 +57,10 @@ class _CrossEntropy(torch.autograd.Function):
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:
             gradient = _empty_like(input)
-            scale = (scale * grad).where(keep, 0)
-            options.core.softmax_grad(input, targets, options.loss, scale, lse=lse, keep=keep, out=gradient)
+            options.core.softmax_grad(input, targets, options.loss, scale * grad, lse=lse, keep=keep, out=gradient)
         else:
             options.core.scale_(gradient, grad)
-        return gradient, None, None, None, None, None
+        return gradient, None, None, None, None
 
 
 def _empty_like(input):
@@ -137,32 +137,34 @@ def cross_entropy(
     logits = input.movedim(classes, -1).reshape(-1, V)
     weights = None if token_weight is None else token_weight.reshape(-1)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    rows, keep, inside, of_target = None, None, None, None
+    rows, keep, outside, of_target = None, None, None, None
     if probabilities:
         targets = target.movedim(classes, -1).reshape(-1, V)
     else:
         labels = target.reshape(-1).long()
         keep = labels != ignore_index
-        targets = labels.where(keep, 0)
-        inside = check_labels(targets, V)
-        of_target = target_weight(weight, targets, inside, keep, dtype)
-    scale = row_scale(targets, dtype, reduction, num_items, weights, of_target, inside, keep)
+        targets = labels * keep
+        outside = check_labels(targets, V)
+        of_target = target_weight(weight, targets, outside, keep, dtype)
+    scale = row_scale(targets, dtype, reduction, num_items, weights, of_target, outside, keep)
     reduce = reduction != "none"
     if composed:
         if keep is not None and torch.compiler.is_compiling():  # which knows no count: masked rows are computed too
             logits = logits.where(keep[:, None], 0)
         elif keep is not None:
             rows, keep = keep.nonzero()[:, 0], None
-            logits, targets, scale, inside = (None if t is None else t[rows] for t in (logits, targets, scale, inside))
+            logits, targets, scale = logits[rows], targets[rows], scale[rows]
+            outside = None if outside is None else outside[rows]
+        dropped = None if keep is None else ~keep
         out = composed_loss(
-            core.softmax_grad, logits, targets, weight, scale, inside, keep, loss_options, reduce, return_stats
+            core.softmax_grad, logits, targets, weight, scale, outside, dropped, loss_options, reduce, return_stats
         )
     else:
         if of_target is not None:
             scale = scale * of_target
         need_grad = torch.is_grad_enabled() and input.requires_grad
         options = _Options(core, loss_options, need_grad, reduce, return_stats)
-        out = _CrossEntropy.apply(logits, targets, scale, inside, keep, options)
+        out = _CrossEntropy.apply(logits, targets, scale, keep, options)
     loss, stats = unpack(out, rows, shape, reduction, return_stats)
     if not torch.is_autocast_enabled(input.device.type):
         loss = loss.to(input.dtype)

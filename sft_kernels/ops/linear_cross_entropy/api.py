@@ -37,6 +37,27 @@ class _Needs(NamedTuple):
     db: bool
 
 
+class _Dtypes(NamedTuple):
+    """The dtypes in which the token loop makes the gradients."""
+
+    dx: torch.dtype
+    dw: torch.dtype
+    db: torch.dtype | None
+
+    @classmethod
+    def of(cls, hidden, weight, bias, dtype, fp16, sharded):
+        """Those of the inputs, or of sums in fp32 where something is yet to multiply or to add.
+
+        The rows' may be wider than ``dtype``, that of the products: fp32 rows under autocast get an unrounded gradient.
+        """
+        sums = matmul.accumulator_dtype
+        if fp16 or sharded:
+            dx = sums(dtype)
+        else:
+            dx = hidden.dtype if hidden.dtype.itemsize > dtype.itemsize else dtype
+        return cls(dx, *(None if t is None else sums(t.dtype) if fp16 else t.dtype for t in (weight, bias)))
+
+
 class _Options(NamedTuple):
     core: Any  # the implementation of softmax_grad, with the loss's options
     scale_: Any  # and its way to multiply a gradient
@@ -44,6 +65,7 @@ class _Options(NamedTuple):
     plan: Plan
     dtype: torch.dtype  # of the products
     needs: _Needs
+    dtypes: _Dtypes
     fp16: bool  # whether products or head are in fp16: gradients then stay in fp32 until the upstream scalar comes
     reduce: bool
     stats: bool
@@ -67,8 +89,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, scale, inside, keep, options):
-        x = _gather(hidden, rows, keep, options.dtype)
+    def forward(ctx, hidden, weight, bias, rows, targets, scale, padding, options):
+        x = _gather(hidden, rows, padding, options.dtype)
         if options.shards is not None:
             targets = targets - options.shards.start
         ctx.options = options
@@ -79,21 +101,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         elif options.reduce and any(options.needs):
             stats, ctx.back, ctx.gradients = _token_gradients(*common, scale, options)
         else:
-            stats = options.merged(tokens.loss(*common, options.plan.chunk, options.stats))
-        ctx.save_for_backward(hidden, weight, bias, rows, targets, scale, keep, stats.lse)
-        return reduce_rows(ctx, stats, options.loss, scale, inside, keep, options.reduce, options.stats)
+            stats = options.merged(tokens.loss(*common, options.plan, options.stats))
+        ctx.save_for_backward(hidden, weight, bias, rows, targets, scale, padding, stats.lse)
+        return reduce_rows(ctx, stats, options.loss, scale, padding, options.reduce, options.stats)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad, *_):
         options = ctx.options
-        hidden, weight, bias, rows, targets, scale, keep, lse = ctx.saved_tensors
+        hidden, weight, bias, rows, targets, scale, padding, lse = ctx.saved_tensors
         if ctx.gradients is not None:
             back, gradients, ctx.gradients = ctx.back, ctx.gradients, None
             factor = grad if back is None else grad * back
         else:
-            scale = scale * grad if keep is None else (scale * grad).where(keep, 0)
-            common = (options.core, _gather(hidden, rows, keep, options.dtype), weight, bias, targets, scale)
+            common = (options.core, _gather(hidden, rows, padding, options.dtype), weight, bias, targets, scale * grad)
             with _plain_products(grad.device):
                 if options.plan.loop == "vocab":
                     factor, gradients = None, _vocab_gradients(*common, lse, options)
@@ -105,26 +126,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     options.scale_(gradient, factor)
         dx, dw, db = gradients
         dw, db = (None if d is None else d.to(t.dtype) for d, t in ((dw, weight), (db, bias)))
-        return _scatter(dx, hidden, rows, keep), dw, db, *[None] * 6
+        return _scatter(dx, hidden, rows, padding), dw, db, *[None] * 5
 
 
-def _gather(hidden, rows, keep, dtype):
+def _gather(hidden, rows, padding, dtype):
     """The kept rows, ``[K, D]``, 0 where ``rows`` is only padded; where all are kept, the hidden states themselves."""
-    if keep is not None:
-        return hidden[rows.clamp(min=0)].where(keep[:, None], 0).to(dtype)
+    if padding is not None:  # where row -1 reads the last
+        return hidden[rows].masked_fill_(padding[:, None], 0).to(dtype)
     return (hidden if rows.numel() == hidden.shape[0] else hidden[rows]).to(dtype)
 
 
-def _scatter(dx, hidden, rows, keep):
+def _scatter(dx, hidden, rows, padding):
     """The gradient of all hidden states: ``dx`` at ``rows``, 0 elsewhere; None stays None."""
     if dx is None:
         return None
     N, D = hidden.shape
     dx = dx.to(hidden.dtype)
-    if keep is None:
+    if padding is None:
         return dx if rows.numel() == N else hidden.new_zeros(N, D).index_copy_(0, rows, dx)
-    # What is padded goes to one row more, which nobody sees.
-    return hidden.new_zeros(N + 1, D).index_copy_(0, rows.where(keep, N), dx)[:N]
+    # Row -1 is one row more, which nobody sees.
+    return hidden.new_zeros(N + 1, D).index_put_((rows,), dx)[:N]
 
 
 def _plain_products(device):
@@ -140,15 +161,11 @@ def _held_back(scale, options):
 
 def _token_gradients(core, x, weight, bias, targets, scale, options):
     back, scale = _held_back(scale, options)
-    dx_dtype = x.dtype
     if options.shards is not None:
         core = options.shards.core(core)
-    if options.shards is not None or options.fp16:
-        dx_dtype = matmul.accumulator_dtype(x.dtype)
     stats, gradients = tokens.loss_and_gradients(
-        core, x, weight, bias, targets, scale, options.plan.chunk, options.needs, options.stats, dx_dtype,
-        rounded=not options.fp16,
-    )  # fmt: skip
+        core, x, weight, bias, targets, scale, options.plan, options.needs, options.dtypes, options.stats
+    )
     return stats, back, _over_ranks(gradients, options)
 
 
@@ -216,7 +233,8 @@ def linear_cross_entropy(
             are not read. Without it, counting the kept tokens of a GPU tensor syncs once.
         chunking: ``"tokens"`` computes gradients in the forward (three products), ``"vocab"`` walks the vocabulary and
             recomputes (four products, bounded memory whatever V), ``"auto"`` takes the cheaper one (``plan.py``).
-        max_logits_bytes: bound on the logits that exist at a time, in bytes.
+        max_logits_bytes: bound in bytes on the logits that exist at a time, together with the copy of a head that is
+            cast to the products' dtype.
         process_group: of ranks that hold the same tokens and split the head over V, in their order: ``linear_weight``
             and ``linear_bias`` are this rank's slices, ``[V / ranks, D]`` on every rank, or DTensors placed as
             ``Shard(0)``, also unevenly. What else is passed is whole and the same on all ranks, as are the loss, the
@@ -267,7 +285,7 @@ def linear_cross_entropy(
         raise ValueError("process_group: probabilities, and class weights with label smoothing, take a whole head")
     core = Core.resolve(impl, device, dtype, loss_options, composed)
 
-    rows, keep, inside, of_target = None, None, None, None
+    rows, keep, outside, of_target = None, None, None, None
     if probabilities:
         targets = target.movedim(-1 - len(places), -1).reshape(-1, V)
     else:
@@ -275,19 +293,24 @@ def linear_cross_entropy(
         if kept.size == 0:  # nothing to be gathered for what is padded
             kept = kept._replace(rows=kept.rows[:0], targets=kept.targets[:0], capacity=None)
         rows, targets, keep = kept.rows, kept.targets, kept.keep
-        inside = check_labels(targets, V)
-        of_target = target_weight(weight, targets, inside, keep, scalar)
+        outside = check_labels(targets, V)
+        of_target = target_weight(weight, targets, outside, keep, scalar)
+    padding = None if keep is None else ~keep
     weights = None
     if token_weight is not None:
-        weights = token_weight.reshape(-1) if rows is None else token_weight.reshape(-1)[rows + shift]
-    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, inside, keep)
+        weights = token_weight.reshape(-1)
+        if shift:
+            weights = weights[rows + 1]
+        elif keep is not None or (rows is not None and rows.numel() != weights.numel()):
+            weights = weights[rows]
+    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep)
     reduce = reduction != "none"
     hidden = input.reshape(-1, D)
     with _plain_products(device):
         if composed:
-            logits = _whole_logits(hidden, linear_weight, linear_bias, rows, keep, dtype)
+            logits = _whole_logits(hidden, linear_weight, linear_bias, rows, padding, dtype)
             out = composed_loss(
-                core.softmax_grad, logits, targets, weight, scale, inside, keep, loss_options, reduce, return_stats
+                core.softmax_grad, logits, targets, weight, scale, outside, padding, loss_options, reduce, return_stats
             )
         else:
             if of_target is not None:
@@ -300,7 +323,7 @@ def linear_cross_entropy(
             summed = needs.dw and not fp16 and linear_weight.dtype != acc_dtype
             width = V if shards is None else shards.longest
             plan = make_plan(
-                len(targets), D, width, dtype.itemsize,
+                len(targets), D, width, dtype, linear_weight.dtype,
                 device_type=device.type,
                 chunking=chunking,
                 max_logits_bytes=max_logits_bytes,
@@ -308,12 +331,11 @@ def linear_cross_entropy(
                 accumulator=width * D * acc_dtype.itemsize if summed else 0,
             )  # fmt: skip
             bound = partial(core.softmax_grad, options=loss_options)
-            options = _Options(bound, core.scale_, loss_options, plan, dtype, needs, fp16, reduce, return_stats, shards)
-            out = _LinearCrossEntropy.apply(
-                hidden, linear_weight, linear_bias, rows, targets, scale, inside, keep, options
+            dtypes = _Dtypes.of(hidden, linear_weight, linear_bias, dtype, fp16, shards is not None)
+            options = _Options(
+                bound, core.scale_, loss_options, plan, dtype, needs, dtypes, fp16, reduce, return_stats, shards
             )
-    if keep is not None and not reduce:
-        rows = rows.where(keep, shape.numel())
+            out = _LinearCrossEntropy.apply(hidden, linear_weight, linear_bias, rows, targets, scale, padding, options)
     loss, stats = unpack(out, rows, shape, reduction, return_stats)
     return (loss, stats) if return_stats else loss
 
@@ -328,11 +350,11 @@ def _with_classes(shape, V, places):
     return torch.Size((*shape[:batch], V, *places))
 
 
-def _whole_logits(hidden, weight, bias, rows, keep, dtype):
+def _whole_logits(hidden, weight, bias, rows, padding, dtype):
     """The kept rows' logits under autograd, ``[K, V]``; with ``rows`` None all of them."""
     V, *places, D = weight.shape
     if not places and rows is not None:
-        hidden = _gather(hidden, rows, keep, dtype)
+        hidden = _gather(hidden, rows, padding, dtype)
     elif rows is not None:  # what stands where no place carries loss must not reach the products
         used = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         used[rows // math.prod(places)] = True

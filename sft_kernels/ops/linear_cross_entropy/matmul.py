@@ -1,7 +1,7 @@
 """The three products of the head: in which dtype they run, and where they are summed.
 
-``x`` and ``dlogits`` are in the compute dtype. The weight may be in another (fp32 under autocast, half precision on a
-CPU); then it is cast a slice of the vocabulary at a time, so that no second copy of it ever exists.
+``x`` and ``dlogits`` are in the compute dtype. The weight may be in another (half precision on a CPU; fp32 under
+autocast, if memory is short for a copy); then it is cast a slice of the vocabulary at a time.
 """
 
 import torch

@@ -54,7 +54,7 @@ class Shards(NamedTuple):
         top = torch.stack([rows.lse, rows.target_logit.double(), rows.max_logit.double()])
         dist.all_reduce(top, dist.ReduceOp.MAX, self.group)
         # Where a token's logits are ruled out on all ranks, or not a number on one, M is no base: its lse is M itself.
-        base = top[0].where(top[0].isfinite(), 0)
+        base = top[0].nan_to_num(0.0, 0.0, 0.0)
         share = (rows.lse - base).exp()
         parts = [share]
         if rows.mean_logit is not None:  # a slice that is ruled out has no share
@@ -64,7 +64,7 @@ class Shards(NamedTuple):
         sums = torch.stack(parts)
         dist.all_reduce(sums, dist.ReduceOp.SUM, self.group)
         total, *rest = sums
-        mean = None if rows.mean_logit is None else base + rest.pop(0) / total.where(total > 0, 1)
+        mean = None if rows.mean_logit is None else base + rest.pop(0) / (total + (total == 0))
         whole = None if rows.sum_logit is None else rest.pop(0)
         return RowStats(base + total.log(), top[1].to(dtype), top[2].to(dtype), mean, whole)
 

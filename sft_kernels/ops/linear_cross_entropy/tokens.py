@@ -6,31 +6,30 @@ from ..softmax_grad.rows import RowStats
 from . import matmul
 
 
-def loss(core, x, weight, bias, targets, chunk, stats):
+def loss(core, x, weight, bias, targets, plan, stats):
     """Row statistics of ``x Wᵀ + b``: ``x`` [K, D], ``weight`` [V, D], ``bias`` [V] or None, ``targets`` [K]."""
-    parts = [core(matmul.logits(x[s], weight, bias), targets[s], stats=stats) for s in _chunks(x.shape[0], chunk)]
+    weight = weight.to(x.dtype) if plan.copy else weight
+    parts = [core(matmul.logits(x[s], weight, bias), targets[s], stats=stats) for s in _chunks(x.shape[0], plan.chunk)]
     return RowStats.cat(parts)
 
 
-def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stats, dx_dtype, rounded):
+def loss_and_gradients(core, x, weight, bias, targets, scale, plan, needs, dtypes, stats):
     """Row statistics, and the gradients of ``Σ scale · loss`` by x, W and b; one that ``needs`` does not name is None.
 
     ::
 
         dlogits = scale · ∂loss / ∂logits      dx = dlogits W      dW = dlogitsᵀ x      db = Σ_i dlogits_i
 
-    With one chunk dW is one product, rounded once; with several it is summed in fp32, as db always is. Unless
-    ``rounded``, dW and db stay in the dtype of their sums.
+    The gradients have ``dtypes``. With one chunk dW is one product, rounded once; with several it is summed in fp32, as
+    db always is.
     """
-    K, V = x.shape[0], weight.shape[0]
-    spans = _chunks(K, chunk)
-    dx = x.new_empty(x.shape, dtype=dx_dtype) if needs.dx else None
+    spans = _chunks(x.shape[0], plan.chunk)
+    dx = x.new_empty(x.shape, dtype=dtypes.dx) if needs.dx else None
     dw = db = None
     if needs.dw:
-        dtype = weight.dtype if rounded and len(spans) == 1 else matmul.accumulator_dtype(weight.dtype)
-        dw = torch.empty(V, weight.shape[1], dtype=dtype, device=weight.device)
-    if needs.db:
-        db = torch.zeros(V, dtype=matmul.accumulator_dtype(x.dtype), device=x.device)
+        dtype = dtypes.dw if len(spans) == 1 else matmul.accumulator_dtype(dtypes.dw)
+        dw = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    weight = weight.to(x.dtype) if plan.copy else weight
     parts = []
     for i, s in enumerate(spans):
         dlogits = matmul.logits(x[s], weight, bias)  # [chunk, V], the gradient once the core has passed
@@ -42,10 +41,10 @@ def loss_and_gradients(core, x, weight, bias, targets, scale, chunk, needs, stat
         elif needs.dw:
             matmul.accumulate(dw, dlogits.T, x[s])
         if needs.db:
-            db += matmul.grad_bias(dlogits)
+            part = matmul.grad_bias(dlogits)
+            db = part if db is None else db.add_(part)
         del dlogits  # before the next chunk's logits are made
-    if rounded:
-        dw, db = (None if d is None else d.to(t.dtype) for d, t in ((dw, weight), (db, bias)))
+    dw, db = (None if d is None else d.to(dtype) for d, dtype in ((dw, dtypes.dw), (db, dtypes.db)))
     return RowStats.cat(parts), (dx, dw, db)
 
 

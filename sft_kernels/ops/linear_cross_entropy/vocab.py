@@ -17,7 +17,11 @@ def loss(core, x, weight, bias, targets, chunk, stats):
     return reduce(
         RowStats.merge,
         (
-            core(matmul.logits(x, weight[s], None if bias is None else bias[s]), targets - s.start, stats=stats)
+            core(
+                matmul.logits(x, weight[s].to(x.dtype), None if bias is None else bias[s]),
+                _within(targets, s),
+                stats=stats,
+            )
             for s in _chunks(weight.shape[0], chunk)
         ),
     )
@@ -29,16 +33,16 @@ def gradients(core, x, weight, bias, targets, scale, lse, chunk, needs, factor):
     One that ``needs`` does not name is None. ``factor`` (0-d, or None for 1) multiplies sums in fp32, before they are
     rounded.
     """
-    dx = torch.zeros(x.shape, dtype=matmul.accumulator_dtype(x.dtype), device=x.device) if needs.dx else None
+    dx = x.new_empty(x.shape, dtype=matmul.accumulator_dtype(x.dtype)) if needs.dx else None
     dw = torch.empty_like(weight) if needs.dw else None
     db = torch.empty_like(bias) if needs.db else None
     for s in _chunks(weight.shape[0], chunk):
         w = weight[s].to(x.dtype)
         # [K, chunk], the gradient once the core has passed
         dlogits = matmul.logits(x, w, None if bias is None else bias[s])
-        core(dlogits, targets - s.start, scale=scale, lse=lse)
+        core(dlogits, _within(targets, s), scale=scale, lse=lse)
         if needs.dx:
-            matmul.accumulate(dx, dlogits, w)
+            matmul.accumulate(dx, dlogits, w, beta=min(s.start, 1))
         if needs.dw:
             # A product with few rows and a sum over all tokens: as in ``grad_input``, by way of fp32.
             sums = matmul.accumulator_dtype(x.dtype)
@@ -52,6 +56,11 @@ def gradients(core, x, weight, bias, targets, scale, lse, chunk, needs, factor):
             db[s] = part if factor is None else part * factor
         del dlogits  # before the next chunk's logits are made
     return dx if dx is None or factor is None else dx.mul_(factor), dw, db
+
+
+def _within(targets, s):
+    """``targets`` as columns of slice ``s``."""
+    return targets - s.start if s.start else targets
 
 
 def _chunks(V, chunk):

@@ -20,11 +20,11 @@ def torch_cross_entropy(input, target, weight=None, *, reduction="mean", label_s
     return torch.ops.aten.cross_entropy_loss(input, target, weight, _REDUCTIONS[reduction], -100, label_smoothing)
 
 
-def composed_loss(core, logits, target, weight, scale, inside, keep, options, reduce, want_stats):
+def composed_loss(core, logits, target, weight, scale, outside, dropped, options, reduce, want_stats):
     """The loss, and the fields of :class:`LossStats` where wanted, of ``logits`` [K, V].
 
     ``target`` [K] class indices or [K, V] probabilities, through which gradients flow as in torch; ``weight`` [V] or
-    None, ``scale`` [K], ``inside`` a mask of valid labels or None, ``keep`` one of the rows that carry loss or None.
+    None, ``scale`` [K], ``outside`` a mask of invalid labels or None, ``dropped`` one of the rows without loss or None.
     Differentiable as often as torch's own.
     """
     with torch.autocast(logits.device.type, enabled=False):
@@ -34,7 +34,7 @@ def composed_loss(core, logits, target, weight, scale, inside, keep, options, re
             target = target.to(dtype)
             labels = target.detach().argmax(1)
         else:
-            target = labels = target if inside is None else target.where(inside, 0)
+            target = labels = target if outside is None else target.masked_fill(outside, 0)
         if weight is not None:
             weight = weight.to(dtype)
         losses = torch_cross_entropy(u, target, weight, reduction="none", label_smoothing=options.label_smoothing)
@@ -47,4 +47,4 @@ def composed_loss(core, logits, target, weight, scale, inside, keep, options, re
     loss = loss.sum() if reduce else loss
     if not want_stats:
         return loss
-    return loss, *LossStats.of(core(u.detach(), labels, LossOptions(u.shape[1]), stats=True), keep)
+    return loss, *LossStats.of(core(u.detach(), labels, LossOptions(u.shape[1]), stats=True), dropped)

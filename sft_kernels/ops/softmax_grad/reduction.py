@@ -26,17 +26,18 @@ class LossStats(NamedTuple):
     max_lse: torch.Tensor  # fp32 [], -inf where nothing is kept
 
     @classmethod
-    def of(cls, rows, keep):
-        """The sums over the rows that ``keep`` ``[N]`` names; None names all."""
-        lse, nll, entropy, correct = rows.lse.to(rows.target_logit.dtype), rows.nll, rows.entropy, rows.correct
-        if keep is None:
+    def of(cls, rows, dropped):
+        """The sums over the rows that ``dropped`` ``[N]`` does not name; None names none."""
+        lse, nll, entropy, correct = rows.lse, rows.nll, rows.entropy, rows.correct
+        if dropped is None:
             kept = torch.full((), lse.numel(), dtype=torch.int64, device=lse.device)
         else:
-            kept = keep.sum()
-            nll, entropy, correct = nll.where(keep, 0), entropy.where(keep, 0), correct & keep
-            lse = lse.where(keep, float("-inf"))
-        lowest = lse.new_full((1,), float("-inf"))
-        return cls(kept, nll.sum(), correct.sum(), entropy.sum(), torch.cat([lse, lowest]).amax())
+            kept = (~dropped).sum()
+            lse = lse.masked_fill(dropped, float("-inf"))
+            for each in (nll, entropy, correct):
+                each.masked_fill_(dropped, 0)
+        max_lse = lse.amax() if lse.numel() else lse.new_full((), float("-inf"))
+        return cls(kept, nll.sum(), correct.sum(), entropy.sum(), max_lse.to(nll.dtype))
 
 
 def check_options(reduction, num_items=None, token_weight=None, target_shape=None, device=None):
@@ -104,63 +105,76 @@ def check_class_weight(weight, V, device):
 
 
 def check_labels(targets, V):
-    """Whether each label lies in ``[0, V)``; None where all are known to.
+    """Whether each label lies outside ``[0, V)``; None where none is known to.
 
     On the CPU, and elsewhere under ``SFT_KERNELS_CHECK=1``, a label outside raises ``IndexError``. A GPU is not asked:
     the answer is a mask on the device, and the losses of the labels outside become NaN.
     """
-    inside = (targets >= 0) & (targets < V)
+    outside = targets.clamp(0, V - 1) != targets
     if not checks_enabled(targets.device):
-        return inside
-    if not inside.all():
-        position = int((~inside).nonzero()[0])
+        return outside
+    if outside.any():
+        position = int(outside.nonzero()[0])
         raise IndexError(f"target: label {int(targets[position])} of token {position} is outside [0, {V})")
     return None
 
 
-def target_weight(weight, targets, inside, keep, dtype):
+def target_weight(weight, targets, outside, keep, dtype):
     """``weight[targets]`` in ``dtype``, ``[N]``, 0 where not kept; None without class weights."""
     if weight is None:
         return None
-    of_target = weight.to(dtype)[targets if inside is None else targets.where(inside, 0)]
-    return of_target if keep is None else of_target.where(keep, 0)
+    of_target = weight.to(dtype)[targets if outside is None else targets.clamp(0, weight.numel() - 1)]
+    return of_target if keep is None else of_target.masked_fill_(~keep, 0)
 
 
-def row_scale(targets, dtype, reduction, num_items, token_weight, of_target, inside, keep):
-    """``[N]`` factors that the tokens' losses enter with: token weight over divisor, 0 where not kept.
+def row_scale(targets, dtype, reduction, num_items, token_weight, of_target, outside, keep):
+    """``[N]`` factors that the tokens' losses enter with: token weight over divisor, 0 where not kept, NaN where
+    ``outside``.
 
-    ``token_weight``, ``of_target`` (the class weight of each target), ``inside`` (a mask of valid labels) and ``keep``
-    (a mask of the tokens that carry loss) are ``[N]`` or None. The divisor of the mean is ``num_items``, else the sum
-    of ``of_target``, else the number of kept tokens; a divisor of zero counts as one, so that nothing kept gives a loss
-    of 0.
+    ``token_weight``, ``of_target`` (the class weight of each target), ``outside`` (a mask of invalid labels) and
+    ``keep`` (a mask of the tokens that carry loss) are ``[N]`` or None. The divisor of the mean is ``num_items``, else
+    the sum of ``of_target``, else the number of kept tokens; a divisor of zero counts as one, so that nothing kept
+    gives a loss of 0.
     """
     N, device = targets.shape[0], targets.device
-    scale = torch.ones(N, dtype=dtype, device=device) if token_weight is None else token_weight.to(device, dtype)
-    if reduction == "mean":
-        divisor = num_items
-        if divisor is None and of_target is not None:
-            divisor = of_target.sum()
-        elif divisor is None:
-            divisor = N if keep is None else keep.sum()
-        if isinstance(divisor, torch.Tensor):
-            divisor = divisor.detach().to(device, dtype)
-            scale = scale / divisor.where(divisor != 0, 1)
-        else:
-            scale = scale / (divisor or 1)
-    scale = scale if inside is None else scale.where(inside, float("nan"))
-    return scale if keep is None else scale.where(keep, 0)
+    ones = None if keep is None else keep.to(dtype)
+    divisor = _divisor(N, reduction, num_items, of_target, ones)
+    if isinstance(divisor, torch.Tensor):
+        divisor = divisor.detach().to(device, dtype)
+    if token_weight is not None:
+        scale = token_weight.to(device, dtype) / divisor
+        if keep is not None:
+            scale.masked_fill_(~keep, 0)
+    elif ones is not None:
+        scale = ones.div_(divisor)
+    elif isinstance(divisor, torch.Tensor):
+        scale = torch.ones(N, dtype=dtype, device=device).div_(divisor)
+    else:
+        scale = torch.full((N,), 1 / divisor, dtype=dtype, device=device)
+    return scale if outside is None else scale.masked_fill_(outside, float("nan"))
 
 
-def reduce_rows(ctx, rows, loss_options, scale, inside, keep, reduce, want_stats):
+def _divisor(N, reduction, num_items, of_target, ones):
+    """A number, or a 0-d tensor on the device, that is not 0. ``ones`` is 1 where a token is kept, else 0."""
+    if reduction != "mean":
+        return 1
+    if num_items is None and of_target is None:
+        return max(N, 1) if ones is None else ones.sum().clamp_(min=1)
+    divisor = of_target.sum() if num_items is None else num_items
+    return divisor + (divisor == 0)
+
+
+def reduce_rows(ctx, rows, loss_options, scale, dropped, reduce, want_stats):
     """The forward's result: ``scale · loss``, summed where ``reduce``, and the fields of :class:`LossStats` where
-    wanted."""
-    loss = rows.loss(loss_options)
-    loss = scale * (loss if inside is None else loss.where(inside, float("nan")))
-    loss = loss if keep is None else loss.where(keep, 0)
+    wanted. Rows that ``dropped`` names enter neither; it may be None where the core has left 0 in them."""
+    loss = scale * rows.loss(loss_options)
+    loss = loss if dropped is None else loss.masked_fill_(dropped, 0)
     loss = loss.sum() if reduce else loss
     if not want_stats:
         return loss
-    stats = LossStats.of(rows, keep)
+    if not torch.compiler.is_compiling():  # which knows no such call; elsewhere it spares a fill for each statistic
+        ctx.set_materialize_grads(False)
+    stats = LossStats.of(rows, dropped)
     ctx.mark_non_differentiable(*stats)
     return loss, *stats
 
@@ -169,10 +183,12 @@ def differentiable_once(backward):
     """A backward that raises under ``create_graph=True``, where torch's decorator would give a silent constant."""
 
     @functools.wraps(backward)
-    def checked(ctx, *grads):
+    def checked(ctx, grad, *rest):
         if torch.is_grad_enabled():
             raise RuntimeError("this loss is differentiable once: its backward has no graph (create_graph=True)")
-        return backward(ctx, *grads)
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        return backward(ctx, grad, *rest)
 
     return checked
 
@@ -183,18 +199,18 @@ def hold_back(scale, steepest):
     ``dlogits`` are computed with ``rest``: they use fp16's range up to 2¹⁵ and do not underflow. Multiply sums of them
     by ``power_of_two`` in fp32, together with the upstream gradient. ``steepest`` bounds the gradient of a row's loss.
     """
-    largest = scale.abs().amax() * (steepest * 2**-14)
+    largest = torch.linalg.vector_norm(scale, math.inf) * (steepest * 2**-14)
     back = torch.exp2(torch.floor(torch.log2(largest))).where(largest > 0, 1)
     return back, scale / back
 
 
 def unpack(out, rows, shape, reduction, return_stats):
     """What the user gets: the losses of ``rows`` (None: of all) put back in their places, the statistics in their
-    tuple."""
+    tuple. A row of -1 is only padded: its loss is left out."""
     loss, *stats = out if return_stats else (out,)
     if reduction == "none":
         if rows is not None:
-            places = loss.new_zeros(shape.numel() + 1)  # one more for what is padded
-            loss = places.index_copy(0, rows, loss)[:-1]
+            places = loss.new_zeros(shape.numel() + 1)  # the last one is place -1
+            loss = places.index_put_((rows,), loss)[:-1]
         loss = loss.reshape(shape)
     return loss, LossStats(*stats) if return_stats else None

@@ -21,6 +21,8 @@ class RowStats(NamedTuple):
 
     def loss(self, options):
         """The loss of each row over the whole vocabulary, by :class:`LossOptions`."""
+        if not (options.label_smoothing or options.z_loss):
+            return self.nll
         loss = self.lse - self.target_logit
         if options.label_smoothing:
             uniform = self.lse - self.sum_logit / options.classes
@@ -31,7 +33,7 @@ class RowStats(NamedTuple):
 
     @property
     def nll(self):
-        return (self.lse - self.target_logit).to(self.target_logit.dtype)
+        return self._below_lse(self.target_logit)
 
     @property
     def correct(self):
@@ -40,16 +42,18 @@ class RowStats(NamedTuple):
 
     @property
     def entropy(self):
-        return (self.lse - self.mean_logit).to(self.target_logit.dtype)
+        return self._below_lse(self.mean_logit)
+
+    def _below_lse(self, logit):
+        """``lse − logit``, taken in fp64 and rounded in the same launch."""
+        return torch.sub(self.lse, logit, out=torch.empty_like(self.target_logit))
 
     def merge(self, other):
         """The statistics of both slices together."""
         lse = torch.logaddexp(self.lse, other.lse)
         mean = None
         if self.mean_logit is not None:
-            # A slice that is ruled out as a whole has no share, also where both are.
-            shares = ((part.lse - lse).exp().where(part.lse > float("-inf"), 0) for part in (self, other))
-            mean = sum(share * part.mean_logit for share, part in zip(shares, (self, other), strict=True))
+            mean = torch.addcmul(self._share(lse) * self.mean_logit, other._share(lse), other.mean_logit)
         return RowStats(
             lse,
             torch.maximum(self.target_logit, other.target_logit),
@@ -58,7 +62,13 @@ class RowStats(NamedTuple):
             None if self.sum_logit is None else self.sum_logit + other.sum_logit,
         )
 
+    def _share(self, lse):
+        """The slice's share of ``exp lse``: none if it is ruled out as a whole, even where all slices are."""
+        return (self.lse - lse).exp_().masked_fill_(self.lse == float("-inf"), 0)
+
     @staticmethod
     def cat(parts):
-        """The rows of several blocks, one after the other; ``parts`` is not empty."""
+        """The rows of several blocks, one after the other; ``parts`` is not empty. A single one is not copied."""
+        if len(parts) == 1:
+            return parts[0]
         return RowStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)))

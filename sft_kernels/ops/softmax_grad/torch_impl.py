@@ -37,6 +37,8 @@ def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False, 
     length = max(1, bytes_per_block // (4 * max(V, 1)))
     out = logits if out is None else out
     rows = None if keep is None else keep.nonzero()[:, 0]
+    if rows is not None and rows.numel() == N:
+        rows = None
     if rows is not None and scale is not None:
         out[~keep] = 0
     K = N if rows is None else rows.numel()
