@@ -40,7 +40,7 @@ _CAPPED = Need(registers=104, in_flight={80: 14 << 10, 90: 19 << 10})
 CASES = {
     f"{name}, {str(dtype)[6:]}": (
         partial(_core, dtype=dtype, **options),
-        {"_softmax_grad_kernel": _CAPPED if "softcap" in options else _NEED},
+        {"_softmax_grad_kernel": (_CAPPED if "softcap" in options else _NEED)._replace(element=dtype.itemsize)},
     )
     for dtype in (torch.bfloat16, torch.float16, torch.float32)
     for name, options in {
@@ -55,6 +55,6 @@ CASES = {
         "short rows": {"V": 1024},
     }.items()
 } | {
-    f"upstream scale, {str(dtype)[6:]}": (partial(_scale, dtype), {"_scale_kernel": Need(registers=64)})
+    f"upstream scale, {str(dtype)[6:]}": (partial(_scale, dtype), {"_scale_kernel": Need(registers=64, narrow=8)})
     for dtype in (torch.bfloat16, torch.float32)
 }
