@@ -109,7 +109,7 @@ def line(row):
     in_flight = " ".join(f"{loop.in_flight / 1024:.0f}" for loop in facts.loops) or f"{facts.in_flight / 1024:.0f}"
     instructions = "–" if facts.instructions is None else f"{facts.instructions:.1f}"
     columns = (
-        f"{row.op:<17}{row.case:<33}{row.kernel:<22}{facts.arch:>3}{facts.registers:>5}{facts.stack:>6}"
+        f"{row.op:<17}{row.case:<38}{row.kernel:<22}{facts.arch:>3}{facts.registers:>5}{facts.stack:>6}"
         f"{facts.shared / 1024:>7.1f}{facts.resident_warps:>4}{in_flight:>12}{instructions:>6}  "
         f"{widths(facts.loads):<18}{widths(facts.stores):<16}{' '.join(facts.tensor_core) or '–':<6}"
     )
@@ -125,7 +125,7 @@ def main(argv=None):
     if args.csrc and csrc.library() is None:
         parser.error("--csrc: the library is not built: make cuda")
     print(
-        f"{'op':<17}{'case':<33}{'kernel':<22}{'sm':>3}{'regs':>5}{'stack':>6}{'sh. KB':>7}{'wrp':>4}{'KB fly':>12}{'instr':>6}  "
+        f"{'op':<17}{'case':<38}{'kernel':<22}{'sm':>3}{'regs':>5}{'stack':>6}{'sh. KB':>7}{'wrp':>4}{'KB fly':>12}{'instr':>6}  "
         f"{'loads, bits':<18}{'stores, bits':<16}mma"
     )
     rows = []
