@@ -315,7 +315,10 @@ SFT_BODY void row(const Params& p) {
     }
     __syncthreads();
     row = shared.row;
-    if (cluster) cluster_arrive();  // the others' sums are read; no block ends before the last has read its own
+    // The others' sums are read; no block ends before the last has read its own. Relaxed is enough, for nothing is
+    // published: warp 0 alone read the others' memory, its shuffles had every value in a register, and the row that
+    // came of them went through the barrier above. A load whose value was used is over. PTX has no relaxed wait.
+    if (cluster) cluster_arrive_relaxed();
   }
 
   if (p.scale) {
