@@ -125,8 +125,8 @@ def main(argv=None):
     if args.csrc and csrc.library() is None:
         parser.error("--csrc: the library is not built: make cuda")
     print(
-        f"{'op':<17}{'case':<38}{'kernel':<22}{'sm':>3}{'regs':>5}{'stack':>6}{'sh. KB':>7}{'wrp':>4}{'KB fly':>12}{'instr':>6}  "
-        f"{'loads, bits':<18}{'stores, bits':<16}mma"
+        f"{'op':<17}{'case':<38}{'kernel':<22}{'sm':>3}{'regs':>5}{'stack':>6}{'sh. KB':>7}{'wrp':>4}{'KB fly':>12}"
+        f"{'instr':>6}  {'loads, bits':<18}{'stores, bits':<16}mma"
     )
     rows = []
     for row in map(Row._make, csrc.report()) if args.csrc else report(args.ops):

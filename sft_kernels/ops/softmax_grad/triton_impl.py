@@ -212,7 +212,8 @@ def _softmax_grad_kernel(
             e_e = tl.where(c_e == y[:, None], 0.0, exp(below_e))
             rest += tl.sum(e_e, 1)
             away += tl.sum(e_e * tl.maximum(below_e, _NIL), 1)
-            offset += tl.sum(tl.where(m_e, below_e, 0.0), 1)
+            if SMOOTHED:
+                offset += tl.sum(tl.where(m_e, below_e, 0.0), 1)
         below_y = u_y - base
         e_y = exp(below_y)
         total = rest.to(tl.float64) + e_y.to(tl.float64)
