@@ -30,6 +30,14 @@ class SM(NamedTuple):
 SMS = {80: SM(164 << 10, 163 << 10), 90: SM(228 << 10, 227 << 10)}
 
 
+class Loop(NamedTuple):
+    """An innermost loop that loads from global memory."""
+
+    instructions: int  # of one turn, as the compiler unrolled it
+    loaded: int  # bytes that a thread loads in one turn
+    in_flight: int  # bytes that an SM has asked of memory when every thread waits at the loop's busiest place
+
+
 class Facts(NamedTuple):
     """One kernel on one architecture."""
 
@@ -46,10 +54,19 @@ class Facts(NamedTuple):
     tensor_core: dict  # instruction → how many in loops
     ctas: int  # that fit an SM at a time
     in_flight: int  # bytes that an SM has asked of memory when every thread waits at the busiest place of its loops
+    loops: tuple = ()  # of Loop, as they lie in the code
+    element: int | None = None  # bytes of an element, if all loops load elements of one array alone
 
     @property
     def resident_warps(self):
         return self.ctas * self.warps
+
+    @property
+    def instructions(self):
+        """How many a thread runs for one element, over all loops; None where elements cannot be counted."""
+        if self.element is None or not self.loops:
+            return None
+        return sum(loop.instructions * self.element / loop.loaded for loop in self.loops)
 
 
 class Need(NamedTuple):
@@ -64,14 +81,18 @@ class Need(NamedTuple):
     mixed: object = None  # :attr:`Facts.mixed`, exactly
     stores: bool = True  # whether stores are judged by width as loads are
     warps: object = None  # resident on an SM, at least
-    in_flight: object = None  # bytes, at least
+    in_flight: object = None  # bytes, at least, in the busiest loop
+    each_in_flight: object = None  # bytes, at least, in every loop that loads
+    element: int | None = None  # bytes of an element, if all loops load elements of one array alone
+    instructions: object = None  # for one element, over all loops that load, at most
     tensor_core: object = None  # instruction in the inner loop, such as "HMMA"
 
 
-def facts(cubin, arch, warps, shared=None):
+def facts(cubin, arch, warps, shared=None, element=None):
     """:class:`Facts` of the one kernel in the file ``cubin``; ``shared`` is what the launch asks for, if that is
     known."""
-    return facts_of(_cuobjdump("--dump-resource-usage", cubin), _cuobjdump("--dump-sass", cubin), arch, warps, shared)
+    usage, sass = (_cuobjdump(option, cubin) for option in ("--dump-resource-usage", "--dump-sass"))
+    return facts_of(usage, sass, arch, warps, shared, element)
 
 
 def kernels(library, name):
@@ -83,7 +104,7 @@ def kernels(library, name):
     return {kernel: (found[kernel], code[kernel]) for kernel in found if kernel in code}
 
 
-def facts_of(usage, sass, arch, warps, shared=None):
+def facts_of(usage, sass, arch, warps, shared=None, element=None):
     """:class:`Facts` of one kernel from what ``cuobjdump`` says of it."""
     registers, stack, static = map(int, _RESOURCES.search(usage).groups())
     shared = static if shared is None else shared
@@ -93,8 +114,9 @@ def facts_of(usage, sass, arch, warps, shared=None):
     inside = [(at, name) for at, name, _ in code if any(start <= at <= end for start, end in loops)]
     judged = inside if any(_is_global(name) for _, name in inside) else [(at, name) for at, name, _ in code]
     ctas = resident(SMS[arch], warps, registers, shared)
-    bodies = [[line for line in code if start <= line[0] <= end] for start, end in _inner(loops)]
+    bodies = [[line for line in code if start <= line[0] <= end] for start, end in sorted(_inner(loops))]
     most = max(map(_asked_at_once, bodies), default=0) or _asked_at_once(code)
+    threads = ctas * warps * 32
     return Facts(
         arch,
         warps,
@@ -108,7 +130,11 @@ def facts_of(usage, sass, arch, warps, shared=None):
         tuple(sorted(set(_mixed(bodies)))),
         _count(name.split(".")[0] for _, name in inside if name.startswith(_TENSOR_CORE)),
         ctas,
-        ctas * warps * 32 * most // 8,
+        threads * most // 8,
+        tuple(
+            Loop(len(body), _loaded(body) // 8, threads * _asked_at_once(body) // 8) for body in bodies if _loaded(body)
+        ),
+        element,
     )
 
 
@@ -149,6 +175,12 @@ def broken(facts, need):
         found.append(f"narrow accesses beside wide ones {facts.mixed}, expected {mixed}")
     at_least("resident warps", facts.resident_warps, granted("warps"))
     at_least("bytes in flight", facts.in_flight, granted("in_flight"))
+    for number, loop in enumerate(facts.loops, 1):
+        at_least(f"bytes in flight in loop {number}", loop.in_flight, granted("each_in_flight"))
+    if granted("instructions") is not None and facts.instructions is None:
+        found.append("no loop that loads elements")
+    elif granted("instructions") is not None:
+        at_most("instructions for an element", round(facts.instructions, 1), granted("instructions"))
     tensor_core = granted("tensor_core")
     if tensor_core is not None and tensor_core not in facts.tensor_core:
         found.append(f"no {tensor_core} in a loop")
@@ -165,6 +197,11 @@ def resident(sm, warps, registers, shared):
 def instructions(sass):
     """``(address, opcode with its suffixes, operands)`` of each line of a disassembly."""
     return [(int(at, 16), name, rest) for at, name, rest in _LINE.findall(sass)]
+
+
+def _loaded(code):
+    """How many bits of global memory a thread loads."""
+    return sum(_bits(name) for _, name, _ in code if _is_load(name))
 
 
 def _asked_at_once(code):
@@ -242,7 +279,7 @@ def _inner(loops):
 
 
 def _is_load(name):
-    return name.startswith(("LDG", "UBLKCP", "UTMALDG"))  # LDGSTS, a copy into shared memory, too
+    return name.startswith(("LDG.", "LDGSTS", "UBLKCP", "UTMALDG"))  # LDGSTS copies into shared memory
 
 
 def _is_global(name):

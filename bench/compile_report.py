@@ -96,8 +96,9 @@ def report(ops=OPS):
                         raise RuntimeError(f"{op}, {name}: launched {found}, the table has {sorted(needs)}")
                     for kernel, compiled in {(k, c.hash): (k, c) for k, c in launched}.values():
                         file.write_bytes(compiled.asm["cubin"])
-                        facts = binary.facts(file, arch, compiled.metadata.num_warps, compiled.metadata.shared)
-                        yield Row(op, name, kernel, facts, binary.broken(facts, needs[kernel]))
+                        metadata, need = compiled.metadata, needs[kernel]
+                        facts = binary.facts(file, arch, metadata.num_warps, metadata.shared, need.element)
+                        yield Row(op, name, kernel, facts, binary.broken(facts, need))
 
 
 def line(row):
@@ -105,9 +106,11 @@ def line(row):
         return " ".join(f"{bits}×{count}" for bits, count in found.items()) or "–"
 
     facts = row.facts
+    in_flight = " ".join(f"{loop.in_flight / 1024:.0f}" for loop in facts.loops) or f"{facts.in_flight / 1024:.0f}"
+    instructions = "–" if facts.instructions is None else f"{facts.instructions:.1f}"
     columns = (
-        f"{row.op:<17}{row.case:<33}{row.kernel:<22}{facts.arch:>3}{facts.registers:>5}{facts.stack:>6}"
-        f"{facts.shared / 1024:>7.1f}{facts.resident_warps:>4}{facts.in_flight / 1024:>7.1f}  "
+        f"{row.op:<17}{row.case:<38}{row.kernel:<22}{facts.arch:>3}{facts.registers:>5}{facts.stack:>6}"
+        f"{facts.shared / 1024:>7.1f}{facts.resident_warps:>4}{in_flight:>12}{instructions:>6}  "
         f"{widths(facts.loads):<18}{widths(facts.stores):<16}{' '.join(facts.tensor_core) or '–':<6}"
     )
     return columns.rstrip() + "".join(f"\n    BROKEN: {sentence}" for sentence in row.broken)
@@ -122,8 +125,8 @@ def main(argv=None):
     if args.csrc and csrc.library() is None:
         parser.error("--csrc: the library is not built: make cuda")
     print(
-        f"{'op':<17}{'case':<33}{'kernel':<22}{'sm':>3}{'regs':>5}{'stack':>6}{'sh. KB':>7}{'wrp':>4}{'KB fly':>7}  "
-        f"{'loads, bits':<18}{'stores, bits':<16}mma"
+        f"{'op':<17}{'case':<38}{'kernel':<22}{'sm':>3}{'regs':>5}{'stack':>6}{'sh. KB':>7}{'wrp':>4}{'KB fly':>12}"
+        f"{'instr':>6}  {'loads, bits':<18}{'stores, bits':<16}mma"
     )
     rows = []
     for row in map(Row._make, csrc.report()) if args.csrc else report(args.ops):

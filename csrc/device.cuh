@@ -30,6 +30,13 @@ __device__ __forceinline__ void cluster_arrive() {
 #endif
 }
 
+// The same without that order: nobody may read past the wait what was written before. It costs no MEMBAR.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");

@@ -2,7 +2,9 @@
 #include "softmax_grad.cuh"
 #include "torch.cuh"
 
+#include <set>
 #include <tuple>
+#include <utility>
 
 namespace sft::softmax_grad {
 
@@ -23,6 +25,16 @@ auto kernel_of(Reads reads, bool capped) {
     default:
       return capped ? softmax_grad_kernel<T, Reads::given, true> : softmax_grad_kernel<T, Reads::given, false>;
   }
+}
+
+// A block's slice of its row lies in shared memory, so an SM gives it all that it has: five blocks of 33 KB fit. The
+// attribute is the kernel's on one device, and stays.
+void prefer_shared_memory(const void* kernel, int32_t device) {
+  thread_local std::set<std::pair<const void*, int32_t>> preferred;
+  if (preferred.count({kernel, device})) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "share of shared memory");
+  preferred.insert({kernel, device});
 }
 
 using Fields = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -87,7 +99,9 @@ Fields softmax_grad_out(Tensor logits, Tensor out, Tensor target, std::optional<
     const Plan how = plan(p.V, sizeof(T), p.given_lse != nullptr, clusters, limit);
     p.parts = how.parts;
     const unsigned cluster = how.reads == Reads::given ? 1 : how.parts;
-    launch(kernel_of<T>(how.reads, softcap.has_value()), N * how.parts, cluster, how.threads, how.shared_bytes,
+    const auto kernel = kernel_of<T>(how.reads, softcap.has_value());
+    if (how.reads == Reads::staged) prefer_shared_memory(reinterpret_cast<const void*>(kernel), device);
+    launch(kernel, N * how.parts, cluster, how.threads, how.shared_bytes,
            current_stream(device), p);
   });
   return fields;

@@ -102,6 +102,10 @@ SFT_BODY float exp_of(float x) {
 // What is subtracted before exponentials: the maximum, but 0 where all is ruled out.
 SFT_BODY float base_of(float largest) { return largest == -INFINITY ? 0.0f : largest; }
 
+// How far below `base` a part's own base lies, at most as far as exp of it is 0: beyond, its product with a part's
+// exponentials could be infinite, and 0 times that is NaN.
+SFT_BODY float below_of(float largest, float base) { return fmaxf(base_of(largest) - base, -200.0f); }
+
 // tanh to fp32's precision: from exp(−2 |x|), near 0 by its series.
 SFT_BODY float tanh_of(float x) {
   const float e = exp_of(-2.0f * fabsf(x));
@@ -132,7 +136,7 @@ SFT_BODY void add(Sums& sums, const Params& p, const float (&u)[COUNT], int y) {
   const float base = base_of(largest);
   if (largest > sums.largest) {
     const float r = exp_of(sums.largest - base);
-    sums.away = r * fmaf(sums.exponentials, base_of(sums.largest) - base, sums.away);
+    sums.away = r * fmaf(sums.exponentials, below_of(sums.largest, base), sums.away);
     sums.exponentials *= r;
     sums.offset += sums.count * (base_of(sums.largest) - base);
     sums.largest = largest;
@@ -159,8 +163,8 @@ SFT_BODY Sums merge(const Sums& a, const Sums& b) {
   Sums sum;
   sum.largest = fmaxf(a.largest, b.largest);
   const float base = base_of(sum.largest), r_a = exp_of(a.largest - base), r_b = exp_of(b.largest - base);
-  const float away_a = fmaf(a.exponentials, base_of(a.largest) - base, a.away);
-  const float away_b = fmaf(b.exponentials, base_of(b.largest) - base, b.away);
+  const float away_a = fmaf(a.exponentials, below_of(a.largest, base), a.away);
+  const float away_b = fmaf(b.exponentials, below_of(b.largest, base), b.away);
   sum.exponentials = r_a * a.exponentials + r_b * b.exponentials;
   sum.away = r_a * away_a + r_b * away_b;
   const float offset_a = a.offset + a.count * (base_of(a.largest) - base);
@@ -315,7 +319,10 @@ SFT_BODY void row(const Params& p) {
     }
     __syncthreads();
     row = shared.row;
-    if (cluster) cluster_arrive();  // the others' sums are read; no block ends before the last has read its own
+    // The others' sums are read; no block ends before the last has read its own. Relaxed is enough, for nothing is
+    // published: warp 0 alone read the others' memory, its shuffles had every value in a register, and the row that
+    // came of them went through the barrier above. A load whose value was used is over. PTX has no relaxed wait.
+    if (cluster) cluster_arrive_relaxed();
   }
 
   if (p.scale) {

@@ -8,10 +8,11 @@ import sys
 import pytest
 
 from bench import compile_report
-from bench.binary import SMS, Facts, Need, broken, facts_of, instructions, resident
+from bench.binary import SMS, Facts, Loop, Need, broken, facts_of, instructions, resident
 
 pytest.importorskip("triton")
-FACTS = Facts(90, 8, 40, 1024, 0, 0, {128: 2}, {128: 1}, 44, (0, 8), {"HGMMA": 4}, 6, 49152)
+LOOPS = (Loop(100, 32, 49152), Loop(61, 16, 24576))
+FACTS = Facts(90, 8, 40, 1024, 0, 0, {128: 2}, {128: 1}, 44, (0, 8), {"HGMMA": 4}, 6, 49152, LOOPS, element=2)
 
 
 def test_lines_of_a_disassembly():
@@ -56,6 +57,14 @@ def test_a_kernel_inside_its_budget_breaks_nothing():
         tensor_core={90: "HGMMA"},
     )
     assert broken(FACTS, need) == []
+    assert broken(FACTS, Need(each_in_flight={80: 99999, 90: 24576}, instructions=13.9)) == []
+
+
+def test_instructions_are_counted_for_each_element_of_every_loop():
+    assert FACTS.instructions == 100 * 2 / 32 + 61 * 2 / 16
+    assert FACTS._replace(element=4).instructions == 2 * FACTS.instructions
+    assert FACTS._replace(element=None).instructions is None
+    assert FACTS._replace(loops=()).instructions is None
 
 
 @pytest.mark.parametrize(
@@ -75,6 +84,9 @@ def test_a_kernel_inside_its_budget_breaks_nothing():
         ({"stores": {32: 1}}, Need(narrow=1), "bits of the widest store 32, at least 128"),
         ({}, Need(warps=49), "resident warps 48, at least 49"),
         ({}, Need(in_flight=50000), "bytes in flight 49152, at least 50000"),
+        ({}, Need(each_in_flight=24577), "bytes in flight in loop 2 24576, at least 24577"),
+        ({}, Need(instructions=13.8), "instructions for an element 13.9, at most 13.8"),
+        ({"loops": ()}, Need(instructions=99), "no loop that loads elements"),
         ({"tensor_core": {}}, Need(tensor_core="HGMMA"), "no HGMMA in a loop"),
     ],
 )
@@ -97,15 +109,36 @@ def copy(x, y, n, MASKED: tl.constexpr, BLOCK: tl.constexpr):
         else:
             tl.store(y + o, tl.load(x + o))
 
+@triton.jit
+def twice(x, y, n, SLOW: tl.constexpr, BLOCK: tl.constexpr, SECOND: tl.constexpr):
+    largest = tl.zeros([BLOCK], tl.float32)
+    for i in range(0, n, BLOCK):
+        v = tl.load(x + i + tl.arange(0, BLOCK)).to(tl.float32)
+        if SLOW:
+            v = tl.exp(v)
+        largest = tl.maximum(largest, v)
+    scale = tl.max(largest)
+    for i in range(0, n, SECOND):
+        o = i + tl.arange(0, SECOND)
+        tl.store(y + o, tl.load(x + o) * scale.to(tl.bfloat16))
+
+def launch_twice(slow=False, second=8192):
+    x = torch.empty(1 << 20, dtype=torch.bfloat16)
+    twice[(1,)](x, x, 1 << 20, SLOW=slow, BLOCK=8192, SECOND=second, num_warps=8)
+
 def launch(masked, warps=4, offset=0, n=1 << 20):
     x = torch.empty(1 << 20, dtype=torch.bfloat16)
     copy[(1,)](x[offset:], x, n, MASKED=masked, BLOCK=8192, num_warps=warps)
 
+two = Need(element=2, instructions=6, each_in_flight=32 << 10)
 cases = {
     "good": (lambda: launch(False), {"copy": Need()}),
     "narrow": (lambda: launch(True, n=(1 << 20) - 1), {"copy": Need()}),
     "unaligned": (lambda: launch(False, offset=1), {"copy": Need()}),
     "crowded": (lambda: launch(False, warps=1), {"copy": Need(warps=32)}),
+    "two loops": (launch_twice, {"twice": two}),
+    "slow": (lambda: launch_twice(slow=True), {"twice": two}),
+    "second asks for less": (lambda: launch_twice(second=2048), {"twice": two}),
 }
 sys.modules[launches.__name__ + ".planted"] = type(sys)("planted")
 sys.modules[launches.__name__ + ".planted"].CASES = cases
@@ -125,13 +158,18 @@ def test_planted_kernels_break_their_budgets(tmp_path):
     assert done.returncode == 1, done.stderr
     rows = json.loads((tmp_path / "rows").read_text())["rows"]
     assert [(row["case"], row["facts"]["arch"]) for row in rows] == [
-        (case, arch) for case in ("good", "narrow", "unaligned", "crowded") for arch in (80, 90)
+        (case, arch)
+        for case in ("good", "narrow", "unaligned", "crowded", "two loops", "slow", "second asks for less")
+        for arch in (80, 90)
     ]
-    assert {row["case"] for row in rows if row["broken"]} == {"narrow", "unaligned", "crowded"}
+    wrong = {row["case"]: row["broken"] for row in rows if row["broken"]}
+    assert set(wrong) == {"narrow", "unaligned", "crowded", "slow", "second asks for less"}
+    assert any(sentence.startswith("instructions for an element") for sentence in wrong["slow"])
+    assert [sentence[:25] for sentence in wrong["second asks for less"]] == ["bytes in flight in loop 2"]
     good = rows[0]["facts"]
     assert set(good["loads"]) == set(good["stores"]) == {"128"}
     assert good["in_flight"] == good["ctas"] * 8192 * 2  # one turn at a time, however often the loop is unrolled
-    assert done.stdout.splitlines()[-1] == "8 kernels, 6 outside their budget"
+    assert done.stdout.splitlines()[-1] == "14 kernels, 10 outside their budget"
 
 
 def test_narrow_accesses_beside_wide_ones_are_counted_loop_by_loop():

@@ -33,6 +33,17 @@ def test_every_kernel_is_there_on_both_architectures(rows):
 
 
 @needs_library
+def test_a_row_on_a_cluster_waits_for_memory_once():
+    """Its first barrier publishes the sums. A second MEMBAR would be the second barrier's, which publishes nothing."""
+    counts = [
+        [name.split(".")[0] for _, name, _ in binary.instructions(sass)].count("MEMBAR")
+        for kernel, (_, sass) in binary.kernels(csrc.library(), "sm_90a").items()
+        if "Reads)0" in csrc._demangled([kernel])[0]
+    ]
+    assert counts == [1] * 6
+
+
+@needs_library
 def test_a_broken_budget_is_reported(monkeypatch, capsys):
     monkeypatch.setitem(csrc._ADAMW, "update_kernel", binary.Need(narrow=None, registers=20))
     assert compile_report.main(["--csrc"]) == 1

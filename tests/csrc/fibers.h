@@ -3,8 +3,9 @@
 // The order in which fibers run is shuffled by a seed, so is that of clusters, and by the seed a warp or a block runs
 // far ahead of the others: what is right only in some order is wrong under some seed. Shared memory is full of 0xff when
 // a block begins and out of reach when it has ended; behind it, and around global memory from memory.cpp, no byte can be
-// touched. An asynchronous copy is done when it is waited for, no sooner. A launch returns what went wrong, or nullptr.
-// Not shown: fences, the asynchronous proxy.
+// touched. An asynchronous copy is done when it is waited for, no sooner. Behind a cluster's barrier at which someone
+// arrived relaxed, no peer's memory may be read. A launch returns what went wrong, or nullptr. Not shown: fences, the
+// asynchronous proxy.
 #pragma once
 
 #include <csetjmp>
@@ -37,6 +38,8 @@ struct Index {
 
 struct Barrier {
   unsigned expected = 0, arrived = 0, generation = 0;
+  bool releases = true;  // whether all arrivals of this generation do
+  bool released = true;  // whether all of the last one did
 };
 
 struct Warp {
@@ -115,10 +118,12 @@ __attribute__((noinline)) inline void pause() {
   if (_setjmp(current->resume) == 0) _longjmp(scheduler, 1);
 }
 
-inline unsigned arrive(Barrier& barrier) {
+inline unsigned arrive(Barrier& barrier, bool release = true) {
   const unsigned generation = barrier.generation;
+  barrier.releases &= release;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
+    barrier.released = std::exchange(barrier.releases, true);
     ++barrier.generation;
   }
   return generation;
@@ -310,10 +315,14 @@ inline void copy_wait() {
 }
 
 inline void cluster_arrive() { fibers::current->cluster_generation = fibers::arrive(fibers::cluster_barrier); }
+inline void cluster_arrive_relaxed() {
+  fibers::current->cluster_generation = fibers::arrive(fibers::cluster_barrier, false);
+}
 inline void cluster_wait() { fibers::wait_past(fibers::cluster_barrier, fibers::current->cluster_generation); }
 
 template <class T>
 const T* cluster_peer(const T* own, unsigned rank) {
+  if (!fibers::cluster_barrier.released) fibers::fail("a peer's memory behind a relaxed arrival");
   const auto offset = reinterpret_cast<const unsigned char*>(own) - shared_memory();
   return reinterpret_cast<const T*>((*fibers::cluster)[rank].shared + offset);
 }

@@ -15,6 +15,7 @@ enum Fault {
   WRITE_BEFORE,       // the output
   SHARED_BEHIND,      // of the block's shared memory
   LEFT_OUT,           // one thread never reaches a barrier
+  RELAXED,            // arrival before a peer's memory is read
 };
 
 // out[i] = Σ in over the cluster + Σ in over the block + the count of positive ones in the warp, all twice.
@@ -38,10 +39,12 @@ static void sum_over_cluster(const float* in, float* out, unsigned blocks, int f
     for (unsigned w = 0; w < threads / 32; ++w) block += values[w];
     if (fault != NO_SECOND_BARRIER) __syncthreads();
     if (thread == 0) values[0] = block;
-    if (fault != NO_CLUSTER_BARRIER) cluster_arrive(), cluster_wait();
+    if (fault == RELAXED) cluster_arrive_relaxed(), cluster_wait();
+    else if (fault != NO_CLUSTER_BARRIER) cluster_arrive(), cluster_wait();
     for (unsigned b = 0; b < blocks; ++b) total += *cluster_peer(values, b);
     total += block + float(std::popcount(positive));
-    if (fault != EARLY_END || round == 0) cluster_arrive(), cluster_wait();
+    if (round == 0) cluster_arrive(), cluster_wait();
+    else if (fault != EARLY_END) cluster_arrive_relaxed(), cluster_wait();
   }
   const unsigned last = gridDim.x * threads - 1;
   if (fault == READ_BEHIND && at == last) total += in[4 * last + 4];

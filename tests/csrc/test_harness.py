@@ -11,7 +11,7 @@ pytestmark = needs_compiler
 
 FAULTS = (
     "none, no barrier, no second barrier, no cluster barrier, early end, no copy wait, read behind, write behind,"
-    " write before, shared behind, left out"
+    " write before, shared behind, left out, relaxed"
 ).split(", ")
 
 
@@ -53,6 +53,7 @@ def test_a_race_gives_a_wrong_result(fault):
         ("early end", "out of bounds", True),
         ("shared behind", "out of bounds", True),
         ("left out", "deadlock", True),
+        ("relaxed", "relaxed arrival", True),
         ("read behind", "out of bounds", True),
         ("write behind", "out of bounds", True),
         ("write behind", "beside its memory", False),

@@ -10,10 +10,11 @@ from sft_kernels._backend import resolve
 from sft_kernels._budget import check
 from sft_kernels.ops.softmax_grad import reference
 from sft_kernels.ops.softmax_grad.options import LossOptions
+from sft_kernels.ops.softmax_grad.triton_impl import CONFIGS, Config
 
 from .helpers import same_bits
 
-TILE = 4096  # columns that Triton's kernel takes at a time
+TILE = 8 * CONFIGS["twice", 2].groups  # columns that Triton's kernel takes at a time
 EVERY = {"label_smoothing": 0.1, "softcap": 6.0, "logit_scale": 0.7, "z_loss": 0.01}
 HALF = [torch.bfloat16, torch.float16]
 
@@ -91,6 +92,17 @@ def test_rows_of_several_tiles(core, v, dtype, options):
     hold(core, rising(n, v, dtype), borders(v, n), LossOptions(v, **options))
 
 
+@pytest.mark.parametrize("options", [{}, EVERY], ids=["plain", "every option"])
+@pytest.mark.parametrize("config", [Config(8, 1), Config(64, 2), Config(2048, 32, 64)], ids=str)
+def test_any_configuration_is_right(monkeypatch, config, options):
+    for key in CONFIGS:
+        monkeypatch.setitem(CONFIGS, key, config)
+    v, n = 8 * config.groups + 8 * 5 + 3, 5
+    for length in (v, 2 * v, 61):
+        hold(resolve("softmax_grad", "triton"), rising(n, length, torch.bfloat16), borders(length, n),
+             LossOptions(length, **options))  # fmt: skip
+
+
 @pytest.mark.parametrize("v", [1, 2, 7, 8, 9, 15, 16, 17, 63, 64, 65, 200, TILE - 1, TILE, TILE + 1, TILE + 8])
 def test_rows_about_the_edge_of_a_group_or_tile(core, v):
     n = 6
@@ -153,6 +165,21 @@ def test_ruled_out_classes_and_rows_of_one_candidate(core, v, at):
     check("nll", rows.nll, ref.nll, losses)
     check("entropy", rows.entropy, ref.entropy, torch.as_tensor(ref.entropy))
     check("dlogits", x, ref.dlogits, gradient)
+
+
+@pytest.mark.parametrize("v", [40, 2 * TILE + 5])
+def test_classes_masked_by_the_lowest_number(core, v):
+    """Among them whole groups, whose maximum it is: its product with log₂ e would be infinite."""
+    logits = rising(4, v, torch.float32)
+    logits[:, v // 3 :] = torch.finfo(torch.float32).min
+    target, scale = torch.arange(4), torch.ones(4)
+    rows = core(x := logits.clone(), target, LossOptions(v), scale, stats=True)
+    ref = reference.softmax_grad(logits.double().numpy(), target.numpy(), np.ones(4))
+    losses, gradient = eager(logits, target, scale, LossOptions(v))
+    check("nll", rows.nll, ref.nll, losses)
+    check("entropy", rows.entropy, ref.entropy, torch.as_tensor(ref.entropy))
+    check("dlogits", x, ref.dlogits, gradient)
+    assert not x[:, v // 3 :].any()
 
 
 @pytest.mark.parametrize("v", [40, TILE + 5])

@@ -5,19 +5,49 @@ is exchanged between threads before the end of the row. The second pass walks ba
 still be in the cache.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ..._triton import on, tanh_and_slope
+from ..._triton import exp, on, tanh_and_slope
 from . import operators
 from .options import LossOptions
 
 _VEC = tl.constexpr(8)  # columns of a group: 16 bytes in half precision
-_GROUPS = 512  # of a tile at most, over all its rows
 _NIL = tl.constexpr(-200.0)  # exp of this is 0 in fp32, and 0 times it is 0, which 0 times −∞ is not
 _SCALE_BLOCK = 8192  # elements of a gradient that a program multiplies at a time
+_SCALE_TAIL = 1024  # the same of what is left behind the last whole block
 _SCALE_PROGRAMS = 1024  # at most: where the factor is 1 they are all that it costs
+
+
+class Config(NamedTuple):
+    """How the core is launched."""
+
+    groups: int  # of eight columns in a tile, over all its rows: a power of two
+    warps: int  # of a program
+    registers: int | None = None  # of a thread, at most; None leaves it to the compiler
+
+
+# By what is done with a row and the bytes of a logit: a gradient that needs two reads of it, one read alone (statistics
+# alone, or the logsumexp given), and either of them with a softcap. Chosen for what the compiler makes of them, not by
+# time; the budgets are in bench/launches/softmax_grad.py.
+CONFIGS = {
+    ("twice", 2): Config(512, 8),
+    ("twice", 4): Config(512, 8),
+    ("once", 2): Config(512, 8),
+    ("once", 4): Config(512, 8),
+    ("capped", 2): Config(512, 8, 80),
+    ("capped", 4): Config(512, 8),
+}
+
+
+def config_of(scale, lse, softcap, element_size):
+    """The :class:`Config` of a launch with these arguments. A function of nothing else, least of all of the number of
+    rows: a row's sums must not depend on its neighbours."""
+    reads = "twice" if scale is not None and lse is None else "once"
+    return CONFIGS["capped" if softcap is not None else reads, element_size]
 
 
 @triton.jit
@@ -39,10 +69,10 @@ def _base(max_logit):
 
 
 @triton.jit
-def _tile(logits, first, o_g, m_g):
-    """Groups ``o_g`` of rows whose whole groups begin at ``first``, to be read once more: [ROWS, GROUPS, _VEC]."""
+def _tile(logits, first, o_g, m_g, EVICT: tl.constexpr):
+    """Groups ``o_g`` of rows whose whole groups begin at ``first``: [ROWS, GROUPS, _VEC]."""
     p = first[:, None, None] + (o_g * _VEC)[:, :, None] + tl.arange(0, _VEC)[None, None, :]
-    return tl.load(logits + p, mask=m_g[:, :, None], other=float("-inf"), eviction_policy="evict_last")
+    return tl.load(logits + p, mask=m_g[:, :, None], other=float("-inf"), eviction_policy=EVICT)
 
 
 @triton.jit
@@ -53,7 +83,11 @@ def _edges(skip, groups, V):
     return c, tl.where(o < _VEC, o < skip[:, None], True) & (c < V)
 
 
-@triton.jit
+# Batches differ in N and in where slices of the [N] arrays begin. Neither may compile the kernel anew.
+_ROW_ARRAYS = ("target", "scale", "given_lse", "keep", "lse", "target_logit", "max_logit", "mean_logit", "sum_logit")
+
+
+@triton.jit(do_not_specialize=["N", "V"], do_not_specialize_on_alignment=_ROW_ARRAYS)
 def _softmax_grad_kernel(
     logits,  # [N, V]
     out,  # [N, V]: dlogits, may be logits
@@ -110,6 +144,7 @@ def _softmax_grad_kernel(
         first = tl.multiple_of(first, 8)
         first_out = tl.multiple_of(first_out, 8)
     o_v = tl.arange(0, _VEC)[None, None, :]
+    o_0 = tl.arange(0, GROUPS)[None, :]
     groups = tl.maximum(V - skip, 0) // _VEC  # [ROWS] whole ones
     tiles = tl.cdiv(V // _VEC, GROUPS)
 
@@ -130,24 +165,24 @@ def _softmax_grad_kernel(
         s = tl.zeros([ROWS, GROUPS], tl.float32)
         t = tl.zeros([ROWS, GROUPS], tl.float32)
         w = tl.zeros([ROWS, GROUPS], tl.float32)  # Σ (u − m): of one sign, so that no digits cancel
-        o_0 = tl.arange(0, GROUPS)[None, :]
         if AHEAD:  # every tile is asked for while the one before it is summed
-            ahead = _tile(logits, first, o_0, live[:, None] & (o_0 < groups[:, None]))
+            ahead = _tile(logits, first, o_0, live[:, None] & (o_0 < groups[:, None]), "evict_last")
         for i in range(tiles):
             o_g = i * GROUPS + o_0
             m_g = (live[:, None] & (o_g < groups[:, None]))[:, :, None]  # [ROWS, GROUPS, 1]
             c = (skip[:, None] + o_g * _VEC)[:, :, None] + o_v
             if AHEAD:
                 x = ahead.to(tl.float32)
-                ahead = _tile(logits, first, o_g + GROUPS, live[:, None] & (o_g + GROUPS < groups[:, None]))
+                m_next = live[:, None] & (o_g + GROUPS < groups[:, None])
+                ahead = _tile(logits, first, o_g + GROUPS, m_next, "evict_last")
             else:
-                x = _tile(logits, first, o_g, live[:, None] & (o_g < groups[:, None])).to(tl.float32)
+                x = _tile(logits, first, o_g, live[:, None] & (o_g < groups[:, None]), "evict_last").to(tl.float32)
             u = _shape(x, m_g, softcap, logit_scale, tanh_scale, CAPPED, SCALED)[0]
             highest = tl.maximum(m, tl.max(u, 2))
             b = _base(highest)
             below = u - b[:, :, None]
-            e = tl.where(c == y[:, None, None], 0.0, tl.exp(below))
-            r = tl.exp(m - b)
+            e = tl.where(c == y[:, None, None], 0.0, exp(below))
+            r = exp(m - b)
             if STATS:
                 t = r * (t + s * tl.maximum(m - b, _NIL)) + tl.sum(e * tl.maximum(below, _NIL), 2)
             if SMOOTHED:
@@ -164,7 +199,7 @@ def _softmax_grad_kernel(
             top = tl.maximum(top, tl.max(u_e, 1))
         base = _base(top)
         b = _base(m)
-        r = tl.exp(m - base[:, None])
+        r = exp(m - base[:, None])
         rest = tl.sum(s * r, 1)
         away = tl.sum(r * t + s * r * (b - base[:, None]), 1)  # Σ exp(u − base)(u − base)
         offset = tl.zeros([ROWS], tl.float32)
@@ -174,12 +209,13 @@ def _softmax_grad_kernel(
             offset = tl.sum(tl.where(columns > 0, w + columns * (b - base[:, None]), 0.0), 1)
         if EDGES:
             below_e = u_e - base[:, None]
-            e_e = tl.where(c_e == y[:, None], 0.0, tl.exp(below_e))
+            e_e = tl.where(c_e == y[:, None], 0.0, exp(below_e))
             rest += tl.sum(e_e, 1)
             away += tl.sum(e_e * tl.maximum(below_e, _NIL), 1)
-            offset += tl.sum(tl.where(m_e, below_e, 0.0), 1)
+            if SMOOTHED:
+                offset += tl.sum(tl.where(m_e, below_e, 0.0), 1)
         below_y = u_y - base
-        e_y = tl.exp(below_y)
+        e_y = exp(below_y)
         total = rest.to(tl.float64) + e_y.to(tl.float64)
         row_lse = base.to(tl.float64) + tl.log(tl.where(live, total, 1.0))
         minus = -rest / total.to(tl.float32)  # p_y − 1
@@ -206,17 +242,22 @@ def _softmax_grad_kernel(
         at_y = a * (minus + smoothing - uniform + pull * (minus + 1.0))
         factor = a * (1.0 + pull) / tl.where(live, total, 1.0).to(tl.float32)
         base = _base(base)
+        if AHEAD:
+            o_g = (tiles - 1) * GROUPS + o_0
+            ahead = _tile(logits, first, o_g, live[:, None] & (o_g < groups[:, None]), "evict_first")
         for k in range(tiles):
-            i = tiles - 1 - k
-            o_g = i * GROUPS + tl.arange(0, GROUPS)[None, :]
+            o_g = (tiles - 1 - k) * GROUPS + o_0
             m_g = (o_g < groups[:, None])[:, :, None]
-            p = first[:, None, None] + (o_g * _VEC)[:, :, None] + o_v
             c = (skip[:, None] + o_g * _VEC)[:, :, None] + o_v
             p_out = first_out[:, None, None] + (o_g * _VEC)[:, :, None] + o_v
-            x = tl.load(logits + p, mask=live[:, None, None] & m_g, other=0.0, eviction_policy="evict_first")
-            x = x.to(tl.float32)
+            if AHEAD:
+                x = ahead.to(tl.float32)
+                m_next = live[:, None] & (o_g >= GROUPS) & (o_g - GROUPS < groups[:, None])
+                ahead = _tile(logits, first, o_g - GROUPS, m_next, "evict_first")
+            else:
+                x = _tile(logits, first, o_g, live[:, None] & (o_g < groups[:, None]), "evict_first").to(tl.float32)
             u, slope = _shape(x, m_g, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
-            d = factor[:, None, None] * tl.exp(u - base[:, None, None])
+            d = factor[:, None, None] * exp(u - base[:, None, None])
             if SMOOTHED:
                 d -= (a * uniform)[:, None, None]
             d = tl.where(c == y[:, None, None], at_y[:, None, None], d)
@@ -229,7 +270,7 @@ def _softmax_grad_kernel(
             p_e = (o_n * stride)[:, None] + c_e
             x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=0.0).to(tl.float32)
             u_e, slope_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
-            d_e = factor[:, None] * tl.exp(u_e - base[:, None])
+            d_e = factor[:, None] * exp(u_e - base[:, None])
             if SMOOTHED:
                 d_e -= (a * uniform)[:, None]
             d_e = tl.where(c_e == y[:, None], at_y[:, None], d_e)
@@ -240,17 +281,17 @@ def _softmax_grad_kernel(
             tl.store(out + p_out_e, d_e.to(out.dtype.element_ty), mask=m_n[:, None] & m_e)
 
 
-@triton.jit
-def _scale_kernel(gradient, factor, n, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["factor"])
+def _scale_kernel(gradient, factor, n: tl.int64, BLOCK: tl.constexpr, TAIL: tl.constexpr):
     f = tl.load(factor).to(tl.float32)
     if f != 1:
-        start = tl.program_id(0).to(tl.int64) * BLOCK
-        step = tl.num_programs(0).to(tl.int64) * BLOCK
-        for i in range(start, n - BLOCK + 1, step):
+        pid = tl.program_id(0).to(tl.int64)
+        programs = tl.num_programs(0).to(tl.int64)
+        for i in range(pid * BLOCK, n - BLOCK + 1, programs * BLOCK):
             o = tl.multiple_of(i, 16) + tl.arange(0, BLOCK)
             tl.store(gradient + o, (tl.load(gradient + o).to(tl.float32) * f).to(gradient.dtype.element_ty))
-        if tl.program_id(0) == 0:
-            o = n // BLOCK * BLOCK + tl.arange(0, BLOCK)
+        for i in range(n // BLOCK * BLOCK + pid * TAIL, n, programs * TAIL):
+            o = i + tl.arange(0, TAIL)
             x = tl.load(gradient + o, mask=o < n, other=0.0).to(tl.float32)
             tl.store(gradient + o, (x * f).to(gradient.dtype.element_ty), mask=o < n)
 
@@ -277,8 +318,9 @@ def launch(logits, out, target, scale, lse, keep, options, stats):
     destination = out if out.stride(1) == 1 else torch.empty_like(source)
     stride, stride_out = source.stride(0), destination.stride(0)
     aligned = (stride - stride_out) % 8 == 0
-    groups = min(triton.next_power_of_2(triton.cdiv(V, 8)), _GROUPS)
-    rows = _GROUPS // groups  # whatever N: a row's sums must not depend on its neighbours
+    config = config_of(scale, lse, options.softcap, source.element_size())
+    groups = min(triton.next_power_of_2(triton.cdiv(V, 8)), config.groups)
+    rows = config.groups // groups
     with on(logits.device):
         _softmax_grad_kernel[(triton.cdiv(N, rows),)](
             source,
@@ -309,10 +351,11 @@ def launch(logits, out, target, scale, lse, keep, options, stats):
             ALIGNED=aligned,
             SKIP=aligned and stride % 8 != 0,
             EDGES=stride % 8 != 0 or V % 8 != 0,
-            AHEAD=groups * 8 < V and options.softcap is None,  # else there is nothing ahead, or no register left
+            AHEAD=aligned and groups * 8 < V and lse is None,
             ROWS=rows,
             GROUPS=groups,
-            num_warps=max(1, rows * groups // 64),
+            num_warps=config.warps,
+            maxnreg=config.registers,
         )
     if scale is not None and destination is not out:
         out.copy_(destination)
@@ -348,7 +391,7 @@ def _scale(gradient, factor):
     elif n := gradient.numel():
         programs = min(max(1, n // _SCALE_BLOCK), _SCALE_PROGRAMS)
         with on(gradient.device):
-            _scale_kernel[(programs,)](gradient, factor, n, BLOCK=_SCALE_BLOCK, num_warps=8)
+            _scale_kernel[(programs,)](gradient, factor, n, BLOCK=_SCALE_BLOCK, TAIL=_SCALE_TAIL, num_warps=8)
 
 
 for _schema in operators.SCHEMAS:
