@@ -18,12 +18,13 @@ import torch
 
 import sft_kernels
 from sft_kernels.ops.packed_attention import triton_shared
-from sft_kernels.ops.packed_attention.triton_shared import Config
+from sft_kernels.ops.softmax_grad import triton_impl
+from sft_kernels.ops.softmax_grad.options import LossOptions
 
 from . import right, timing
 from .bench_packed_attention import lengths_of, useful_flops
 from .facts import code_state, versions
-from .peers import Attention
+from .peers import Attention, Loss
 from .results import device_facts, file_name
 from .suite import recorded
 
@@ -33,6 +34,10 @@ FORWARD = [(128, 64, 8, 3), (64, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2)]
 DQUERY = [(128, 64, 8, 2), (64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 8, 2)]
 DKEY = [(128, 32, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)]
 D = 128
+# Groups of eight columns in a tile, warps. From the third on fewer rows are in flight on the GPU, 34 to 68 MB, so that
+# the second read of a row may still find it in the L2 cache.
+CORE = [(512, 8), (512, 4), (1024, 16), (1024, 8), (2048, 32), (2048, 16), (1024, 32)]
+V = 128256
 
 
 class Knob(NamedTuple):
@@ -60,20 +65,30 @@ def attention_knobs(major):
         ("forward", FORWARD, "forward"), ("dquery", DQUERY, "backward"), ("dkey", DKEY, "backward"),
     ):  # fmt: skip
         table = triton_shared.CONFIGS[kernel]
-        found = dict.fromkeys([table[major, D], *(Config(*each) for each in candidates)])  # the table's first
+        found = dict.fromkeys(
+            [table[major, D], *(triton_shared.Config(*each) for each in candidates)]
+        )  # the table's first
         yield Knob(kernel, table, (major, D), [*found], passes)
+
+
+def core_knob():
+    table, key = triton_impl.CONFIGS, ("twice", 2)
+    found = dict.fromkeys([table[key], *(triton_impl.Config(*each) for each in CORE)])
+    return Knob("core", table, key, [*found], "forward + backward")
 
 
 def launches():
     """Yields ``(name, launch)`` of each candidate, for ``bench.precompile``: the passes over one small row."""
     from .launches.packed_attention import _both
+    from .launches.softmax_grad import _core
 
-    for knob in attention_knobs(9):
+    small = {"core": lambda: _core(V, torch.bfloat16)}
+    for knob in (core_knob(), *attention_knobs(9)):
         for candidate in knob.candidates:
 
             def launch(knob=knob, candidate=candidate):
                 with knob.at(candidate):
-                    _both(D, torch.bfloat16)
+                    small.get(knob.kernel, lambda: _both(D, torch.bfloat16))()
 
             yield f"sweep, {knob.kernel}, {label(candidate)}", launch
 
@@ -117,6 +132,34 @@ class Attentions:
         return useful_flops({**self.parameters, "pass": knob.passes})
 
 
+class Cores:
+    """The core over rows of a large vocabulary, in place, as a fused loss launches it."""
+
+    def __init__(self, N, columns, device):
+        generator = torch.Generator(device).manual_seed(0)
+        self.device, self.options = device, LossOptions(columns)
+        self.logits = torch.randn(N, columns, generator=generator, device=device).to(torch.bfloat16)
+        self.target = torch.randint(columns, (N,), generator=generator, device=device)
+        self.scale = torch.full((N,), 1 / N, device=device)
+
+    def rival(self, knob, candidate):
+        def run(_):
+            with knob.at(candidate):
+                return triton_impl.softmax_grad(self.logits, self.target, self.options, self.scale)
+
+        return timing.Rival(run)
+
+    def bytes(self):
+        """Of what cannot be left out: each logit is read once and written once."""
+        return 2 * self.logits.nbytes
+
+
+def core_error(knob, candidate, device):
+    loss = Loss(lambda x, y: sft_kernels.cross_entropy(x, y, impl="triton"))
+    with knob.at(candidate):
+        return right.checked(right.loss_error, loss, device, torch.bfloat16)
+
+
 def attention_error(knob, candidate, device):
     def make(bounds, longest):
         return Attention(lambda q, k, v: sft_kernels.packed_attention(q, k, v, bounds, longest, impl="triton"))
@@ -127,25 +170,36 @@ def attention_error(knob, candidate, device):
 
 def measure(device, tiny, write):
     """Time every candidate; ``write(cell)`` is called with each cell as soon as it is known."""
+    inputs = Cores(*((8, 512) if tiny else (8192, V)), device)
+    write(cell(core_knob(), f"core, {len(inputs.target)} rows", inputs, core_error, device, tiny))
+    del inputs
+    torch.cuda.empty_cache()
     major = torch.cuda.get_device_capability(device)[0]
     layouts = [("mix", 128)] if tiny else [("mix", 16 << 10), (8 << 10, 16 << 10)]
     for layout, T in layouts:
         inputs = Attentions(layout, T, device, tiny)
         for knob in attention_knobs(major):
-            write(cell(knob, f"{knob.kernel}, {T} tokens of {layout}", inputs, device, tiny))
+            name = f"{knob.kernel}, {T} tokens of {layout}"
+            write(cell(knob, name, inputs, attention_error, device, tiny))
 
 
-def cell(knob, name, inputs, device, tiny):
+def cell(knob, name, inputs, error, device, tiny):
     candidates = knob.candidates[:2] if tiny else knob.candidates
-    rows = {label(c): attention_error(knob, c, device) for c in candidates}
+    rows = {label(c): error(knob, c, device) for c in candidates}
     rivals = {label(c): inputs.rival(knob, c) for c in candidates if "error" in rows[label(c)]}
+    moved = inputs.bytes() if isinstance(inputs, Cores) else None
+    floor = {"copy": timing.copy(moved // 2, device)} if moved else {}
     rounds = (2, 2) if tiny else (7, 40)
-    samples, failed = timing.interleaved(rivals, [()], device, budget=1.0, rounds=rounds)
+    samples, failed = timing.interleaved(rivals | floor, [()], device, budget=1.0, rounds=rounds)
     for row, reason in failed.items():
         rows[row]["raised"] = reason
-    for row, taken in samples.items():
-        rows[row] |= recorded(taken)
-    return {"cell": name, "flops": inputs.flops(knob), "rows": rows}
+    for row in rivals:
+        if row in samples:
+            rows[row] |= recorded(samples[row])
+    found = {"cell": name, "rows": rows}
+    if moved:
+        return found | {"machine": {"copy": recorded(samples["copy"])}}
+    return found | {"flops": inputs.flops(knob)}
 
 
 def table(found):
@@ -158,7 +212,10 @@ def table(found):
     timed = {name: row for name, row in found["rows"].items() if "seconds" in row}
     for name, row in sorted(timed.items(), key=lambda item: middle(item[1])):
         right = "" if row["error"] <= 1 else f"  OFF: {row['error']:.3g} × the error budget"
-        rate = f"{found['flops'] / middle(row) / 1e12:>8.0f} TFLOP/s" if found.get("flops") else ""
+        if "flops" in found:
+            rate = f"{found['flops'] / middle(row) / 1e12:>8.0f} TFLOP/s"
+        else:
+            rate = f"{middle(found['machine']['copy']) / middle(row):>8.0%} of a copy's bandwidth"
         lines.append(f"  {name:<44}{middle(row) * 1e3:>10.3f} ms{rate}{right}")
     for name, row in found["rows"].items():
         if name not in timed:

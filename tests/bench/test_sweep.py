@@ -13,7 +13,7 @@ from bench import sweep
 from bench.timing import ROOT
 from sft_kernels.ops.packed_attention import triton_shared
 
-KNOBS = {knob.kernel: knob for knob in sweep.attention_knobs(9)}
+KNOBS = {knob.kernel: knob for knob in (sweep.core_knob(), *sweep.attention_knobs(9))}
 
 
 def run(*command, **environment):
@@ -30,7 +30,7 @@ def run(*command, **environment):
 @pytest.mark.parametrize("kernel", KNOBS)
 def test_the_tables_own_configuration_comes_first_and_none_twice(kernel):
     knob = KNOBS[kernel]
-    assert knob.candidates[0] == triton_shared.CONFIGS[kernel][9, 128]
+    assert knob.candidates[0] == knob.table[knob.key]
     assert len({*knob.candidates}) == len(knob.candidates) > 2
 
 
@@ -44,14 +44,12 @@ def test_a_candidate_is_in_force_inside_and_the_table_is_put_back():
     assert knob.table == before
 
 
-def test_candidates_that_are_off_or_cannot_run_are_named(monkeypatch):
+def test_candidates_that_are_off_or_cannot_run_are_named():
     knob = KNOBS["dquery"]
     bad, worse = knob.candidates[1:3]
 
     def error(knob, candidate, device):
         return {"error": 3.0} if candidate == bad else {"raised": "no room"} if candidate == worse else {"error": 0.1}
-
-    monkeypatch.setattr(sweep, "attention_error", error)
 
     class Inputs:
         def rival(self, knob, candidate):
@@ -60,7 +58,7 @@ def test_candidates_that_are_off_or_cannot_run_are_named(monkeypatch):
         def flops(self, knob):
             return 1e12
 
-    found = sweep.cell(knob, "a cell", Inputs(), torch.device("cpu"), tiny=False)
+    found = sweep.cell(knob, "a cell", Inputs(), error, torch.device("cpu"), tiny=False)
     text = sweep.table(found)
     assert f"  {sweep.label(worse):<44}no room" in text.splitlines()
     assert any(sweep.label(bad) in line and "OFF: 3 ×" in line for line in text.splitlines())
@@ -72,7 +70,7 @@ def test_a_sweep_from_end_to_end(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.iterdir()
     document = json.loads(path.read_text())
-    assert [cell["cell"].split(",")[0] for cell in document["cells"]][:3] == ["forward", "dquery", "dkey"]
+    assert [cell["cell"].split(",")[0] for cell in document["cells"]] == ["core", "forward", "dquery", "dkey"]
     for cell in document["cells"]:
         assert all(row["error"] <= 1 and len(row["seconds"]) == 2 for row in cell["rows"].values())
         assert len(cell["rows"]) == 2
