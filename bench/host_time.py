@@ -81,7 +81,7 @@ OPS = {"adamw": adamw, "attention": attention, "tiles": tiles}
 
 @contextlib.contextmanager
 def as_on_a_gpu(arch=ARCH):
-    """Triton takes CPU tensors and launches nothing, and no op reads a value to check it.
+    """Triton takes CPU tensors and launches nothing, and no op reads a value to check it or makes tiles in NumPy.
 
     Yields a list of the names of the kernels that would have been launched.
     """
@@ -90,6 +90,7 @@ def as_on_a_gpu(arch=ARCH):
     from triton.runtime import driver
 
     from sft_kernels import _backend
+    from sft_kernels.ops.packed_attention.tiles import lists_by_triton
 
     from .compile_report import _Driver
 
@@ -106,9 +107,12 @@ def as_on_a_gpu(arch=ARCH):
     # Its code, since modules hold the function by a name of their own, also those that are not loaded yet.
     checked.__code__ = (lambda device: False).__code__
     driver.set_active(_Driver(arch))
+    override = torch.library.Library("sft_kernels", "IMPL")
+    override.impl("attention_tiles", lists_by_triton, "CPU", allow_override=True)
     try:
         yield launched
     finally:  # reset_active() would look for a GPU
+        override._destroy()
         CompiledKernel._init_handles, _backend._why_no_triton, checked.__code__, driver._active = before
 
 
