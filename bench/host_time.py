@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 
 import torch
 
@@ -108,7 +109,8 @@ def as_on_a_gpu(arch=ARCH):
     checked.__code__ = (lambda device: False).__code__
     driver.set_active(_Driver(arch))
     override = torch.library.Library("sft_kernels", "IMPL")
-    override.impl("attention_tiles", lists_by_triton, "CPU", allow_override=True)
+    with warnings.catch_warnings(action="ignore"):  # that it overrides
+        override.impl("attention_tiles", lists_by_triton, "CPU", allow_override=True)
     try:
         yield launched
     finally:  # reset_active() would look for a GPU

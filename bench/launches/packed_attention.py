@@ -39,30 +39,27 @@ def _needs(tensor_core=True, **stacks):
 _WIDE = {"forward": {80: 16, 90: 48}, "dkey": {80: 192, 90: 416}}
 # Products of fp32 are made of single multiplications, of which the compiler unrolls more than it has registers for.
 _FP32 = {"tensor_core": False, "forward": {80: 32, 90: 192}, "dquery": 384, "dkey": {80: 0, 90: 384}}
-CASES = (
-    {
-        f"{D} {name} {str(dtype)[6:]}": (partial(_both, D, dtype, **options), _needs(**(_WIDE if D > 128 else {})))
-        for D, name, dtype, options in [
-            *(
-                (D, name, torch.bfloat16, options)
-                for D in (64, 128)
-                for name, options in {
-                    "causal": {},
-                    "full": {"window_size": _FULL},
-                    "window": {"window_size": _WINDOW},
-                    "few heads": {"key_heads": 2},
-                    "window cap": {"window_size": _WINDOW, "softcap": 50.0},
-                }.items()
-            ),
-            *((D, "causal", torch.bfloat16, {}) for D in (80, 96, 192, 256)),
-            (256, "cap", torch.bfloat16, {"softcap": 50.0}),
-            *((D, "causal", torch.float16, {}) for D in (64, 128)),
-        ]
-    }
-    | {f"{D} causal float32": (partial(_both, D, torch.float32), _needs(**_FP32)) for D in (64, 128)}
-    | {
-        # Twelve bytes a tile, written where its work puts it: no access is wide.
-        f"tiles {str(dtype)[6:]}": (partial(_tiles, dtype), {"_tiles_kernel": Need(width=None, narrow=None)})
-        for dtype in (torch.int32, torch.int64)
-    }
-)
+CASES = {
+    f"{D} {name} {str(dtype)[6:]}": (partial(_both, D, dtype, **options), _needs(**(_WIDE if D > 128 else {})))
+    for D, name, dtype, options in [
+        *(
+            (D, name, torch.bfloat16, options)
+            for D in (64, 128)
+            for name, options in {
+                "causal": {},
+                "full": {"window_size": _FULL},
+                "window": {"window_size": _WINDOW},
+                "few heads": {"key_heads": 2},
+                "window cap": {"window_size": _WINDOW, "softcap": 50.0},
+            }.items()
+        ),
+        *((D, "causal", torch.bfloat16, {}) for D in (80, 96, 192, 256)),
+        (256, "cap", torch.bfloat16, {"softcap": 50.0}),
+        *((D, "causal", torch.float16, {}) for D in (64, 128)),
+    ]
+} | {f"{D} causal float32": (partial(_both, D, torch.float32), _needs(**_FP32)) for D in (64, 128)}
+# Twelve bytes a tile, written where its work puts it: no access is wide.
+CASES |= {
+    f"tiles {str(dtype)[6:]}": (partial(_tiles, dtype), {"_tiles_kernel": Need(width=None, narrow=None)})
+    for dtype in (torch.int32, torch.int64)
+}

@@ -21,10 +21,10 @@ BLOCK = 128
 class AttentionTiles(NamedTuple):
     """The tiles of a packed row for ``packed_attention(..., tiles=)``: built once a batch, for all layers and passes.
 
-    ``lists`` holds two lists of the same tiles, for the kernels that go by queries and for the one that goes by keys.
-    Each row is ``(start, stop, first)``: the tile's rows are ``block`` of them from ``first`` on, or what is left of the
-    segment ``[start, stop)``. A tile of no more than ``block / 2`` rows is small, and is computed at half the size. Rows
-    behind the last segment are tiles too, with a ``start`` of -1: they get zeros. What is not needed of the lists is -1.
+    ``lists`` holds the same tiles twice, for the kernels that go by queries and for the one that goes by keys. Each row
+    is ``(start, stop, first)``: the tile's rows are ``block`` of them from ``first`` on, or what is left of the segment
+    ``[start, stop)``. A tile of no more than ``block / 2`` rows is small, and is computed at half the size. Rows behind
+    the last segment are tiles too, with a ``start`` of -1: they get zeros. What is not needed of the lists is -1.
 
     Both lists are in the order of the work of causal attention without a window, the most first, equal work in the
     order of the rows. The order is a matter of speed: every option may be computed with the same tiles.

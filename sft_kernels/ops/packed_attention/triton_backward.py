@@ -98,7 +98,7 @@ def _zeros(tensor, first, stop, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, 
     tl.store(p, tl.zeros([ROWS, BLOCK_D], tensor.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["T", "left", "right"])
+@triton.jit(do_not_specialize=["T", "left", "right"], do_not_specialize_on_alignment=["tiles"])
 def _dquery_kernel(
     query,  # [T, Hq, D]
     key,  # [T, Hkv, D]
@@ -227,7 +227,7 @@ def _key_tile(
     tl.store(p_dv, dv.to(dvalue.dtype.element_ty), mask=m_k)
 
 
-@triton.jit(do_not_specialize=["T", "left", "right"])
+@triton.jit(do_not_specialize=["T", "left", "right"], do_not_specialize_on_alignment=["tiles"])
 def _dkey_kernel(
     query,  # [T, Hq, D]
     key,  # [T, Hkv, D]
@@ -315,7 +315,7 @@ def _dkey_kernel(
 
 
 def launch(dout, query, key, value, out, lse, tiles, block, scale, window_size, softcap):
-    """The gradients of ``Σ out · dout``, contiguous; ``lse`` is in base 2, ``tiles`` are both lists [2, n, 3]."""
+    """The gradients of ``Σ out · dout``, contiguous; ``lse`` is in base 2, ``tiles`` are both lists."""
     (T, Hq, _), Hkv = query.shape, key.shape[1]
     dquery, dkey, dvalue = gradients = results(query, key)
     if T == 0:

@@ -81,7 +81,7 @@ def _tail_tile(out, lse, stride_o, stop, first, D: tl.constexpr, BLOCK_D: tl.con
     tl.store(lse + i, tl.full([ROWS], float("-inf"), lse.dtype.element_ty), mask=m_i)
 
 
-@triton.jit(do_not_specialize=["T", "left", "right"])
+@triton.jit(do_not_specialize=["T", "left", "right"], do_not_specialize_on_alignment=["tiles"])
 def _forward_kernel(
     query,  # [T, Hq, D]
     key,  # [T, Hkv, D]
@@ -144,7 +144,7 @@ def _forward_kernel(
 
 
 def launch(query, key, value, tiles, block, scale, window_size, softcap):
-    """Returns output [T, Hq, D] and lse [Hq, T], in base 2, as the backward needs it. ``tiles`` are both lists [2, n, 3]."""
+    """Returns output [T, Hq, D] and lse [Hq, T], in base 2, as the backward needs it. ``tiles`` are both lists."""
     (T, Hq, _), Hkv = query.shape, key.shape[1]
     out, lse = results(query)
     if T == 0:

@@ -100,8 +100,8 @@ class Config(NamedTuple):
 
 # For half precision, by compute capability and head dimension, rounded up to a power of two of at least 64. Chosen for
 # what the compiler makes of them, not by time: no spills up to 128 whatever the options, the largest steps that leave
-# none, loads two stages ahead or more where they fit. The budgets are in bench/launches/packed_attention.py. An entry may
-# be set at any time: the next launch goes by it, over the same tiles.
+# none, loads two stages ahead or more where they fit. The budgets are in bench/launches/packed_attention.py. An entry
+# may be set at any time: the next launch goes by it, over the same tiles.
 CONFIGS = {
     "forward": {
         (8, 64): Config(128, 64, 4, 3),

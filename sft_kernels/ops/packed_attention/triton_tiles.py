@@ -21,7 +21,7 @@ TILES, SEGMENTS = 32, 64
 
 @triton.jit
 def _segments(cu_seqlens, at, edge, T, tail, SEGMENTS: tl.constexpr):
-    """Numbers of the segments from ``at`` on, and where they start and stop: within [``edge``, T], none before the last.
+    """Numbers of the segments from ``at`` on, and where they start and stop, none before another nor behind T.
 
     ``edge`` is where the segment before ``at`` stops. Segment ``tail`` is what is behind the last boundary, and those
     after it are empty.
