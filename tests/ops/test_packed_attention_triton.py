@@ -180,6 +180,20 @@ def test_the_order_of_the_tiles_changes_no_bit():
     assert same_bits(once, again)
 
 
+@pytest.mark.parametrize("emptied", ["query", "key"])
+def test_each_kernel_goes_by_its_own_list(emptied):
+    """Without tiles a kernel writes nothing, so what it would have written is poison still."""
+    bounds, given = boundaries([70, 3, 40]), tensors(120, torch.bfloat16)
+    lists = tiles_of(bounds, 120).lists
+    options = (SMALL_TILES, 0.25, (-1, 0), None)
+    out, lse = triton_forward.launch(*given, lists, *options)
+    lists = lists.clone()
+    lists[0 if emptied == "query" else 1] = -1
+    dquery, _, dvalue = triton_backward.launch(out, *given, out, lse, lists, *options)
+    assert dquery[:70].isnan().all() == (emptied == "query")
+    assert dvalue.isnan().all() == (emptied == "key")
+
+
 def test_a_second_backward_and_any_layout_of_the_upstream_gradient():
     bounds, given = boundaries([20, 13]), [t.requires_grad_() for t in tensors(33)]
     out = packed_attention(*given, bounds, impl="triton", tiles=tiles_of(bounds, 33))
@@ -428,58 +442,6 @@ def test_the_schedule_of_a_kernel_does_not_depend_on_the_lengths():
         mask = triton_shared.Mask.of(1.0, None, (-1, 0), T)
         found.append([triton_shared.sizes(name, query, query, 128, mask) for name in triton_shared.CONFIGS])
     assert found[0] == found[1]
-
-
-# What a sweep on a GPU tries beside the table, with heads of 128.
-CANDIDATES = [
-    ("forward", (64, 64, 4, 3)),
-    ("forward", (128, 128, 8, 2)),
-    ("dquery", (64, 64, 4, 1)),
-    ("dquery", (64, 64, 4, 2)),
-    ("dkey", (128, 64, 8, 2)),
-    ("dkey", (64, 64, 8, 2)),
-]
-
-
-@pytest.mark.parametrize(("name", "config"), CANDIDATES, ids=str)
-def test_another_configuration_takes_effect_at_once_and_is_right(name, config, monkeypatch):
-    """Over tiles that were built before, half as many rows a program being two programs a tile."""
-    config, launched = triton_shared.Config(*config), []
-    lengths = [30, 128, 200, 64, 5]
-    bounds, T = boundaries(lengths), sum(lengths) + 40
-    tiles = AttentionTiles.from_cu_seqlens(bounds, T)
-    sizes = triton_shared.sizes
-
-    def spy(which, *arguments):
-        launched.append((which, sizes(which, *arguments)))
-        return launched[-1][1]
-
-    for module in (triton_forward, triton_backward):
-        monkeypatch.setattr(module, "sizes", spy)
-
-    def hold():
-        launched.clear()
-        given = tensors(T, torch.bfloat16, heads=4, key_heads=4, D=128)
-        check_case(given, bounds, impl="triton", tiles=tiles, window_size=(150, -1))
-        return dict(launched)
-
-    before = hold()
-    monkeypatch.setitem(triton_shared.CONFIGS[name], (9, 128), config)
-    after = hold()
-    split = 128 // config.rows
-    expected = {
-        "ROWS": config.rows, "INNER": config.inner, "SPLIT": split, "num_warps": config.warps,
-        "num_stages": config.stages,
-    }  # fmt: skip
-    assert before | {name: before[name] | expected} == after
-    assert before[name] != after[name]
-
-
-def test_a_configuration_of_other_rows_is_refused(monkeypatch):
-    bounds, given = boundaries([40, 10]), tensors(50, torch.bfloat16, D=64)
-    monkeypatch.setitem(triton_shared.CONFIGS["forward"], (9, 64), triton_shared.Config(32, 64, 4, 3))
-    with pytest.raises(ValueError, match="CONFIGS: expected rows of 64 or 128"):
-        packed_attention(*given, bounds, impl="triton")
 
 
 def test_the_backward_makes_no_gradient_for_the_lse():
