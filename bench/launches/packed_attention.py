@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from sft_kernels.ops.packed_attention import triton_backward, triton_forward
+from sft_kernels.ops.packed_attention import triton_backward, triton_forward, triton_tiles
 from sft_kernels.ops.packed_attention.tiles import AttentionTiles
 
 from ..binary import Need
@@ -17,8 +17,12 @@ def _both(D, dtype, window_size=_CAUSAL, softcap=None, key_heads=8):
     query, key = torch.empty(_T, 4 * key_heads, D, dtype=dtype), torch.empty(_T, key_heads, D, dtype=dtype)
     tiles = AttentionTiles.from_cu_seqlens(torch.tensor([0, 100, _T]), _T)
     options = (tiles.block, D**-0.5, window_size, softcap)
-    out, lse = triton_forward.launch(query, key, key, tiles.query, *options)
-    triton_backward.launch(out, query, key, key, out, lse, tiles.query, tiles.key, *options)
+    out, lse = triton_forward.launch(query, key, key, tiles.lists, *options)
+    triton_backward.launch(out, query, key, key, out, lse, tiles.lists, *options)
+
+
+def _tiles(dtype):
+    triton_tiles.launch(torch.tensor([0, 100, _T], dtype=dtype), _T, 128)
 
 
 def _needs(tensor_core=True, **stacks):
@@ -54,3 +58,8 @@ CASES = {
         *((D, "causal", torch.float16, {}) for D in (64, 128)),
     ]
 } | {f"{D} causal float32": (partial(_both, D, torch.float32), _needs(**_FP32)) for D in (64, 128)}
+# Twelve bytes a tile, written where its work puts it: no access is wide.
+CASES |= {
+    f"tiles {str(dtype)[6:]}": (partial(_tiles, dtype), {"_tiles_kernel": Need(width=None, narrow=None)})
+    for dtype in (torch.int32, torch.int64)
+}

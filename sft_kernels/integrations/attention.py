@@ -145,4 +145,4 @@ def _takes_tiles(device):
 
 @once_a_forward
 def _tiles(cu_seqlens, T, device):
-    return AttentionTiles.from_cu_seqlens(cu_seqlens.to(device, non_blocking=True), T)
+    return AttentionTiles.from_cu_seqlens(cu_seqlens, T, device=device)

@@ -1,18 +1,23 @@
 """``AttentionTiles``: every row once, longest first, within the bound, whatever the lengths."""
 
+import contextlib
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sft_kernels import AttentionTiles
 from sft_kernels.ops.packed_attention import tiles as module
+from sft_kernels.ops.packed_attention import triton_tiles
 
 from .helpers import same_bits
 
 BLOCKS = (32, 64, 128)
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton is interpreted only where there is no GPU")
 
 
 def boundaries(lengths, dtype=torch.int32):
@@ -66,7 +71,7 @@ def test_a_hundred_thousand_segments(lengths):
     bounds = torch.cat([torch.zeros(1, dtype=torch.int64), l.cumsum(0)])
     T = int(bounds[-1]) + 1000
     tiles = AttentionTiles.from_cu_seqlens(bounds, T)
-    for found in (tiles.query, tiles.key):
+    for of_queries, found in ((True, tiles.query), (False, tiles.key)):
         assert len(found) == T // 128 + n + 1
         live = found[found[:, 2] >= 0].long()
         assert len(live) == int(((torch.cat([l, torch.tensor([1000])]) + 127) // 128).sum())
@@ -78,7 +83,7 @@ def test_a_hundred_thousand_segments(lengths):
         assert (seen.cumsum(0)[:T] == 1).all()
         segments = start >= 0
         assert ((first - start)[segments] % 128 == 0).all()
-        work = first + 128 - start if found is tiles.query else stop - first
+        work = first + 128 - start if of_queries else stop - first
         size = torch.where(stop - first > 64, 2, 1)
         work = torch.where(segments, (torch.minimum(work, stop - start) + 63) // 64 * size, 0)
         assert (work.diff() <= 0).all()
@@ -87,22 +92,117 @@ def test_a_hundred_thousand_segments(lengths):
 def test_the_same_lists_every_time():
     bounds = boundaries(torch.randint(0, 400, (2000,)).tolist())
     once, again = (AttentionTiles.from_cu_seqlens(bounds, int(bounds[-1])) for _ in range(2))
-    assert same_bits(once[:2], again[:2])
+    assert same_bits(once.lists, again.lists)
 
 
-class NothingIsRead(TorchDispatchMode):
-    """Fails where a value would be brought to the host, or a shape would depend on one."""
+# ---- as a GPU makes them
+
+
+@interpreted
+@settings(max_examples=300)
+@given(
+    st.lists(st.one_of(st.integers(0, 5), st.integers(0, 300)), max_size=9),
+    st.integers(0, 300),
+    st.sampled_from(BLOCKS),
+    st.sampled_from([torch.int32, torch.int64]),
+)
+def test_one_launch_makes_the_lists_that_numpy_makes(lengths, tail, block, dtype):
+    bounds, T = boundaries(lengths, dtype), sum(lengths) + tail
+    assert same_bits(triton_tiles.launch(bounds, T, block), module.lists_by_numpy(bounds, T, block))
+
+
+@interpreted
+@settings(max_examples=100)
+@given(st.lists(st.integers(-400, 400), min_size=1, max_size=9), st.integers(0, 300))
+def test_both_force_wrong_boundaries_into_the_row_alike(wrong, T):
+    bounds = torch.tensor(wrong)
+    assert same_bits(triton_tiles.launch(bounds, T, 32), module.lists_by_numpy(bounds, T, 32))
+
+
+@interpreted
+@pytest.mark.parametrize("segments", [63, 64, 65, 128, 130])
+def test_more_segments_than_a_program_meets_at_once_and_more_tiles_than_one_has(segments):
+    lengths = torch.randint(0, 90, (segments,))
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    T = int(bounds[-1]) + 100
+    assert module.empty_lists(bounds, T, 64).shape[1] > 2 * triton_tiles.TILES
+    assert same_bits(triton_tiles.launch(bounds, T, 64), module.lists_by_numpy(bounds, T, 64))
+
+
+@interpreted
+def test_boundaries_that_are_not_adjacent():
+    bounds = boundaries([3, 200, 70])
+    apart = torch.stack([bounds, bounds + 1], 1)[:, 0]
+    assert same_bits(triton_tiles.launch(apart, 280, 128), module.lists_by_numpy(bounds, 280, 128))
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave")
+        self.names.append(function.overloadpacket.__name__)
         return function(*args, **(kwargs or {}))
 
 
-def test_nothing_is_read_on_the_host(monkeypatch):
+@interpreted
+def test_the_launcher_allocates_and_launches_once(monkeypatch):
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments: launched.append(grid)
+
+    monkeypatch.setattr(triton_tiles, "_tiles_kernel", Kernel())
+    bounds = boundaries([3, 0, 200, 128])
+    with Dispatched() as dispatched:
+        triton_tiles.launch(bounds, 340, 128)
+    assert dispatched.names == ["new_empty"]
+    assert launched == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("home", "device", "operators"),
+    [
+        ("cuda", None, ["attention_tiles"]),
+        ("meta", "meta", ["attention_tiles"]),
+        ("cpu", "meta", ["_to_copy", "attention_tiles"]),  # the boundaries are sent, not the lists
+    ],
+)
+def test_one_operator_makes_the_lists_on_a_device(home, device, operators, monkeypatch):
+    """Nothing is brought to the host, and no shape depends on a value."""
     monkeypatch.setattr(module, "checks_enabled", lambda device: False)
-    with NothingIsRead():
-        AttentionTiles.from_cu_seqlens(boundaries([3, 0, 200, 128], torch.int64), 340)
+    mode = FakeTensorMode() if home == "cuda" else contextlib.nullcontext()
+    with mode:
+        bounds = torch.zeros(9, dtype=torch.int32, device=home)
+        with Dispatched() as dispatched:
+            found = AttentionTiles.from_cu_seqlens(bounds, 8192, device=device)
+    assert dispatched.names == operators
+    assert found.lists.shape == (2, 8192 // 128 + 9, 3)
+    assert found.lists.device.type == (device or home)
+
+
+def test_the_operator_is_what_its_schema_says():
+    torch.library.opcheck(
+        torch.ops.sft_kernels.attention_tiles.default,
+        (boundaries([3, 200]), 210, 128),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_compiled_with_a_symbolic_number_of_tokens_and_segments():
+    torch._dynamo.reset()
+
+    def build(bounds, row):
+        return AttentionTiles.from_cu_seqlens(bounds, row.shape[0]).lists
+
+    compiled = torch.compile(build, dynamic=True, fullgraph=True, backend="aot_eager")
+    for lengths, tail in (([3, 200], 7), ([100, 1, 0, 77], 0)):
+        arguments = boundaries(lengths), torch.empty(sum(lengths) + tail)
+        assert same_bits(compiled(*arguments), build(*arguments))
 
 
 def test_other_lengths_under_the_same_bounds_give_lists_of_the_same_shape(monkeypatch):
@@ -110,8 +210,7 @@ def test_other_lengths_under_the_same_bounds_give_lists_of_the_same_shape(monkey
     monkeypatch.setattr(module, "checks_enabled", lambda device: False)
 
     def build(bounds):
-        tiles = AttentionTiles.from_cu_seqlens(bounds, 400)
-        return tiles.query, tiles.key
+        return AttentionTiles.from_cu_seqlens(bounds, 400).lists
 
     a, b = boundaries([3, 0, 200, 128]), boundaries([100, 100, 100, 100])
     graph = make_fx(build, tracing_mode="fake")(a)
@@ -155,5 +254,13 @@ def test_a_bad_argument_is_named(change, error, match):
 def test_tiles_move_with_the_batch():
     tiles = AttentionTiles.from_cu_seqlens(boundaries([3, 200]), 210)
     moved = tiles.to("meta")
+    assert moved.lists.device.type == "meta"
+    assert moved[1:] == tiles[1:]
+
+
+def test_moving_is_one_copy():
+    tiles = AttentionTiles.from_cu_seqlens(boundaries([3, 200]), 210)
+    with Dispatched() as dispatched:
+        moved = tiles.to("meta", non_blocking=True)
+    assert dispatched.names == ["_to_copy"]
     assert moved.query.device.type == moved.key.device.type == "meta"
-    assert moved[2:] == tiles[2:]

@@ -119,6 +119,17 @@ def test_a_graph_replays_with_other_lengths():
         assert same_bits(found, step())
 
 
+@pytest.mark.parametrize("segments", [1, 10, 64, 300])
+@pytest.mark.parametrize("block", [32, 128])
+def test_tiles_are_those_of_the_host(segments, block):
+    bounds = F.pad(torch.randint(0, 400, (segments,)).cumsum(0), (1, 0)).int()
+    tokens = int(bounds[-1]) + 70
+    expected = AttentionTiles.from_cu_seqlens(bounds, tokens, block=block)
+    for given in (bounds, bounds.cuda(), bounds.long().cuda()):
+        found = AttentionTiles.from_cu_seqlens(given, tokens, device="cuda", block=block)
+        assert torch.equal(found.lists.cpu(), expected.lists)
+
+
 def test_wrong_boundaries_on_the_device_touch_nothing_outside():
     given = tensors()
     for wrong in ([0, 900, 200, 5000], [-300, 40, 41, 2**31 - 1]):

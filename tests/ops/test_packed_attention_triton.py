@@ -172,12 +172,26 @@ def test_the_order_of_the_tiles_changes_no_bit():
 
         def shuffled(*args, **options):
             tiles = make(*args, **options)
-            return tiles._replace(query=tiles.query.flip(0), key=tiles.key.flip(0))
+            return tiles._replace(lists=tiles.lists.flip(1))
 
         patch.setattr(api, "checks_enabled", lambda device: False)
         patch.setattr(AttentionTiles, "from_cu_seqlens", shuffled)
         again = attend(given, bounds, upstream)
     assert same_bits(once, again)
+
+
+@pytest.mark.parametrize("emptied", ["query", "key"])
+def test_each_kernel_goes_by_its_own_list(emptied):
+    """Without tiles a kernel writes nothing, so what it would have written is poison still."""
+    bounds, given = boundaries([70, 3, 40]), tensors(120, torch.bfloat16)
+    lists = tiles_of(bounds, 120).lists
+    options = (SMALL_TILES, 0.25, (-1, 0), None)
+    out, lse = triton_forward.launch(*given, lists, *options)
+    lists = lists.clone()
+    lists[0 if emptied == "query" else 1] = -1
+    dquery, _, dvalue = triton_backward.launch(out, *given, out, lse, lists, *options)
+    assert dquery[:70].isnan().all() == (emptied == "query")
+    assert dvalue.isnan().all() == (emptied == "key")
 
 
 def test_a_second_backward_and_any_layout_of_the_upstream_gradient():
@@ -237,15 +251,15 @@ def test_memory_and_programs_go_with_the_tokens(D, split, monkeypatch):
     tiles = AttentionTiles.from_cu_seqlens(bounds, T)
     allocated.clear()
     options = (tiles.block, 1.0, (-1, 0), None)
-    out, lse = triton_forward.launch(query, key, value, tiles.query, *options)
-    triton_backward.launch(out, query, key, value, out, lse, tiles.query, tiles.key, *options)
+    out, lse = triton_forward.launch(query, key, value, tiles.lists, *options)
+    triton_backward.launch(out, query, key, value, out, lse, tiles.lists, *options)
     found = sorted((str(t.dtype), tuple(t.shape)) for t in allocated)
     rows = [("torch.bfloat16", shape) for shape in [(T, Hkv, D)] * 2 + [(T, Hq, D)] * 2]
     assert found == [*rows, *[("torch.float32", (Hq, T))] * 2]
 
     live = sum(-(-l // 128) for l in bounds.diff().tolist())
     n = T // 128 + B + 1
-    assert live <= n == len(tiles.query) == len(tiles.key)
+    assert live <= n == tiles.lists.shape[1]
     # On sm_90 every kernel of heads of 128 takes whole tiles; of 256 those of the backward take halves.
     assert kernels["forward"].grids == [(n * Hq,)]
     assert kernels["dquery"].grids == [(n * split * Hq,)]
@@ -272,25 +286,27 @@ def test_every_launch_and_the_question_for_the_capability_stand_under_the_tensor
 
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=target))
+    driver = SimpleNamespace(get_current_target=target, get_current_device=lambda: current[-1])
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    triton_shared._capability_of.cache_clear()
     kernels = {name: Recorder() for name in ("forward", "dquery", "dkey")}
     for name, kernel in kernels.items():
         monkeypatch.setattr(triton_forward if name == "forward" else triton_backward, f"_{name}_kernel", kernel)
     with FakeTensorMode():
         query, key, tiles = (
             torch.empty(shape, dtype=dtype, device="cuda:1")
-            for shape, dtype in (((10, 4, 64), torch.bfloat16), ((10, 2, 64), torch.bfloat16), ((2, 3), torch.int32))
+            for shape, dtype in (((10, 4, 64), torch.bfloat16), ((10, 2, 64), torch.bfloat16), ((2, 2, 3), torch.int32))
         )
         options = (128, 0.1, (-1, 0), None)
         out, lse = triton_forward.launch(query, key, key, tiles, *options)
-        triton_backward.launch(out, query, key, key, out, lse, tiles, tiles, *options)
-    expected = [each for kernel in kernels.values() for each in ("capability", kernel)]
-    assert seen == [(each, "cuda:1") for each in expected]
+        triton_backward.launch(out, query, key, key, out, lse, tiles, *options)
+    assert seen == [(each, "cuda:1") for each in ("capability", *kernels.values())]  # asked once for each device
+    triton_shared._capability_of.cache_clear()
 
 
 def test_a_window_that_reaches_every_segment_is_none():
     mask = triton_shared.Mask.of(1.0, None, (49, 50), 50)
-    assert (mask.flags["LEFT"], mask.flags["RIGHT"]) == (True, False)
+    assert (mask.left, mask.right) == (49, -1)
     assert triton_shared.Mask.of(1.0, None, (2**40, -1), 50).left == -1
 
 
@@ -333,16 +349,18 @@ def test_a_gpu_that_is_too_small_gets_torchs(major, shared, D, reason, monkeypat
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        (lambda t: t[:2], TypeError, "tiles: expected AttentionTiles"),
+        (lambda t: tuple(t), TypeError, "tiles: expected AttentionTiles"),
         (lambda t: t._replace(total_tokens=49), ValueError, "tiles: .*50 tokens.*49"),
         (lambda t: t.to("meta"), ValueError, "tiles: .*device"),
         (lambda t: tiles_of(boundaries([10, 40]), 50), ValueError, "tiles: .*other boundaries"),
-        (lambda t: t._replace(key=t.key.to_sparse()), TypeError, "tiles: expected a dense tensor"),
-        (lambda t: t._replace(query=torch.nested.nested_tensor([t.query[0]])), TypeError, "tiles: expected a dense"),
-        (lambda t: t._replace(query=t.query.float()), TypeError, "tiles: expected int32"),
-        (lambda t: t._replace(key=t.key[:, :2]), ValueError, "tiles: .*shape"),
+        (lambda t: t._replace(lists=t.lists.to_sparse()), TypeError, "tiles: expected a dense tensor"),
+        (lambda t: t._replace(lists=torch.nested.nested_tensor([t.query])), TypeError, "tiles: expected a dense"),
+        (lambda t: t._replace(lists=t.lists.float()), TypeError, "tiles: expected int32"),
+        (lambda t: t._replace(lists=t.lists[:, :, :2]), ValueError, "tiles: .*shape"),
+        (lambda t: t._replace(lists=t.query), ValueError, "tiles: .*shape"),
+        (lambda t: t._replace(lists=t.lists.flip(1).mT.contiguous().mT), ValueError, "tiles: expected contiguous"),
     ],
-    ids=["tuple", "tokens", "device", "boundaries", "sparse", "nested", "dtype", "shape"],
+    ids=["tuple", "tokens", "device", "boundaries", "sparse", "nested", "dtype", "columns", "one list", "strides"],
 )
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_wrong_tiles_are_refused(impl, change, error, match):
@@ -368,16 +386,16 @@ def test_the_operators_are_what_their_schemas_say():
     bounds, (query, key, value) = boundaries([20, 13]), tensors(35)
     tiles = tiles_of(bounds, 35)
     options = (tiles.block, 0.25, [-1, 0], 5.0)
-    out, lse = torch.ops.sft_kernels.packed_attention(query, key, value, tiles.query, *options)
+    out, lse = torch.ops.sft_kernels.packed_attention(query, key, value, tiles.lists, *options)
     utilities = ("test_schema", "test_faketensor")
     torch.library.opcheck(
         torch.ops.sft_kernels.packed_attention.default,
-        (query, key, value, tiles.query, *options),
+        (query, key, value, tiles.lists, *options),
         test_utils=utilities,
     )
     torch.library.opcheck(
         torch.ops.sft_kernels.packed_attention_backward.default,
-        (torch.randn_like(out), query, key, value, out, lse, tiles.query, tiles.key, *options),
+        (torch.randn_like(out), query, key, value, out, lse, tiles.lists, *options),
         test_utils=utilities,
     )
 
@@ -405,11 +423,11 @@ class TestCompiled:
         bounds, given = boundaries([20, 13, 40]), [t.requires_grad_() for t in tensors(75)]
         tiles = tiles_of(bounds, 75, 128)
 
-        def attend(query, key, value, bounds, *lists):
-            t = tiles._replace(query=lists[0], key=lists[1]) if lists else None
+        def attend(query, key, value, bounds, lists=None):
+            t = None if lists is None else tiles._replace(lists=lists)
             return packed_attention(query, key, value, bounds, tiles=t, softcap=5.0, impl="triton")
 
-        arguments = (*given, bounds, *(tiles[:2] if handed else ()))
+        arguments = (*given, bounds, *([tiles.lists] if handed else []))
         upstream = torch.randn(75, 2, 16)
         eager = attend(*arguments)
         compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")(*arguments)
@@ -421,5 +439,17 @@ def test_the_schedule_of_a_kernel_does_not_depend_on_the_lengths():
     found = []
     for T in (1, 1000):
         query = torch.empty(T, 8, 128, dtype=torch.bfloat16)
-        found.append([triton_shared.sizes(name, query, query, 128) for name in triton_shared.CONFIGS])
+        mask = triton_shared.Mask.of(1.0, None, (-1, 0), T)
+        found.append([triton_shared.sizes(name, query, query, 128, mask) for name in triton_shared.CONFIGS])
     assert found[0] == found[1]
+
+
+def test_the_backward_makes_no_gradient_for_the_lse():
+    """Zeros of its size, in a launch of their own, would be made and thrown away."""
+    bounds, given = boundaries([20]), [t.requires_grad_() for t in tensors(20)]
+    out = packed_attention(*given, bounds, impl="triton")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.autograd.grad(out, given, torch.ones_like(out.detach()))
+    names = [event.name for event in profile.events()]
+    assert "sft_kernels::packed_attention_backward" in names
+    assert "aten::zeros" not in names

@@ -1,5 +1,6 @@
 """``packed_attention``: attention over rows that hold many examples, each seeing itself alone."""
 
+import contextlib
 import math
 import numbers
 import operator
@@ -82,13 +83,15 @@ def packed_attention(
         _check_tiles(tiles, query, cu_seqlens)
     if causal:
         window_size = (window_size[0], 0)
-    device = query.device.type
+    plainly = contextlib.nullcontext()
     if _autocast(query.device):
+        device = query.device.type
         cast = torch.get_autocast_dtype(device)
         query, key, value = (t if t.dtype == torch.float64 else t.to(cast) for t in (query, key, value))
+        plainly = torch.autocast(device, enabled=False)
     if scale is not None and scale <= 0:  # torch scales its mask of −∞, flash-attn takes the maximum before the scale
         query, scale = (-query, -scale) if scale < 0 else (0 * query, 1.0)
-    with torch.autocast(device, enabled=False):
+    with plainly:
         out, lse = implementation(
             query,
             key,
@@ -144,17 +147,17 @@ def _check_tiles(tiles, query, cu_seqlens):
         raise TypeError(f"tiles: expected AttentionTiles or None, got {type(tiles).__name__}")
     if tiles.total_tokens != len(query):
         raise ValueError(f"tiles: expected those of {len(query)} tokens as query, got those of {tiles.total_tokens}")
-    for t in (tiles.query, tiles.key):
-        check_tensor("tiles", t)
-        if t.dtype != torch.int32:
-            raise TypeError(f"tiles: expected int32, got {t.dtype}")
-        if t.dim() != 2 or t.shape[1] != 3:
-            raise ValueError(f"tiles: expected lists of shape [n, 3], got {tuple(t.shape)}")
-        if t.device != query.device:
-            raise ValueError(f"tiles: expected device {query.device} as query, got {t.device}")
+    lists = tiles.lists
+    check_tensor("tiles", lists)
+    if lists.dtype != torch.int32:
+        raise TypeError(f"tiles: expected int32, got {lists.dtype}")
+    if lists.dim() != 3 or (lists.shape[0], lists.shape[2]) != (2, 3) or not lists.is_contiguous():
+        raise ValueError(f"tiles: expected contiguous lists of shape [2, n, 3], got {tuple(lists.shape)}")
+    if lists.device != query.device:
+        raise ValueError(f"tiles: expected device {query.device} as query, got {lists.device}")
     if checks_enabled(cu_seqlens.device) and checks_enabled(query.device):
-        same = AttentionTiles.from_cu_seqlens(cu_seqlens.to(query.device), tiles.total_tokens, block=tiles.block)
-        if not (torch.equal(same.query, tiles.query) and torch.equal(same.key, tiles.key)):
+        same = AttentionTiles.from_cu_seqlens(cu_seqlens, tiles.total_tokens, device=query.device, block=tiles.block)
+        if not torch.equal(same.lists, lists):
             raise ValueError("tiles: expected those of cu_seqlens, got those of other boundaries")
 
 
@@ -170,8 +173,9 @@ def _check_tensors(query, key, value, cu_seqlens):
                 f"{name}: expected shape [{T}, Hkv, {D}] as query, one for key and value, got {tuple(tensor.shape)}"
             )
         # Under autocast only fp64 is not cast, so it goes with itself alone.
-        cast = _autocast(query.device) and torch.float64 not in (query.dtype, tensor.dtype)
-        if tensor.dtype != query.dtype and not cast:
+        if tensor.dtype != query.dtype and (
+            torch.float64 in (query.dtype, tensor.dtype) or not _autocast(query.device)
+        ):
             raise TypeError(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
         if tensor.device != query.device:
             raise ValueError(f"{name}: expected device {query.device} as query, got {tensor.device}")

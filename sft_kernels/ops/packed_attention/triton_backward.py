@@ -98,7 +98,7 @@ def _zeros(tensor, first, stop, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, 
     tl.store(p, tl.zeros([ROWS, BLOCK_D], tensor.dtype.element_ty), mask=m)
 
 
-@triton.jit(do_not_specialize=["T", "left", "right"])
+@triton.jit(do_not_specialize=["T", "left", "right"], do_not_specialize_on_alignment=["tiles"])
 def _dquery_kernel(
     query,  # [T, Hq, D]
     key,  # [T, Hkv, D]
@@ -108,7 +108,7 @@ def _dquery_kernel(
     lse,  # [Hq, T] fp32, for fp32 tensors fp64, in base 2
     delta,  # [Hq, T] fp32, written here
     dquery,  # [T, Hq, D]
-    tiles,  # [n, 3] int32
+    tiles,  # int32 [2, n, 3], of which the first list is the queries'
     T,
     heads,  # Hq
     group,  # Hq / Hkv
@@ -131,10 +131,10 @@ def _dquery_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
-    SMALL: tl.constexpr,
     SPLIT: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    SMALL: tl.constexpr = ROWS * SPLIT // 2  # rows of a small tile
     i_h = tl.program_id(0) % heads
     i_p = tl.program_id(0) // heads
     tile = tiles + i_p // SPLIT * 3
@@ -227,7 +227,7 @@ def _key_tile(
     tl.store(p_dv, dv.to(dvalue.dtype.element_ty), mask=m_k)
 
 
-@triton.jit(do_not_specialize=["T", "left", "right"])
+@triton.jit(do_not_specialize=["T", "left", "right"], do_not_specialize_on_alignment=["tiles"])
 def _dkey_kernel(
     query,  # [T, Hq, D]
     key,  # [T, Hkv, D]
@@ -238,7 +238,7 @@ def _dkey_kernel(
     dquery,  # [T, Hq, D], of the segments that are one small tile
     dkey,  # [T, Hkv, D]
     dvalue,  # [T, Hkv, D]
-    tiles,  # [n, 3] int32
+    tiles,  # int32 [2, n, 3], of which the second list is the keys'
     T,
     heads,  # Hkv
     group,  # Hq / Hkv
@@ -261,13 +261,14 @@ def _dkey_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
-    SMALL: tl.constexpr,
     SPLIT: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    SMALL: tl.constexpr = ROWS * SPLIT // 2  # rows of a small tile
     i_h = tl.program_id(0) % heads
     i_p = tl.program_id(0) // heads
-    tile = tiles + i_p // SPLIT * 3
+    n = tl.num_programs(0) // heads // SPLIT
+    tile = tiles + (n + i_p // SPLIT) * 3
     start = tl.load(tile)
     stop = tl.load(tile + 1)
     first = tl.load(tile + 2) + i_p % SPLIT * ROWS
@@ -313,8 +314,8 @@ def _dkey_kernel(
                 )  # fmt: skip
 
 
-def launch(dout, query, key, value, out, lse, query_tiles, key_tiles, block, scale, window_size, softcap):
-    """The gradients of ``Σ out · dout``, contiguous; ``lse`` is in base 2."""
+def launch(dout, query, key, value, out, lse, tiles, block, scale, window_size, softcap):
+    """The gradients of ``Σ out · dout``, contiguous; ``lse`` is in base 2, ``tiles`` are both lists."""
     (T, Hq, _), Hkv = query.shape, key.shape[1]
     dquery, dkey, dvalue = gradients = results(query, key)
     if T == 0:
@@ -326,15 +327,15 @@ def launch(dout, query, key, value, out, lse, query_tiles, key_tiles, block, sca
         *(t.stride(0) for t in (query, key, value, dout)), *(t.stride(1) for t in (query, key, value, dout)), *mask,
     )  # fmt: skip
     with on(query.device):
-        options = sizes("dquery", query, key, block)
-        _dquery_kernel[(len(query_tiles) * options["SPLIT"] * Hq,)](
-            query, key, value, out, dout, lse, delta, dquery, query_tiles, T, Hq, Hq // Hkv,
-            *given, **mask.flags, **options,
+        options = sizes("dquery", query, key, block, mask)
+        _dquery_kernel[(tiles.shape[1] * options["SPLIT"] * Hq,)](
+            query, key, value, out, dout, lse, delta, dquery, tiles, T, Hq, Hq // Hkv,
+            *given, **options,
         )  # fmt: skip
-        options = sizes("dkey", query, key, block)
-        _dkey_kernel[(len(key_tiles) * options["SPLIT"] * Hkv,)](
-            query, key, value, dout, lse, delta, dquery, dkey, dvalue, key_tiles, T, Hkv, Hq // Hkv,
-            *given, **mask.flags, **options,
+        options = sizes("dkey", query, key, block, mask)
+        _dkey_kernel[(tiles.shape[1] * options["SPLIT"] * Hkv,)](
+            query, key, value, dout, lse, delta, dquery, dkey, dvalue, tiles, T, Hkv, Hq // Hkv,
+            *given, **options,
         )  # fmt: skip
     return gradients
 

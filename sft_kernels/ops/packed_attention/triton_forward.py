@@ -11,9 +11,6 @@ import triton.language as tl
 from ..._triton import on
 from .triton_shared import Mask, by_rows, keys_met, rows, scores, seen, sizes
 
-# Below every score, yet finite: where a query has seen no key yet, its difference to itself is 0 and not NaN.
-_LOWEST = tl.constexpr(-3.0e38)
-
 
 @triton.jit
 def _past_keys(
@@ -55,7 +52,8 @@ def _query_tile(
     m_i = i < stop
     p_q, m_d = rows(query, first, stride_q, ROWS, D, BLOCK_D)
     q = tl.load(p_q, mask=m_i[:, None] & m_d, other=0.0)
-    m = tl.full([ROWS], _LOWEST, tl.float32)
+    # Below every score, yet finite: where a query has seen no key yet, its difference to itself is 0 and not NaN.
+    m = tl.full([ROWS], -3.0e38, tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
     lo, common, hi = keys_met(start, stop, first, ROWS, INNER, left, right, LEFT, RIGHT)
@@ -83,14 +81,14 @@ def _tail_tile(out, lse, stride_o, stop, first, D: tl.constexpr, BLOCK_D: tl.con
     tl.store(lse + i, tl.full([ROWS], float("-inf"), lse.dtype.element_ty), mask=m_i)
 
 
-@triton.jit(do_not_specialize=["T", "left", "right"])
+@triton.jit(do_not_specialize=["T", "left", "right"], do_not_specialize_on_alignment=["tiles"])
 def _forward_kernel(
     query,  # [T, Hq, D]
     key,  # [T, Hkv, D]
     value,  # [T, Hkv, D]
     out,  # [T, Hq, D]
     lse,  # [Hq, T] fp32, for fp32 tensors fp64, in base 2
-    tiles,  # [n, 3] int32
+    tiles,  # int32 [2, n, 3], of which the first list is the queries'
     T,
     heads,  # Hq
     group,  # Hq / Hkv
@@ -110,10 +108,10 @@ def _forward_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
-    SMALL: tl.constexpr,
     SPLIT: tl.constexpr,
     INNER: tl.constexpr,
 ):
+    SMALL: tl.constexpr = ROWS * SPLIT // 2  # rows of a small tile
     i_h = tl.program_id(0) % heads  # the heads that read one key head follow one another
     i_p = tl.program_id(0) // heads
     tile = tiles + i_p // SPLIT * 3
@@ -146,7 +144,7 @@ def _forward_kernel(
 
 
 def launch(query, key, value, tiles, block, scale, window_size, softcap):
-    """Returns output [T, Hq, D] and lse [Hq, T], in base 2, as the backward needs it. ``tiles`` are the queries'."""
+    """Returns output [T, Hq, D] and lse [Hq, T], in base 2, as the backward needs it. ``tiles`` are both lists."""
     (T, Hq, _), Hkv = query.shape, key.shape[1]
     out, lse = results(query)
     if T == 0:
@@ -154,11 +152,11 @@ def launch(query, key, value, tiles, block, scale, window_size, softcap):
     query, key, value = map(by_rows, (query, key, value))
     mask = Mask.of(scale, softcap, window_size, T)
     with on(query.device):
-        options = sizes("forward", query, key, block)
-        _forward_kernel[(len(tiles) * options["SPLIT"] * Hq,)](
+        options = sizes("forward", query, key, block, mask)
+        _forward_kernel[(tiles.shape[1] * options["SPLIT"] * Hq,)](
             query, key, value, out, lse, tiles, T, Hq, Hq // Hkv,
             *(t.stride(0) for t in (query, key, value)), *(t.stride(1) for t in (query, key, value)),
-            mask.slope, mask.cap, mask.left, mask.right, **mask.flags, **options,
+            mask.slope, mask.cap, mask.left, mask.right, **options,
         )  # fmt: skip
     return out, lse
 

@@ -13,33 +13,34 @@ def packed_attention(
 ):
     """See :func:`sft_kernels.packed_attention`, for bf16 and fp16 and head dimensions to 256, fp32 to 128.
 
-    Boundaries are not read on the host. Without ``tiles`` they are made here, some ten small launches.
+    Boundaries are not read on the host. Without ``tiles`` they are made here, one small launch.
     """
     if tiles is None:
-        tiles = AttentionTiles.from_cu_seqlens(cu_seqlens.to(query.device, non_blocking=True), query.shape[0])
+        tiles = AttentionTiles.from_cu_seqlens(cu_seqlens, query.shape[0], device=query.device)
     scale = query.shape[2] ** -0.5 if scale is None else float(scale)
     softcap = None if softcap is None else float(softcap)
-    out, lse = _PackedAttention.apply(
-        query, key, value, tiles.query, tiles.key, tiles.block, scale, window_size, softcap
-    )
+    out, lse = _PackedAttention.apply(query, key, value, tiles.lists, tiles.block, scale, window_size, softcap)
     return out, (lse * math.log(2)).float() if return_lse else None
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, query_tiles, key_tiles, *options):
-        out, lse = torch.ops.sft_kernels.packed_attention(query, key, value, query_tiles, *options)
-        ctx.save_for_backward(query, key, value, out, lse, query_tiles, key_tiles)
+    def forward(ctx, query, key, value, tiles, *options):
+        out, lse = torch.ops.sft_kernels.packed_attention.default(query, key, value, tiles, *options)
+        ctx.save_for_backward(query, key, value, out, lse, tiles)
         ctx.options = options
         ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)  # else zeros are made for the lse in every backward
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, _):
         if torch.is_grad_enabled():
             raise RuntimeError("packed_attention is differentiable once: its backward has no graph (create_graph=True)")
-        gradients = torch.ops.sft_kernels.packed_attention_backward(dout, *ctx.saved_tensors, *ctx.options)
-        return *gradients, *[None] * (2 + len(ctx.options))
+        if dout is None:
+            return (None,) * (4 + len(ctx.options))
+        gradients = torch.ops.sft_kernels.packed_attention_backward.default(dout, *ctx.saved_tensors, *ctx.options)
+        return *gradients, *[None] * (1 + len(ctx.options))
 
 
 # ---- the passes as operators, so that torch.compile sees schemas and not kernels
@@ -58,13 +59,13 @@ def _register(schema, function, fake):
 
 
 _register(
-    f"packed_attention(Tensor query, Tensor key, Tensor value, Tensor query_tiles, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"packed_attention(Tensor query, Tensor key, Tensor value, Tensor tiles, {_OPTIONS}) -> (Tensor, Tensor)",
     triton_forward.launch,
     lambda query, *rest: triton_forward.results(query),
 )
 _register(
     "packed_attention_backward(Tensor dout, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
-    f" Tensor query_tiles, Tensor key_tiles, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f" Tensor tiles, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
     triton_backward.launch,
     lambda dout, query, key, *rest: triton_backward.results(query, key),
 )

@@ -4,6 +4,7 @@ In the kernels i counts queries and j keys, both from the beginning of the packe
 times log₂ e, since the hardware's exponential is of base 2.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ import triton.language as tl
 
 from ..._triton import tanh
 from .tiles import BLOCK
+
+_LOG2_E = math.log2(math.e)
 
 
 @triton.jit
@@ -97,7 +100,8 @@ class Config(NamedTuple):
 
 # For half precision, by compute capability and head dimension, rounded up to a power of two of at least 64. Chosen for
 # what the compiler makes of them, not by time: no spills up to 128 whatever the options, the largest steps that leave
-# none, loads two stages ahead or more where they fit. The budgets are in bench/launches/packed_attention.py.
+# none, loads two stages ahead or more where they fit. The budgets are in bench/launches/packed_attention.py. An entry
+# may be set at any time: the next launch goes by it, over the same tiles.
 CONFIGS = {
     "forward": {
         (8, 64): Config(128, 64, 4, 3),
@@ -133,6 +137,11 @@ def capability():
     8. Ask under :func:`~sft_kernels._triton.on`."""
     if triton.knobs.runtime.interpret:
         return 9
+    return _capability_of(triton.runtime.driver.active.get_current_device())
+
+
+@functools.cache
+def _capability_of(current_device):
     return 9 if triton.runtime.driver.active.get_current_target().arch // 10 in (9, 10) else 8
 
 
@@ -142,25 +151,39 @@ def config_of(name, capability, D, key_heads):
     A program of the keys' kernel goes over all query heads of its key head. Where there are few key heads, and so few
     programs, that of the longest segment's first keys would outlast all others: it takes half a tile.
     """
-    config = CONFIGS[name][capability, max(triton.next_power_of_2(D), 64)]
+    config = CONFIGS[name][capability, max(_power_of_2(D), 64)]
     return config._replace(rows=64) if name == "dkey" and key_heads < 4 else config
 
 
-def sizes(name, query, key, block):
+def sizes(name, query, key, block, mask):
     """The constants and launch options of kernel ``name`` for ``query`` [T, Hq, D] over tiles of ``block`` rows, on the
-    current device."""
+    current device. Not to be written to: they are kept by what they follow from."""
     D = query.shape[2]
     config = FP32 if query.dtype == torch.float32 else config_of(name, capability(), D, key.shape[1])
+    return _sizes_of(config, D, block, mask.cap > 0, mask.left >= 0, mask.right >= 0)
+
+
+@functools.cache
+def _sizes_of(config, D, block, capped, left, right):
+    if config.rows not in (BLOCK // 2, BLOCK):  # a small tile is one program's
+        raise ValueError(f"CONFIGS: expected rows of {BLOCK // 2} or {BLOCK}, got {config}")
     return {
+        "CAPPED": capped,
+        "LEFT": left,
+        "RIGHT": right,
         "D": D,
-        "BLOCK_D": max(triton.next_power_of_2(D), 16),
+        "BLOCK_D": max(_power_of_2(D), 16),
         "ROWS": config.rows * block // BLOCK,
-        "SMALL": block // 2,
         "SPLIT": BLOCK // config.rows,
         "INNER": max(config.inner * block // BLOCK, 16),
         "num_warps": config.warps,
         "num_stages": config.stages,
     }
+
+
+def _power_of_2(n):
+    """The least power of two that is not below ``n``; Triton's own takes 5 µs."""
+    return 1 << (n - 1).bit_length()
 
 
 class Mask(NamedTuple):
@@ -175,15 +198,11 @@ class Mask(NamedTuple):
     @classmethod
     def of(cls, scale, softcap, window_size, T):
         """A window that no segment of T tokens reaches binds nothing."""
-        left, right = (size if 0 <= size < T else -1 for size in window_size)
-        log2_e = math.log2(math.e)
+        left, right = window_size
+        left, right = left if left < T else -1, right if right < T else -1
         if softcap is None:
-            return cls(scale, scale * log2_e, 0.0, left, right)
-        return cls(scale, scale / softcap, softcap * log2_e, left, right)
-
-    @property
-    def flags(self):
-        return {"CAPPED": self.cap > 0, "LEFT": self.left >= 0, "RIGHT": self.right >= 0}
+            return cls(scale, scale * _LOG2_E, 0.0, left, right)
+        return cls(scale, scale / softcap, softcap * _LOG2_E, left, right)
 
 
 def by_rows(tensor):
