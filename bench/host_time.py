@@ -16,6 +16,7 @@ import time
 import warnings
 
 import torch
+import torch.nn.functional as F
 
 ARCH = 90
 TENSORS = 291
@@ -77,7 +78,38 @@ def tiles():
     return {"from_cu_seqlens": lambda: AttentionTiles.from_cu_seqlens(cu_seqlens, 8192)}
 
 
-OPS = {"adamw": adamw, "attention": attention, "tiles": tiles}
+def losses():
+    """Forward and backward over 16 tokens, 12 of them kept, of 32 units and 96 classes, beside torch's plain losses."""
+    from sft_kernels import KeptTokens, cross_entropy, linear_cross_entropy
+
+    N, D, V, K = 16, 32, 96, 12
+    y = torch.randint(0, V, (N,))
+    y[K:] = -100
+    kept, padded = (KeptTokens.from_labels(y, capacity=capacity) for capacity in (None, N))
+    head = [torch.randn(n, D, requires_grad=True) for n in (N, V)]
+    logits = [torch.randn(N, V, requires_grad=True)]
+
+    def both(loss, inputs, **options):
+        return lambda: torch.autograd.grad(loss(*inputs, **options), inputs)
+
+    def ours(x, w, **options):
+        loss = linear_cross_entropy(x, w, impl="triton", **options)
+        return loss[0] if "return_stats" in options else loss
+
+    return {
+        "F.cross_entropy(F.linear)": both(lambda x, w: F.cross_entropy(F.linear(x, w), y), head),
+        "linear, kept": both(ours, head, kept=kept),
+        "linear, kept, statistics": both(ours, head, kept=kept, return_stats=True),
+        "linear, kept, capacity": both(ours, head, kept=padded),
+        "linear, kept, 4 chunks": both(ours, head, kept=kept, chunking="tokens", max_logits_bytes=V * K),
+        "linear, kept, vocab": both(ours, head, kept=kept, chunking="vocab"),
+        "linear, labels": both(ours, head, target=y),
+        "F.cross_entropy": both(lambda x: F.cross_entropy(x, y), logits),
+        "cross_entropy": both(lambda x: cross_entropy(x, y, impl="triton"), logits),
+    }
+
+
+OPS = {"adamw": adamw, "attention": attention, "tiles": tiles, "losses": losses}
 
 
 @contextlib.contextmanager

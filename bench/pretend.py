@@ -196,8 +196,17 @@ def pretended():
 
         return call
 
-    def register(library, name, function, *rest, **options):
-        return implement(library, name, deceived(function), *rest, **options)
+    on_gpu = {}  # bodies of operators whose GPU's is not the CPU's
+
+    def register(library, name, function, key="", **options):
+        if key == "CUDA":
+            on_gpu[name] = function
+
+        def body(*args, **kwargs):
+            host = all(_on_host(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor))
+            return (function if host else on_gpu.get(name, function))(*args, **kwargs)
+
+        return implement(library, name, deceived(body), key, **options)
 
     with contextlib.ExitStack() as stack:
         for owner, names in (

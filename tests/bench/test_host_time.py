@@ -37,6 +37,9 @@ def test_every_case_is_measured_with_the_launches_that_it_makes():
         ("attention", "forward"): 1,
         ("attention", "forward + backward"): 3,
         ("tiles", "from_cu_seqlens"): 1,
+        ("losses", "linear, kept"): 3,  # the core, and two gradients times the upstream scalar
+        ("losses", "linear, kept, 4 chunks"): 6,
+        ("losses", "cross_entropy"): 2,
     }
     assert found | expected == found
 

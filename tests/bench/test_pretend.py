@@ -112,6 +112,16 @@ loss.backward()
 plain = torch.nn.functional.cross_entropy(x.detach().cpu(), y.cpu())
 assert loss.device.type == "cuda" and abs(float(loss) - float(plain)) < 1e-5, (loss, plain)
 assert entered and set(entered) == {"cuda"}, entered
+from sft_kernels.ops.packed_attention import triton_tiles
+launched = []
+launch = triton_tiles.launch
+triton_tiles.launch = lambda *args: launched.append(args[0].device.type) or launch(*args)
+bounds = torch.tensor([0, 3, 40])
+host = sft_kernels.AttentionTiles.from_cu_seqlens(bounds, 50)
+assert launched == [], launched
+there = sft_kernels.AttentionTiles.from_cu_seqlens(bounds.to("cuda"), 50)
+assert launched == ["cuda"] and there.lists.device.type == "cuda", launched
+assert torch.equal(host.lists, there.lists.cpu())
 print("right")
 """
     path = {"PYTHONPATH": os.pathsep.join(sys.path)}
