@@ -17,6 +17,12 @@ def pytest_addoption(parser):
     group = parser.getgroup("suites")
     group.addoption("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     group.addoption("--tiny", action="store_true", help="shapes for a rehearsal; its timings are no figures")
+    group.addoption(
+        "--rivals",
+        choices=("all", "quick", "slow"),
+        default="all",
+        help="slow: those that compile for half a minute and more; quick: the others",
+    )
     group.addoption("--results", type=Path, default=ROOT / "bench" / "results", help="folder of the JSON files")
     group.addoption("--plots", type=Path, default=ROOT / "out" / "bench", help="folder of the PNG files")
 
@@ -30,7 +36,7 @@ def _suite(config, module):
     """The module's suite and its results file, opened by whoever needs it first."""
     opened = config.stash[_OPENED]
     if module.__name__ not in opened:
-        suite = module.SUITE(config.getoption("--device"), config.getoption("--tiny"))
+        suite = module.SUITE(*map(config.getoption, ("--device", "--tiny", "--rivals")))
         opened[module.__name__] = [suite, None]
     return opened[module.__name__]
 

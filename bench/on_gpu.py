@@ -36,7 +36,7 @@ IMPLEMENTATIONS = {
 }
 PARTS = {  # in the order of their value
     "compile": "compiles every kernel, in parallel, while the GPU is free",
-    "peers": "unpacks the wheels of --peers",
+    "wheels": "unpacks the wheels of --peers",
     "smoke": "each op, implementation and dtype once against the oracle, launches blocking",
     "tests": "the tests marked gpu",
     "verify": "all of sft-kernels verify",
@@ -45,6 +45,7 @@ PARTS = {  # in the order of their value
     "adamw": "the suite of AdamW",
     "step": "a whole training step of a 1 B model, stock and ours, padded and packed",
     "sweep": "other configurations of the core and of attention",
+    "slow": "the rivals that compile for half a minute and more: QuACK, flash-attn 4, FlexAttention, torch.compile",
     "given": "the suite of cross_entropy over given logits",
     "counters": "Nsight Compute's counters of the core and of an attention kernel",
     "memcheck": "compute-sanitizer's memcheck over every kernel",
@@ -75,11 +76,11 @@ class Plan:
         found = tuple(Part(f"compile.{i:02}", 75, (*command, f"{i}/{workers}"), env=env) for i in range(workers))
         return Stage("compile", found, workers, again=True)
 
-    def _peers(self):
-        part = Part("peers", absent="no --peers")
+    def _wheels(self):
+        part = Part("wheels", absent="no --peers")
         if self.peers:
-            part = Part("peers", 60, (sys.executable, "-m", "bench.wheels", str(self.peers), "--into", str(SITE)))
-        return Stage("peers", (part,), again=True)
+            part = Part("wheels", 60, (sys.executable, "-m", "bench.wheels", str(self.peers), "--into", str(SITE)))
+        return Stage("wheels", (part,), again=True)
 
     def _smoke(self):
         return Stage("smoke", tuple(self._verified("smoke", 60, "--smoke", blocking=True)), 4)
@@ -124,22 +125,27 @@ class Plan:
             found.append(Part(name, 110, command, nothing_to_do=NO_TESTS))
         return Stage("tests", tuple(found), 6)
 
-    def _suite(self, name, module, seconds):
-        options = (*QUIET, "--benchmark-quiet", "--device", "cuda", "--results", self.folder, "--plots", self.folder)
-        part = Part(name, seconds, self._python("pytest", f"bench/{module}.py", *options, *self.tiny))
-        return Stage(name, (part,))
+    def _suite(self, name, module, seconds, rivals="quick"):
+        options = (*QUIET, "--benchmark-quiet", "--device", "cuda", "--rivals", rivals)
+        options += ("--results", self.folder, "--plots", self.folder, *self.tiny)
+        return Part(name, seconds, self._python("pytest", f"bench/{module}.py", *options))
 
     def _loss(self):
-        return self._suite("loss", "bench_linear_cross_entropy", 120)
+        return Stage("loss", (self._suite("loss", "bench_linear_cross_entropy", 120),))
 
     def _attention(self):
-        return self._suite("attention", "bench_packed_attention", 120)
+        return Stage("attention", (self._suite("attention", "bench_packed_attention", 120),))
 
     def _adamw(self):
-        return self._suite("adamw", "bench_adamw", 60)
+        return Stage("adamw", (self._suite("adamw", "bench_adamw", 60),))
 
     def _given(self):
-        return self._suite("given", "bench_cross_entropy", 60)
+        return Stage("given", (self._suite("given", "bench_cross_entropy", 60),))
+
+    def _slow(self):
+        suites = {"attention": "packed_attention", "loss": "linear_cross_entropy", "given": "cross_entropy"}
+        found = [self._suite(f"slow.{name}", f"bench_{op}", 150, "slow") for name, op in suites.items()]
+        return Stage("slow", tuple(found))
 
     def _step(self):
         return self._module("step", "bench.whole_step", 120)

@@ -23,6 +23,8 @@ LOSSES = {}  # name → load(device) → Loss
 OPTIMIZERS = {}  # name → load(device) → make(params, state_dtype, max_grad_norm) → step()
 ATTENTIONS = {}  # name → load(device) → make(cu_seqlens, max_seqlen) → Attention
 COMPILED = {"torch.compile", "FlexAttention"}
+# Compile for half a minute and more before their first sample; our flash path may take flash-attn 4.
+SLOW = COMPILED | {"QuACK", "flash-attn 4", "ours (flash)"}
 DISTRIBUTIONS = {}  # name → the distribution whose version a row says; torch's own have none
 
 

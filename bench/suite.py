@@ -21,10 +21,19 @@ class Suite:
     passes: str  # what one sample is, for the tables
     tiny = False  # shapes for a rehearsal: nothing measured with them is a figure
 
-    def __init__(self, device, tiny=False):
+    def __init__(self, device, tiny=False, rivals="all"):
+        """``rivals``: all of them, the ``"quick"`` ones, or the ``"slow"`` ones, which compile for long, and ours."""
         self.device = torch.device(device)
         self.tiny = tiny
-        self.present, self.absent = peers.load(self.adapters(), self.device)
+        adapters = self.adapters()
+        chosen = {
+            name: adapter
+            for name, adapter in adapters.items()
+            if rivals == "all" or (rivals == "slow" and name == "ours") or (rivals == "slow") == (name in peers.SLOW)
+        }
+        self.present, self.absent = peers.load(chosen, self.device)
+        other = "quick" if rivals == "slow" else "slow"
+        self.absent |= dict.fromkeys(adapters.keys() - chosen.keys(), f"left to a run with --rivals {other}")
         if tiny:
             for name in peers.COMPILED & self.present.keys():
                 del self.present[name]

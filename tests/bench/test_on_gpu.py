@@ -125,6 +125,18 @@ def test_a_rehearsal_has_the_same_parts(library, tmp_path):
         assert "--tiny" not in real[name].command
 
 
+def test_rivals_that_compile_for_long_come_late_and_hold_up_nobody(library, tmp_path):
+    found = all_parts(Plan(tmp_path))
+
+    def rivals(name):
+        return found[name].command[found[name].command.index("--rivals") + 1]
+
+    assert {rivals(name) for name in ("loss", "attention", "adamw", "given")} == {"quick"}
+    assert {rivals(name) for name in ("slow.loss", "slow.attention", "slow.given")} == {"slow"}
+    names = list(found)
+    assert max(map(names.index, ("loss", "attention", "adamw", "step", "sweep"))) < names.index("slow.attention")
+
+
 def test_names_mean_a_stage_a_part_or_its_beginning():
     stages = [
         Stage("a", (Part("a"),)),

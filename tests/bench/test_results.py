@@ -161,6 +161,18 @@ def test_attention_has_the_mixes_and_the_shapes_of_published_tables():
     assert not any(suite.left_out(name, p) for name in ("ours", "padded SDPA") for p in suite.cells().values())
 
 
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_rival_is_quick_or_slow_and_ours_is_both(suite):
+    quick, slow = (suite("cpu", tiny=True, rivals=rivals) for rivals in ("quick", "slow"))
+    left = {name for name, why in quick.absent.items() if why == "left to a run with --rivals slow"}
+    assert left == peers.SLOW & quick.adapters().keys()
+    assert slow.adapters().keys() == quick.adapters().keys()
+    over = {name for name, why in slow.absent.items() if why == "left to a run with --rivals quick"}
+    assert over == slow.adapters().keys() - left - {"ours"}
+    assert "ours" in quick.present
+    assert "ours" in slow.present
+
+
 def test_who_is_left_out_of_a_cell_is_neither_built_nor_compared(monkeypatch):
     suite = bench_adamw.AdamWStep("cpu", tiny=True)
     (name,) = suite.cells()
