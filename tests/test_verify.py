@@ -219,6 +219,23 @@ def test_the_command_prints_the_table_writes_the_rows_and_fails_on_a_fault(monke
     assert "FAIL" in capsys.readouterr().out
 
 
+def test_rows_are_on_disk_as_they_come(monkeypatch, tmp_path):
+    """A process that is killed leaves the rows that it had."""
+    path = tmp_path / "rows"
+    found = []
+
+    def rows(*args, **options):
+        for count in range(3):
+            found.append(len(json.loads(path.read_text())["rows"]) if count else path.exists())
+            yield verify.Row("op", "torch", "float32", str(count), "loss", 0.0, 0.0, 0.0, "ok")
+
+    monkeypatch.setattr(verify, "verify", rows)
+    assert main(["verify", "--device", "cpu", "--json", str(path)]) == 0
+    assert found == [False, 1, 2]
+    assert len(json.loads(path.read_text())["rows"]) == 3
+    assert [file.name for file in tmp_path.iterdir()] == ["rows"]
+
+
 def test_smoke_is_one_row_for_each_op_implementation_and_dtype():
     rows = list(verify.verify(impls=["torch"], smoke=True))
     assert len(rows) == len({(row.op, row.impl, row.dtype) for row in rows}) == 4 * 3
