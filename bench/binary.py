@@ -63,7 +63,7 @@ class Facts(NamedTuple):
 
     @property
     def instructions(self):
-        """How many a thread runs for one element, over all loops; None where elements cannot be counted."""
+        """Instructions that a thread runs for one element, over all loops; None where elements cannot be counted."""
         if self.element is None or not self.loops:
             return None
         return sum(loop.instructions * self.element / loop.loaded for loop in self.loops)
@@ -200,7 +200,7 @@ def instructions(sass):
 
 
 def _loaded(code):
-    """How many bits of global memory a thread loads."""
+    """Returns the bits of global memory that a thread loads."""
     return sum(_bits(name) for _, name, _ in code if _is_load(name))
 
 

@@ -56,6 +56,7 @@ def cell(request):
     if opened[1] is None:
         opened[1] = Results(opened[0], request.config.getoption("--results"))
     opened[1].add(measured)
+    print(table(opened[1].document | {"cells": [measured]}), flush=True)  # shown with -s, also of a run that is killed
     return measured
 
 

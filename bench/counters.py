@@ -1,10 +1,14 @@
-"""What Nsight Compute counts of one kernel: ``python -m bench.counters core|attention`` launches it a few times.
+"""Nsight Compute's counters of one kernel: ``python -m bench.counters core|attention`` launches it a few times.
 
-``profiled`` is the command that runs this under ncu. The clocks are left alone (``--clock-control none``).
+With ``--profile FILE`` it does so under ncu, which leaves the clocks alone (``--clock-control none``), writes FILE as
+CSV, and must have counted something.
 """
 
 import argparse
+import csv
+import subprocess
 import sys
+from pathlib import Path
 
 # torch and the package are imported where a kernel is launched: whoever asks for the command does not wait for them.
 
@@ -28,11 +32,33 @@ METRICS = (  # time; bytes to and from memory; what the L2 cache caught; how bus
 WARM_UP = 2  # launches that are not counted
 
 
-def profiled(kernel, command, csv):
-    """Returns the command that counts one launch of ``kernel`` within ``command``, into the file ``csv``."""
+def profiled(kernel, command, file):
+    """Returns the command that counts one launch of ``kernel`` within ``command``, into ``file``."""
     ncu = ("ncu", "--clock-control", "none", "--target-processes", "all", "--metrics", ",".join(METRICS))
     ncu += ("--kernel-name", f"regex:^{KERNELS[kernel]}", "--launch-skip", str(WARM_UP), "--launch-count", "1")
-    return (*ncu, "--csv", "--log-file", str(csv), *command)
+    return (*ncu, "--csv", "--log-file", str(file), *command)
+
+
+def counted(kernel, file):
+    """Returns ``{metric: "value unit"}`` of ``kernel`` from ncu's CSV; empty if it counted nothing."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    lines = [line for line in lines if line.startswith('"')]  # beside them stands what ncu says of itself
+    rows = [row for row in csv.DictReader(lines) if row.get("Kernel Name", "").startswith(KERNELS[kernel])]
+    return {row["Metric Name"]: f"{row['Metric Value']} {row['Metric Unit']}".strip() for row in rows}
+
+
+def profile(kernel, file):
+    """Count ``kernel`` into ``file`` in a process under ncu; returns an exit status."""
+    command = (sys.executable, "-m", "bench.counters", kernel)
+    done = subprocess.run(profiled(kernel, command, file), check=False)
+    found = counted(kernel, file)
+    for name, value in found.items():
+        print(f"{name:<64}{value}")
+    if done.returncode or not found:
+        said = file.read_text(errors="replace").strip().splitlines() if file.exists() else []
+        print(f"ncu ended with {done.returncode} and counted {len(found)} metrics: {said[-1] if said else 'no file'}")
+        return 1
+    return 0
 
 
 def core(tiny):
@@ -46,7 +72,13 @@ def core(tiny):
     logits = torch.randn(N, V, device="cuda", dtype=torch.bfloat16)
     target = torch.randint(V, (N,), device="cuda")
     scale = torch.full((N,), 1 / N, device="cuda")
-    return lambda: triton_impl.softmax_grad(logits, target, LossOptions(V), scale)
+    fresh = logits.clone()
+
+    def launch():
+        logits.copy_(fresh)  # in place: gradients of gradients would be nearly constant
+        triton_impl.softmax_grad(logits, target, LossOptions(V), scale)
+
+    return launch
 
 
 def attention(tiny):
@@ -70,7 +102,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.counters", description=__doc__.splitlines()[0])
     parser.add_argument("kernel", choices=[*KERNELS])
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a rehearsal")
+    parser.add_argument("--profile", type=Path, metavar="FILE", help="under ncu, into this CSV file")
     args = parser.parse_args(argv)
+    if args.profile is not None:
+        return profile(args.kernel, args.profile)
     launch = {"core": core, "attention": attention}[args.kernel](args.tiny)
     for _ in range(WARM_UP + 1):
         launch()

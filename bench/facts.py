@@ -1,4 +1,4 @@
-"""What a figure must be read with: versions, the commit, the machine. Imports nothing but the standard library."""
+"""Versions, the commit, the machine: a figure is read with them. Imports nothing but the standard library."""
 
 import functools
 import importlib.metadata
@@ -43,3 +43,10 @@ def first_line(command):
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
+
+
+def replace(path, content):
+    """Write bytes or text into a file that is whole at every moment: the old one, or the new."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial.replace(path)

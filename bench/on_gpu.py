@@ -12,6 +12,7 @@ passed or had nothing to do, 1 if one did not, 2 for a wrong call or if there is
 
 import argparse
 import os
+import re
 import shutil
 import signal
 import sys
@@ -50,6 +51,9 @@ PARTS = {  # in the order of their value
     "counters": "Nsight Compute's counters of the core and of an attention kernel",
     "memcheck": "compute-sanitizer's memcheck over every kernel",
 }
+
+
+_MARKED = re.compile(r"^(pytestmark = .*|\s*@?)pytest\.mark\.gpu\b", re.M)
 
 
 class Plan:
@@ -115,29 +119,32 @@ class Plan:
     def _tests(self):
         found = []
         for path in sorted((ROOT / "tests").rglob("test_*.py")):
-            if "mark.gpu" not in path.read_text(encoding="utf-8"):
+            if not _MARKED.search(path.read_text(encoding="utf-8")):
                 continue
             name = f"tests.{'.'.join(path.relative_to(ROOT / 'tests').with_suffix('').parts)}"
             if path.parent.name == "csrc" and (why := self._no_library()) and not self.rehearse:
                 found.append(Part(name, **why))
                 continue
             command = (sys.executable, "-m", "pytest", str(path.relative_to(ROOT)), "-m", "gpu", *QUIET)
-            found.append(Part(name, 110, command, nothing_to_do=NO_TESTS))
+            env = (
+                {} if self.rehearse else {"SFT_KERNELS_NO_SKIPS": "1"}
+            )  # a file of which all is skipped has not passed
+            found.append(Part(name, 110, command, env=env, nothing_to_do=NO_TESTS if self.rehearse else None))
         return Stage("tests", tuple(found), 6)
 
     def _suite(self, name, module, seconds, rivals="quick"):
-        options = (*QUIET, "--benchmark-quiet", "--device", "cuda", "--rivals", rivals)
+        options = (*QUIET, "-s", "--benchmark-quiet", "--device", "cuda", "--rivals", rivals)
         options += ("--results", self.folder, "--plots", self.folder, *self.tiny)
         return Part(name, seconds, self._python("pytest", f"bench/{module}.py", *options))
 
     def _loss(self):
-        return Stage("loss", (self._suite("loss", "bench_linear_cross_entropy", 120),))
+        return Stage("loss", (self._suite("loss", "bench_linear_cross_entropy", 90),))
 
     def _attention(self):
-        return Stage("attention", (self._suite("attention", "bench_packed_attention", 120),))
+        return Stage("attention", (self._suite("attention", "bench_packed_attention", 90),))
 
     def _adamw(self):
-        return Stage("adamw", (self._suite("adamw", "bench_adamw", 60),))
+        return Stage("adamw", (self._suite("adamw", "bench_adamw", 45),))
 
     def _given(self):
         return Stage("given", (self._suite("given", "bench_cross_entropy", 60),))
@@ -145,10 +152,13 @@ class Plan:
     def _slow(self):
         suites = {"attention": "packed_attention", "loss": "linear_cross_entropy", "given": "cross_entropy"}
         found = [self._suite(f"slow.{name}", f"bench_{op}", 150, "slow") for name, op in suites.items()]
+        if self.peers:  # impl="flash" by the library that the wheels bring
+            flash = self._verified("slow.verify", 150)
+            found += [part for part in flash if part.name.endswith(".flash")]
         return Stage("slow", tuple(found))
 
     def _step(self):
-        return self._module("step", "bench.whole_step", 120)
+        return self._module("step", "bench.whole_step", 100)
 
     def _sweep(self):
         return self._module("sweep", "bench.sweep", 75)
@@ -162,11 +172,8 @@ class Plan:
         found = []
         for kernel in ("core", "attention"):
             name = f"counters.{kernel}"
-            command = self._python("bench.counters", kernel, *self.tiny)
-            if not self.rehearse:
-                from .counters import profiled
-
-                command = profiled(kernel, command, self.folder / f"{name}.csv")
+            profile = () if self.rehearse else ("--profile", self.folder / f"{name}.csv")
+            command = self._python("bench.counters", kernel, *self.tiny, *profile)
             missing = not self.rehearse and shutil.which("ncu") is None
             found.append(Part(name, absent="ncu is not on the path") if missing else Part(name, 60, command))
         return Stage("counters", tuple(found))
@@ -182,6 +189,7 @@ class Plan:
                 command = self._python("sft_kernels.cli", "verify", "--smoke", "--device", "cuda")
                 command += ("--impls", implementation)
                 why = {"command": ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "1", *command)}
+                why["env"] = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # in whose blocks stray accesses would be legal
             found.append(Part(name, 150, **why))
         return Stage("memcheck", tuple(found), 2)
 
@@ -250,7 +258,10 @@ def main(argv=None, start=None):
             earlier, before = parts.passed_in(args.after)
         except ValueError as error:
             parser.error(f"--after: {error}")
-        if earlier.get("commit") != facts["commit"]:
+        for name in ("device", "torch", "triton"):
+            if earlier.get(name) != facts.get(name):
+                parser.error(f"--after: {args.after} is of {name} {earlier.get(name)}, this is {facts.get(name)}")
+        if earlier.get("commit") != facts["commit"]:  # what was mended since is for the caller to run again: --only
             facts["passed before at"] = earlier.get("commit")
     work = CACHE.parent / "on_gpu" / str(os.getpid())
     folder, scratch = work / "results", work / "tmp"
@@ -267,7 +278,7 @@ def main(argv=None, start=None):
         for name in args.only:
             if name not in known and not chosen(stages, [name]):
                 parser.error(f"--only: no part is called {name}; there are {', '.join(PARTS)}")
-        stages = chosen(stages, args.only)
+        stages = chosen(stages, [*args.only, *(["wheels"] if args.peers else [])])
     out = args.out.resolve()
     try:
         out.mkdir(parents=True, exist_ok=True)

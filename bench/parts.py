@@ -1,7 +1,7 @@
 """Runs processes within a time that is kept to the second, and leaves two files that are whole at every moment.
 
 Parts of a stage run side by side; stages follow each other. A part that hangs or dies costs itself alone: it has a
-limit of its own, and is killed with all that it started. After every part ``summary.txt`` and ``results.tgz`` are
+limit of its own, and is killed with its process group. After every part ``summary.txt`` and ``results.tgz`` are
 rewritten: a run that is cut off leaves what it had.
 """
 
@@ -17,7 +17,7 @@ from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
-from .facts import ROOT
+from .facts import ROOT, replace
 
 ARCHIVE, SUMMARY = "results.tgz", "summary.txt"
 LARGEST = 15 << 20  # bytes of the archive: some carriers take files of up to 16 MiB
@@ -136,10 +136,10 @@ class Run:
         outcomes = list(self.outcomes.values())
         document = {"facts": self.facts, "parts": [outcome._asdict() for outcome in outcomes]}
         archive, left_out = packed(self.folder, json.dumps(document, indent=1) + "\n")
-        _replace(self.out / ARCHIVE, archive)
+        replace(self.out / ARCHIVE, archive)
         text = summary(self.facts, outcomes, self.folder)
         text += "".join(f"left out of {ARCHIVE}, too large: {name}\n" for name in left_out)
-        _replace(self.out / SUMMARY, text.encode())
+        replace(self.out / SUMMARY, text)
 
 
 class _Running:
@@ -170,14 +170,15 @@ class _Running:
         return True
 
     def kill(self):
-        """End the process and whatever it left running."""
+        """End the process and its group. One that the driver does not let go of is left behind."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(2)
 
     def outcome(self):
         took, status, name = time.monotonic() - self.start, self.process.returncode, self.part.name
-        if self.stopped:
+        if self.stopped or status is None:
             return Outcome(name, "stopped", took, f"after its {self.end - self.start:.0f} s")
         if status == 0:
             return Outcome(name, "passed", took)
@@ -258,9 +259,3 @@ def passed_in(folder):
         raise ValueError(f"{folder} holds no {ARCHIVE} of an earlier run ({error})") from error
     passed = ("passed", "passed before")
     return document["facts"], {part["name"] for part in document["parts"] if part["verdict"] in passed}
-
-
-def _replace(path, content):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -69,7 +69,7 @@ def load(adapters, device):
 
 def version(name):
     """``"liger-kernel 0.8.5"`` for the row of that name, ``"torch 2.11.0"`` for torch's own; None where unknown."""
-    if name.split(" ")[0] == "ours":
+    if name.startswith("ours"):
         return None  # the results file has the commit
     distribution = DISTRIBUTIONS.get(name, "torch")
     try:
@@ -450,7 +450,21 @@ def linear_losses(device):
     def adapt(impl):
         return lambda x, w, y: sft_kernels.linear_cross_entropy(x, w, y, impl=impl)
 
-    return ours("softmax_grad", adapt, device) | LINEAR_LOSSES
+    return ours("softmax_grad", adapt, device) | {"ours, KeptTokens": _counted} | LINEAR_LOSSES
+
+
+def _counted(device):
+    """Ours as a collator serves it: the kept tokens were counted on the host, so that nothing waits for the device."""
+
+    def loss(x, w, kept):
+        kept = kept if isinstance(kept, sft_kernels.KeptTokens) else count(kept)
+        return sft_kernels.linear_cross_entropy(x, w, kept=kept)
+
+    def count(y):
+        return sft_kernels.KeptTokens.from_labels(y.cpu()).to(y.device)
+
+    loss.count = count
+    return loss
 
 
 def losses(device):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .facts import code_state, first_line, versions
+from .facts import code_state, first_line, replace, versions
 from .timing import spread
 
 
@@ -64,7 +64,7 @@ class Results:
 
     def add(self, cell):
         self.document["cells"].append(cell)
-        self.path.write_text(json.dumps(self.document, indent=1) + "\n")
+        replace(self.path, json.dumps(self.document, indent=1) + "\n")
 
 
 def table(document):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from sft_kernels import _backend
 from sft_kernels._budget import compare
+from sft_kernels.ops.softmax_grad.options import LossOptions
 
 from .peers import ADAMW, LR, Absent
 from .timing import reason
@@ -53,6 +54,20 @@ def loss_error(loss, device, dtype, N=256, V=1024):
         return loss.loss(x.clone(), y)
 
     return _against_plain(of_copy, lambda x: F.cross_entropy(x, y), (x,))
+
+
+def core_error(softmax_grad, logits, target):
+    """The same of the core's gradients and losses of ``logits``, each row with a scale of its own."""
+    scale = torch.linspace(0.5, 2.0, len(target), device=logits.device) / len(target)
+
+    def plain(x):
+        x = x.detach().requires_grad_()
+        losses = F.cross_entropy(x, target, reduction="none")
+        return [losses.detach(), torch.autograd.grad(losses, x, scale.to(x.dtype))[0]]
+
+    gradient = logits.clone()
+    rows = softmax_grad(gradient, target, LossOptions(logits.shape[1]), scale)
+    return _worst([rows.nll, gradient], plain(logits.double()), plain(logits))
 
 
 def optimizer_error(make, device, dtype, state_dtype, max_grad_norm):

@@ -75,7 +75,7 @@ class Suite:
         """Seconds of timed rounds a cell."""
         if self.tiny:
             return 0.2
-        return 1.5 if self.device.type == "cuda" else 6  # a GPU is rented by the minute
+        return 1 if self.device.type == "cuda" else 6  # a GPU is rented by the minute
 
     def one_run(self, name, parameters):
         """``prepare`` and ``run`` of one adapter's work: what ``timing.peak_extra_bytes`` asks for."""
@@ -103,7 +103,7 @@ class Suite:
                     row["raised"] = peers.why(error)
         machine = self.machine(parameters)
         sets = self.sets(parameters)
-        rounds = (2, 2) if self.tiny else (5, 25)
+        rounds = (2, 2) if self.tiny else (4, 25)
         with Watch() if self.device.type == "cuda" else contextlib.nullcontext() as gpu:
             samples, failed = timing.interleaved(
                 rivals | machine, sets, self.device, budget=self.budget(), rounds=rounds

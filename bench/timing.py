@@ -53,12 +53,12 @@ class Clock:
 CLOCK = Clock()
 
 
-SMALL = 5e-3  # seconds: who takes less on a GPU is also timed behind a filled queue
+SMALL = 5e-3  # seconds: a cell in which anyone takes less on a GPU is also timed behind a filled queue
 _CLOCK_RATE = 2e9  # an SM's clock, at most, for the length of a wait
 
 
 class Samples(NamedTuple):
-    """What was measured of one rival, in seconds."""
+    """The measurements of one rival, in seconds."""
 
     called: list  # from an idle device to the end of the work: launch gaps included
     queued: list  # the same behind a filled launch queue: the device's own time; of small work on CUDA alone
@@ -102,13 +102,14 @@ def interleaved(rivals, sets, device, *, budget, rounds=(3, 25)):
         sets: input sets, each the arguments of ``prepare``.
         budget: seconds of wall clock to spend on the timed rounds, within the bounds ``rounds``.
 
-    The first round warms up, compiles and is not counted. Who raises takes no further part. On CUDA, a turn that took
-    less than ``SMALL`` is taken twice, the second time behind a filled queue.
+    The first round warms up, compiles and is not counted. Who raises takes no further part. If anyone on CUDA took less
+    than ``SMALL`` in the round after that, everyone's turns are taken twice, the second time behind a filled queue: no
+    ratio compares one kind of time with the other.
     """
     taken = {name: Samples([], [], []) for name in rivals}
     failed = {}
     shuffle = random.Random(0).shuffle
-    turn = 0
+    turn, twice = 0, False
 
     def one_turn(name, behind=0.0):
         nonlocal turn
@@ -126,8 +127,8 @@ def interleaved(rivals, sets, device, *, budget, rounds=(3, 25)):
                     taken[name].called.append(called)
                     if device.type == "cuda":
                         taken[name].host.append(host)
-                        if called < SMALL:
-                            taken[name].queued.append(one_turn(name, behind=2 * host + 1e-4)[0])
+                    if twice:
+                        taken[name].queued.append(one_turn(name, behind=2 * host + 1e-4)[0])
             except Exception as error:
                 failed[name] = reason(error)
 
@@ -140,6 +141,8 @@ def interleaved(rivals, sets, device, *, budget, rounds=(3, 25)):
             if done >= rounds[0] and time.perf_counter() > deadline:
                 break
             one_round(warm_up=False)
+            if done == 0 and device.type == "cuda":
+                twice = any(sample < SMALL for each in taken.values() for sample in each.called)
     finally:
         gc.enable()
     return {name: samples for name, samples in taken.items() if name not in failed}, failed

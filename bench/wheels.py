@@ -14,6 +14,7 @@ import importlib.metadata
 import io
 import lzma
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -40,6 +41,7 @@ PINNED = {
 PLATFORMS = "manylinux_2_28_x86_64 manylinux_2_24_x86_64 manylinux2014_x86_64 any".split()
 LEFT_OUT = re.compile(r"/iket/.*\.so$|/3rdparty/|/cu13/(include|lib/stubs)/|\.a$")  # of the set
 PACKED = "wheels.tar.xz"
+_OURS = ".unpacked-by-bench-wheels"
 # Both large libraries hold one LLVM: a window over the whole set finds the second copy. lc and pb suit machine code.
 FILTERS = [
     {"id": lzma.FILTER_X86},
@@ -80,8 +82,9 @@ def pack(wheels, archive):
 def install(folder, target):
     """Unpack every wheel of ``folder`` under ``target``. Returns ``{distribution: version}``.
 
-    Does nothing if ``target`` already holds exactly these. Raises an error that names ``folder`` if it is missing or
-    empty, holds two versions of one distribution, or does not suit this Python.
+    Does nothing if ``target`` already holds exactly these, and replaces what an earlier call put there. Raises an error
+    that names ``folder`` if it is missing or empty, holds two versions of one distribution, or does not suit this
+    Python, and one that names ``target`` if somebody else's packages lie there.
     """
     folder, site = Path(folder), _site(target)
     if not folder.is_dir():
@@ -101,10 +104,15 @@ def install(folder, target):
         if not wanted:
             raise FileNotFoundError(f"{folder}: no wheels here; python -m bench.wheels {folder} fetches the peers")
         if installed(target) != wanted:
-            if site.is_dir() and any(site.iterdir()):
-                raise FileExistsError(f"{site}: holds other packages than {folder}; name an empty target")
-            options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(site)]
+            if site.is_dir() and any(site.iterdir()) and not (site / _OURS).exists():
+                raise FileExistsError(f"{site}: holds packages that were not unpacked here; name an empty target")
+            partial = site.with_name("partial")  # a call that is cut off leaves no half of a set
+            shutil.rmtree(partial, ignore_errors=True)
+            options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--target", str(partial)]
             _pip(folder, "install", *options, *map(str, wheels))
+            (partial / _OURS).touch()
+            shutil.rmtree(site, ignore_errors=True)
+            partial.rename(site)
     return installed(target)
 
 

@@ -31,11 +31,12 @@ from torch.profiler import ProfilerActivity, profile, record_function, supported
 from sft_kernels import AdamW, KeptTokens, decay_groups, linear_cross_entropy
 from sft_kernels.integrations import attention
 from sft_kernels.sft.masking import IGNORE, Example
-from sft_kernels.sft.model import head, hidden_states
+from sft_kernels.sft.model import boundaries_given, head, hidden_states
 from sft_kernels.sft.packing import collate, groups_of, pack_rows
 
 from .bench_packed_attention import lengths_of
-from .results import code_state, device_facts, versions
+from .facts import code_state, replace, versions
+from .results import device_facts
 from .timing import spread
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, (0.9, 0.95), 0.1, 1.0
@@ -227,12 +228,13 @@ class Trainer:
     def step(self):
         """One optimiser step; returns ``(loss, norm of the gradients)``, tensors on the device."""
         total = torch.zeros((), device=self.device)
-        for batch in self.batches:
-            with record_function("forward"):
-                loss = self.compute_loss(self.model, batch.to(self.device), self.num_items)
-            with record_function("backward"):
-                loss.backward()
-            total += loss.detach()
+        with boundaries_given(self.model):  # as the trainer does: no mask is made for ours, packed
+            for batch in self.batches:
+                with record_function("forward"):
+                    loss = self.compute_loss(self.model, batch.to(self.device), self.num_items)
+                with record_function("backward"):
+                    loss.backward()
+                total += loss.detach()
         with record_function("optimizer"):
             norm = self.update()
         return total, norm
@@ -422,7 +424,7 @@ def main(argv=None):
     path, rows = new_path(args.results, document), document["variants"]
 
     def write():
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        replace(path, json.dumps(document, indent=1) + "\n")
 
     for name, variant in VARIANTS.items():
         try:

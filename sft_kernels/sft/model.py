@@ -133,24 +133,26 @@ def hidden_states(model, batch):
 
 @contextmanager
 def boundaries_given(model):
-    """The model with the attention it has, under a name that transformers makes no masks for; the name is put back
-    after.
+    """The model with packed attention under a name that transformers makes no masks for; the name is put back after.
 
     Masks it makes by default, for which it looks at ``position_ids``, and the host waits for the device in every
-    forward. :func:`hidden_states` passes boundaries, so there is no mask to make.
+    forward. :func:`hidden_states` passes boundaries, so there is no mask to make. A model with another attention is
+    left alone.
     """
     from transformers import AttentionInterface
 
     from ..integrations import attention
 
+    if model.config._attn_implementation != attention.NAME:
+        yield
+        return
     name = f"{attention.NAME}_boundaries_given"
     AttentionInterface.register(name, attention.attention_forward)
-    implementation = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
         yield
     finally:
-        model.set_attn_implementation(implementation)
+        model.set_attn_implementation(attention.NAME)
 
 
 @contextmanager

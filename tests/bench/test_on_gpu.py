@@ -99,9 +99,31 @@ def test_tools_that_are_not_there_are_named_and_leave_the_clocks_alone(library, 
     tool(library, "ncu")
     tool(library, "compute-sanitizer")
     found = all_parts(Plan(tmp_path))
-    assert " ".join(found["counters.core"].command).startswith("ncu --clock-control none")
-    assert "dram__bytes_read.sum" in " ".join(found["counters.attention"].command)
+    assert found["counters.core"].command[-2:] == ("--profile", str(tmp_path / "counters.core.csv"))
     assert found["memcheck.triton"].command[:3] == ("compute-sanitizer", "--tool", "memcheck")
+
+
+def test_memcheck_sees_the_bounds_of_each_allocation(library, tmp_path):
+    tool(library, "compute-sanitizer")
+    assert all_parts(Plan(tmp_path))["memcheck.triton"].env == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+
+
+def test_gpu_tests_that_are_all_skipped_have_not_passed(library, tmp_path):
+    part = all_parts(Plan(tmp_path))["tests.ops.test_adamw_gpu"]
+    assert part.env == {"SFT_KERNELS_NO_SKIPS": "1"}
+    test = tmp_path / "test_it.py"
+    for code, status in (("import pytest\n\ndef test():\n    pytest.skip()", 1), ("def test():\n    pass", 0)):
+        test.write_text(code)
+        options = [*on_gpu.QUIET, "-p", "tests.conftest", "--rootdir", tmp_path, test]
+        root = parts.ROOT
+        done = subprocess.run([sys.executable, "-m", "pytest", *options], cwd=root, env=os.environ | part.env)
+        assert done.returncode == status
+
+
+def test_impl_flash_is_verified_with_the_library_that_the_wheels_bring(library, tmp_path):
+    assert "slow.verify.packed_attention.flash" not in all_parts(Plan(tmp_path))
+    part = all_parts(Plan(tmp_path, peers=tmp_path))["slow.verify.packed_attention.flash"]
+    assert "--impls flash" in " ".join(part.command)
 
 
 def test_kernels_are_compiled_in_parallel_without_the_gpu_on_every_machine(library, tmp_path, monkeypatch):
@@ -189,6 +211,39 @@ def test_two_calls_the_second_after_the_first(tmp_path, planned, capsys):
     assert "passed before" in (tmp_path / "second" / parts.SUMMARY).read_text()
     assert call(tmp_path, "--only", "b", out="third") == 0
     assert parts.passed_in(tmp_path / "third")[1] == {"b.x"}
+
+
+@pytest.mark.parametrize("name", ["device", "torch", "triton"])
+def test_what_passed_on_another_machine_is_not_taken_for_passed(tmp_path, planned, capsys, monkeypatch, name):
+    """Nor a rehearsal's for a GPU's."""
+    planned(Stage("a", (Part("a", 20, python("")),)))
+    assert call(tmp_path, out="first") == 0
+    if name == "device":
+        monkeypatch.setattr(on_gpu, "_gpu", lambda: ("NVIDIA H100", 90))
+        arguments = ["--out", str(tmp_path / "second"), "--minutes", "1", "--after", str(tmp_path / "first")]
+    else:
+        arguments = [
+            "--out",
+            str(tmp_path / "second"),
+            "--minutes",
+            "1",
+            "--after",
+            str(tmp_path / "first"),
+            "--rehearse",
+        ]
+        versions = on_gpu.versions()
+        monkeypatch.setattr(on_gpu, "versions", lambda: versions | {name: "0.1"})
+    with pytest.raises(SystemExit):
+        on_gpu.main(arguments)
+    assert f"--after: {tmp_path / 'first'} is of {name} " in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
+
+
+def test_the_wheels_come_along_with_whatever_is_picked(tmp_path, planned):
+    (tmp_path / "peers").mkdir()
+    planned(Stage("wheels", (Part("wheels", 20, python("")),)), Stage("a", (Part("a", 20, python("")),)))
+    assert call(tmp_path, "--only", "a", "--peers", str(tmp_path / "peers")) == 0
+    assert parts.passed_in(tmp_path / "out")[1] == {"wheels", "a"}
 
 
 def test_minutes_are_kept_to_the_second(tmp_path, planned):

@@ -60,7 +60,7 @@ def test_the_folder_is_called_site_packages_for_quack_and_the_dsl_is_found(folde
     assert said(tmp_path, "import cutlass; print(cutlass.VERSION)") == "dsl"
 
 
-def test_installing_again_does_nothing_and_never_over_other_packages(folder, tmp_path, monkeypatch):
+def test_installing_again_does_nothing_and_replaces_its_own_set_alone(folder, tmp_path, monkeypatch):
     wheel(folder)
     target = tmp_path / "target"
     wheels.install(folder, target)
@@ -68,8 +68,21 @@ def test_installing_again_does_nothing_and_never_over_other_packages(folder, tmp
         patch.setattr(wheels.subprocess, "run", None)
         assert wheels.install(folder, target) == {"tiny": "1.0"}
     wheel(folder, name="another")
-    with pytest.raises(FileExistsError, match=re.escape(f"site-packages: holds other packages than {folder}")):
-        wheels.install(folder, target)
+    assert wheels.install(folder, target) == {"tiny": "1.0", "another": "1.0"}
+    assert not (target / "partial").exists()
+    (foreign := tmp_path / "foreign" / "site-packages").mkdir(parents=True)
+    (foreign / "mine.py").touch()
+    with pytest.raises(FileExistsError, match="holds packages that were not unpacked here"):
+        wheels.install(folder, foreign.parent)
+    assert [path.name for path in foreign.iterdir()] == ["mine.py"]
+
+
+def test_the_command_unpacks_or_says_why_not(folder, tmp_path, capsys):
+    assert wheels.main([str(folder), "--into", str(tmp_path / "target")]) == 1
+    assert "no such folder" in capsys.readouterr().err
+    wheel(folder)
+    assert wheels.main([str(folder), "--into", str(tmp_path / "target")]) == 0
+    assert capsys.readouterr().out == "tiny 1.0\n"
 
 
 @pytest.mark.parametrize("kind", ["missing", "empty", "twice", "torn", "not for this python"])

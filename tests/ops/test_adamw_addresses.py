@@ -71,7 +71,7 @@ def at(t, offset):
     [("nothing", 2 * 4, 4, 2), ("grad", 2 * 3, 4 + 2, 0), ("param", 0, 4 + 2 * 4, 2), ("exp_avg", 0, 4 + 2 * 4, 2)],
 )
 def test_an_odd_gradient_alone_is_loaded_narrow(odd, wide, narrow, of_norm, monkeypatch):
-    """Of two whole tiles and a tail; ``wide`` and ``narrow``: pointers of a tile, of four arrays each."""
+    """Counts those of two whole tiles and a tail; ``wide`` and ``narrow``: pointers of a tile, of four arrays each."""
     counts, unmasked = collections.Counter(), []
     pointer, load = triton_impl._pointer, interpreter.InterpreterBuilder.create_load
 

@@ -1,4 +1,4 @@
-"""What the fused losses cost on Triton's core: FLOPs and bytes by the written model, launches, memory, no host sync,
+"""The cost of the fused losses on Triton's core: FLOPs and bytes by the written model, launches, memory, no host sync,
 and one product to evaluate."""
 
 from typing import ClassVar

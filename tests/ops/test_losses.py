@@ -141,7 +141,7 @@ def test_what_comes_back_to_the_losses_of_masked_rows_enters_nothing(loss, poiso
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("linear", LINEAR, ids=lambda loss: loss.name)
 def test_a_capacity_changes_nothing_also_where_the_last_row_is_kept(linear, reduction):
-    """What is padded is at row -1."""
+    """Padding stands at row -1."""
     y, tensors = labels(), linear.tensors()
     y[-1] = 3
     upstream = torch.rand(N) if reduction == "none" else 1.0

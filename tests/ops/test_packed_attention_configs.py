@@ -30,7 +30,7 @@ def tensors(heads, D):
 
 @pytest.fixture
 def launched(monkeypatch):
-    """What each kernel was launched with last."""
+    """Returns the constants that each kernel was launched with last."""
     seen, sizes = {}, triton_shared.sizes
 
     def spy(name, *arguments):

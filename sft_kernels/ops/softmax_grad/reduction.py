@@ -105,7 +105,7 @@ def check_class_weight(weight, V, device):
 
 
 def check_labels(targets, V):
-    """Whether each label lies outside ``[0, V)``; None where none is known to.
+    """Returns a mask of the labels outside ``[0, V)``, or None if none is known to be.
 
     On the CPU, and elsewhere under ``SFT_KERNELS_CHECK=1``, a label outside raises ``IndexError``. A GPU is not asked:
     the answer is a mask on the device, and the losses of the labels outside become NaN.

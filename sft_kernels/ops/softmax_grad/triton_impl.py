@@ -23,7 +23,7 @@ _SCALE_PROGRAMS = 1024  # at most: where the factor is 1 they are all that it co
 
 
 class Config(NamedTuple):
-    """How the core is launched."""
+    """The size of a launch of the core."""
 
     groups: int  # of eight columns in a tile, over all its rows: a power of two
     warps: int  # of a program
