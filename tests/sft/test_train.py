@@ -306,6 +306,14 @@ def test_models_that_the_losses_and_the_attention_carry_pass_the_check(kind, opt
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_model_with_another_attention_keeps_it(small_model):
+    model = small_model("llama")
+    model.set_attn_implementation("sdpa")
+    with models.boundaries_given(model):
+        assert model.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "left_out"),
     [
