@@ -65,6 +65,9 @@ class Pretence(TorchFunctionMode):
         asked = _asked(function, args, kwargs)
         args, kwargs = tree_map(_on_cpu, (args, kwargs))
         kwargs.pop("pin_memory", None)
+        if function in (torch.mm, torch.addmm) and "out_dtype" in kwargs:  # which the CPU's products do not have
+            dtype = kwargs.pop("out_dtype")
+            args = (*args[:-2], *(t.to(dtype) for t in args[-2:]))
         out = function(*args, **kwargs)
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         if asked is not None:

@@ -115,6 +115,12 @@ loss.backward()
 plain = torch.nn.functional.cross_entropy(x.detach().cpu(), y.cpu())
 assert loss.device.type == "cuda" and abs(float(loss) - float(plain)) < 1e-5, (loss, plain)
 assert entered and set(entered) == {"cuda"}, entered
+h, w = (torch.randn(n, 16, device="cuda").bfloat16().requires_grad_() for n in (5, 40))
+loss = sft_kernels.linear_cross_entropy(h, w, y)
+dh, dw = torch.autograd.grad(loss, (h, w))
+plain = [t.detach().cpu().float().requires_grad_() for t in (h, w)]
+expected = torch.autograd.grad(torch.nn.functional.cross_entropy(plain[0] @ plain[1].T, y.cpu()), plain)
+assert all(torch.allclose(a.cpu().float(), b, atol=1e-2) for a, b in zip((dh, dw), expected))
 from sft_kernels.ops.packed_attention import triton_tiles
 launched = []
 launch = triton_tiles.launch
