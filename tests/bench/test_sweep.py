@@ -101,15 +101,25 @@ def test_candidates_that_are_off_or_cannot_run_are_named():
     assert "seconds" not in found["rows"][sweep.label(worse)]
 
 
-def test_a_sweep_from_end_to_end(tmp_path):
-    done = run("bench.pretend", "bench.sweep", "--device", "cuda", "--tiny", "--results", tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.iterdir()
-    document = json.loads(path.read_text())
-    assert [cell["cell"].split(",")[0] for cell in document["cells"]] == ["core", "forward", "dquery", "dkey"]
-    for cell in document["cells"]:
-        assert all(row["error"] <= 1 and len(row["seconds"]) == 2 for row in cell["rows"].values())
-        assert len(cell["rows"]) == 2
+@pytest.mark.parametrize(
+    ("rows", "status"),
+    [
+        ([{"error": 0.5, "seconds": [1.0]}, {"error": 0.5, "seconds": [2.0]}], 0),
+        ([{"error": 0.5, "seconds": [1.0]}, {"raised": "out of resources"}], 0),
+        ([{"error": 0.5, "seconds": [1.0]}, {"error": 1.5, "seconds": [1.0]}], 1),
+        ([{"error": 0.5, "raised": "an illegal access"}, {"error": 0.5, "seconds": [1.0]}], 1),
+    ],
+    ids=["right", "a candidate that does not fit", "a candidate that is off", "the table's own is not timed"],
+)
+def test_it_fails_if_one_is_off_or_the_tables_own_is_not_timed(rows, status, tmp_path, monkeypatch, capsys):
+    """The rest of the command is for a rehearsal to run."""
+    found = {"cell": "a cell", "flops": 1e12, "rows": {str(at): row for at, row in enumerate(rows)}}
+    monkeypatch.setattr(sweep, "measure", lambda device, tiny, write: write(found))
+    monkeypatch.setattr(sweep, "device_facts", lambda device: {})
+    monkeypatch.setattr(sweep, "file_name", lambda *args: "sweep.json")
+    assert sweep.main(["--device", "cuda", "--results", str(tmp_path)]) == status
+    assert json.loads((tmp_path / "sweep.json").read_text())["cells"] == [found]
+    assert ("off or not measured" in capsys.readouterr().out) == bool(status)
 
 
 def test_kernels_are_compiled_into_the_cache_and_found_there_again(tmp_path):
