@@ -18,6 +18,8 @@ import torch.nn.functional as F
 import sft_kernels
 from sft_kernels import _backend
 
+from .timing import reason
+
 LINEAR_LOSSES = {}  # name → load(device) → loss(hidden [N, D], weight [V, D], labels [N])
 LOSSES = {}  # name → load(device) → Loss
 OPTIMIZERS = {}  # name → load(device) → make(params, state_dtype, max_grad_norm) → step()
@@ -63,7 +65,7 @@ def load(adapters, device):
         except Exception as error:  # libraries raise what they like where they do not fit the machine
             if name.startswith("ours"):
                 raise
-            absent[name] = why(error)
+            absent[name] = reason(error)
     return present, absent
 
 
@@ -76,11 +78,6 @@ def version(name):
         return f"{distribution} {importlib.metadata.version(distribution).split('+')[0]}"
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def why(error):
-    """An exception in one line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def ours(op, adapt, device):

@@ -100,7 +100,7 @@ class Suite:
                 except Exception as error:  # memory, most likely: it costs this peer its row, not all theirs
                     if name.startswith("ours"):
                         raise
-                    row["raised"] = peers.why(error)
+                    row["raised"] = timing.reason(error)
         machine = self.machine(parameters)
         sets = self.sets(parameters)
         rounds = (2, 2) if self.tiny else (4, 25)
@@ -143,7 +143,7 @@ class Suite:
         try:
             return self._measured_peak(name, cell, rival, inputs)
         except Exception as error:  # what was timed is kept
-            warnings.warn(f"{cell}: peak memory of {name} not measured: {peers.why(error)}", stacklevel=2)
+            warnings.warn(f"{cell}: peak memory of {name} not measured: {timing.reason(error)}", stacklevel=2)
             return None
 
     def _measured_peak(self, name, cell, rival, inputs):

@@ -37,7 +37,7 @@ from sft_kernels.sft.packing import collate, groups_of, pack_rows
 from .bench_packed_attention import lengths_of
 from .facts import code_state, replace, versions
 from .results import device_facts
-from .timing import spread
+from .timing import reason, spread
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-4, (0.9, 0.95), 0.1, 1.0
 # Of seeds 0 to 199 the one closest to the median in padding (2.96 positions a token) and in tokens (22,188). Its
@@ -313,12 +313,6 @@ def trace(setup, device, path):
     profiler.export_chrome_trace(str(path))
 
 
-def why(error):
-    """An exception in one short line."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}"[:200]
-
-
 def disagreement(rows, tolerance):
     """A sentence if the variants that ran differ by more than ``tolerance`` in their first step, or None.
 
@@ -431,8 +425,8 @@ def main(argv=None):
             rows[name] = measure(variant, setup, device)
             print(f"{name} took {rows[name]['seconds_in_all']:.1f} s", flush=True)
         except Exception as error:
-            rows[name] = {"raised": why(error)}
-            print(f"{name} raised {why(error)}", flush=True)
+            rows[name] = {"raised": reason(error)}
+            print(f"{name} raised {reason(error)}", flush=True)
         write()
     document["disagreement"] = disagreement(rows, setup.tolerance)
     failures = [document["disagreement"]] if document["disagreement"] else []
@@ -445,8 +439,8 @@ def main(argv=None):
             trace(setup, device, file)
             document["trace"] = file.name
         except Exception as error:
-            failures.append(f"the trace raised {why(error)}")
-            document["trace"] = {"raised": why(error)}
+            failures.append(f"the trace raised {reason(error)}")
+            document["trace"] = {"raised": reason(error)}
         write()
     print(f"\n{table(document)}\n\n{path}")
     for failure in failures:
