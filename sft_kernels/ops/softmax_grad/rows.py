@@ -7,7 +7,8 @@ import torch
 
 class RowStats(NamedTuple):
     """Per-row statistics of logits over a slice of the vocabulary, each ``[N]``; fp32 (fp64 for fp64 logits) but for
-    ``lse``, ``mean_logit`` and ``sum_logit``, always fp64: what is taken from them is much smaller than they are.
+    ``lse``, ``mean_logit`` and ``sum_logit``, always fp64: what is taken from them is much smaller than they are; and
+    for ``prediction``, int64.
 
     ``x`` is a logit after scale and cap (:class:`LossOptions`). Rows of two slices of the same vocabulary combine by
     :meth:`merge`; so do the shards of a vocabulary-parallel head.
@@ -18,6 +19,7 @@ class RowStats(NamedTuple):
     max_logit: torch.Tensor  # max_v x_v
     mean_logit: torch.Tensor | None = None  # Σ_v p_v x_v, on request
     sum_logit: torch.Tensor | None = None  # Σ_v x_v, where labels are smoothed
+    prediction: torch.Tensor | None = None  # the smallest v that attains max_logit, on request
 
     def loss(self, options):
         """The loss of each row over the whole vocabulary, by :class:`LossOptions`."""
@@ -49,7 +51,7 @@ class RowStats(NamedTuple):
         return torch.sub(self.lse, logit, out=torch.empty_like(self.target_logit))
 
     def merge(self, other):
-        """The statistics of both slices together."""
+        """The statistics of both slices together. A ``prediction`` counts columns of the whole vocabulary here."""
         lse = torch.logaddexp(self.lse, other.lse)
         mean = None
         if self.mean_logit is not None:
@@ -60,7 +62,14 @@ class RowStats(NamedTuple):
             torch.maximum(self.max_logit, other.max_logit),
             mean,
             None if self.sum_logit is None else self.sum_logit + other.sum_logit,
+            None if self.prediction is None else self._prediction_beside(other),
         )
+
+    def _prediction_beside(self, other):
+        """The prediction of the slice with the larger ``max_logit``; the smaller column if they tie."""
+        found = torch.minimum(self.prediction, other.prediction)
+        found = self.prediction.where(self.max_logit > other.max_logit, found)
+        return other.prediction.where(other.max_logit > self.max_logit, found)
 
     def _share(self, lse):
         """The slice's share of ``exp lse``: none if it is ruled out as a whole, even where all slices are."""
