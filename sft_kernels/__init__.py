@@ -6,7 +6,7 @@ from .ops.linear_cross_entropy.api import LinearCrossEntropyLoss, linear_cross_e
 from .ops.linear_cross_entropy.kept import KeptTokens
 from .ops.packed_attention.api import packed_attention
 from .ops.packed_attention.tiles import AttentionTiles
-from .ops.softmax_grad.reduction import LossStats
+from .ops.softmax_grad.stats import LossStats, TokenStats
 
 __all__ = [
     "AdamW",
@@ -15,6 +15,7 @@ __all__ = [
     "KeptTokens",
     "LinearCrossEntropyLoss",
     "LossStats",
+    "TokenStats",
     "cross_entropy",
     "decay_groups",
     "linear_cross_entropy",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from bench.bench_linear_cross_entropy import peak_extra_bytes
 from sft_kernels import KeptTokens, linear_cross_entropy
 from sft_kernels._budget import check
-from sft_kernels.ops.linear_cross_entropy import api, matmul
+from sft_kernels.ops.linear_cross_entropy import function, matmul
 
 from .helpers import LINEAR, D, N, V, Watch, check_against_plain, labels, plain_cross_entropy, run, same_bits
 
@@ -90,7 +90,7 @@ def test_kept_tokens_say_which_rows_and_labels():
 @pytest.mark.parametrize(
     ("kept", "match"),
     [
-        (KeptTokens.from_labels(torch.zeros(N, dtype=torch.int64), shift=True), "shift=True"),
+        (KeptTokens.from_labels(torch.zeros(N, dtype=torch.int64), shift=True), "built with shift=1, the call says shift=0"),
         (KeptTokens.from_labels(torch.zeros(N + 1, dtype=torch.int64)), f"kept.* {N} .*got {N + 1}"),
         (KeptTokens.from_labels(torch.zeros(N, dtype=torch.int64)).to("meta"), "kept.*device"),
         (KeptTokens.from_labels(torch.full((N,), V)), "target"),
@@ -335,7 +335,7 @@ def test_fp16_gradients_do_not_underflow_under_a_large_divisor(half_products, mo
         for dtype in (torch.float64, torch.float16)
     )
     check("gradient", ours(), ref, eager)
-    monkeypatch.setattr(api, "hold_back", lambda scale, *_: (None, scale))
+    monkeypatch.setattr(function, "hold_back", lambda factors, *_: (None, factors))
     with pytest.raises(AssertionError, match="error"):
         check("gradient", ours(), ref, eager)
 

@@ -19,6 +19,7 @@ from ..softmax_grad.reduction import (
     target_weight,
     unpack,
 )
+from ..softmax_grad.stats import coefficients
 
 
 class _Options(NamedTuple):
@@ -26,41 +27,59 @@ class _Options(NamedTuple):
     loss: LossOptions
     need_grad: bool
     reduce: bool
-    stats: bool
+    return_stats: bool | str
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """``losses = scale · loss`` of the rows that ``keep`` names, summed where ``reduce``.
+    """``losses = scale · loss`` of the rows that ``keep`` names, summed where ``reduce``; and their statistics.
 
     In fp32 and with a reduction, the forward makes the gradient in its one pass of exponentials, and the first backward
     multiplies it by the upstream scalar. In half precision that would be a second rounding, so the forward only reads
-    the logits and the backward makes the gradient. A backward that finds no gradient computes its own.
+    the logits and the backward makes the gradient. A backward that finds no gradient computes its own, and so does one
+    in which a gradient arrives through a statistic.
     """
 
     @staticmethod
-    def forward(ctx, input, targets, scale, keep, options):
+    def forward(ctx, input, targets, scale, keep, outside, options):
         ctx.options = options
+        per_token = options.return_stats == "tokens"
         early = options.reduce and options.need_grad and input.dtype.itemsize >= 4
+        # In a compiler's trace every statistic has a gradient, if only zeros: that of the loss alone is of no use.
+        early = early and not (per_token and torch.compiler.is_compiling())
         ctx.gradient = _empty_like(input) if early else None
         rows = options.core.softmax_grad(
-            input, targets, options.loss, scale if early else None, stats=options.stats, keep=keep, out=ctx.gradient
+            input,
+            targets,
+            options.loss,
+            scale if early else None,
+            keep=keep,
+            out=ctx.gradient,
+            **({"stats": True, "predict": True} if per_token else {"stats": options.return_stats}),
         )
-        ctx.save_for_backward(input, targets, scale, keep, None if early else rows.lse)
-        dropped = ~keep if options.stats else None
-        return reduce_rows(ctx, rows, options.loss, scale, dropped, options.reduce, options.stats)
+        dropped = ~keep if options.return_stats else None
+        out = reduce_rows(ctx, rows, options.loss, scale, dropped, options.reduce, options.return_stats, outside)
+        lse, entropy = None if early and not per_token else rows.lse, out[3] if per_token else None
+        ctx.save_for_backward(input, targets, scale, keep, outside, lse, entropy)
+        return out
 
     @staticmethod
     @differentiable_once
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad, *of_stats):
         options = ctx.options
-        input, targets, scale, keep, lse = ctx.saved_tensors
+        input, targets, scale, keep, outside, lse, entropy = ctx.saved_tensors
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:
+        if options.return_stats == "tokens" and any(g is not None for g in of_stats):
+            columns = coefficients(options.loss, scale, lse, entropy, grad, of_stats[:3], outside)
+            gradient = _empty_like(input) if gradient is None else gradient
+            options.core.softmax_grad(
+                input, targets, options.loss, lse=lse, coefficients=columns, keep=keep, out=gradient
+            )
+        elif gradient is None:
             gradient = _empty_like(input)
             options.core.softmax_grad(input, targets, options.loss, scale * grad, lse=lse, keep=keep, out=gradient)
         else:
             options.core.scale_(gradient, grad)
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
 def _empty_like(input):
@@ -101,8 +120,9 @@ def cross_entropy(
         token_weight: floating point, of the shape of the labels; scales numerators only.
         softcap, logit_scale: positive, or None (Gemma 2's and Cohere's).
         z_loss: at least 0; the penalty is scaled as its token is.
-        return_stats: also return :class:`LossStats`, detached, of u. The label of a probability target is its most
-            probable class.
+        return_stats: True also returns :class:`LossStats`, detached, of u. ``"tokens"`` returns :class:`TokenStats`
+            instead, of the shape of the labels, through which gradients flow. The label of a probability target is its
+            most probable class.
         impl: ``"auto"`` or an implementation's name.
 
     Returns:
@@ -128,11 +148,11 @@ def cross_entropy(
         raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
     if probabilities and ignore_index != -100:
         raise ValueError("ignore_index: probabilities are all kept")
-    check_options(reduction, num_items, token_weight, shape, input.device)
+    check_options(reduction, return_stats, num_items, token_weight, shape, input.device)
     check_class_weight(weight, V, input.device)
     loss_options = LossOptions.checked(V, label_smoothing, softcap, logit_scale, z_loss)
     composed = probabilities or (weight is not None and bool(label_smoothing))
-    core = Core.resolve(impl, input.device, input.dtype, loss_options, composed)
+    core = Core.resolve(impl, input.device, input.dtype, loss_options, composed, return_stats)
 
     logits = input.movedim(classes, -1).reshape(-1, V)
     weights = None if token_weight is None else token_weight.reshape(-1)
@@ -164,7 +184,7 @@ def cross_entropy(
             scale = scale * of_target
         need_grad = torch.is_grad_enabled() and input.requires_grad
         options = _Options(core, loss_options, need_grad, reduce, return_stats)
-        out = _CrossEntropy.apply(logits, targets, scale, keep, options)
+        out = _CrossEntropy.apply(logits, targets, scale, keep, outside if return_stats == "tokens" else None, options)
     loss, stats = unpack(out, rows, shape, reduction, return_stats)
     if not torch.is_autocast_enabled(input.device.type):
         loss = loss.to(input.dtype)
@@ -188,7 +208,7 @@ class CrossEntropyLoss(torch.nn.Module):
         impl="auto",
     ):
         super().__init__()
-        check_options(reduction)
+        check_options(reduction, return_stats)
         LossOptions.checked(None, label_smoothing, softcap, logit_scale, z_loss)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index

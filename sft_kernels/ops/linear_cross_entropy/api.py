@@ -2,7 +2,6 @@
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,168 +15,15 @@ from ..softmax_grad.reduction import (
     check_labels,
     check_options,
     check_target,
-    differentiable_once,
-    hold_back,
-    reduce_rows,
     row_scale,
     target_weight,
     unpack,
 )
-from . import matmul, tokens, vocab
-from .kept import KeptTokens
+from . import matmul
+from .function import Dtypes, LinearCrossEntropy, Needs, Options, gather, plain_products
+from .kept import KeptTokens, number_of_tokens
 from .parallel import Shards, local_head, replicated
-from .plan import Plan, make_plan
-
-
-class _Needs(NamedTuple):
-    """Which gradients are asked for."""
-
-    dx: bool
-    dw: bool
-    db: bool
-
-
-class _Dtypes(NamedTuple):
-    """The dtypes in which the token loop makes the gradients."""
-
-    dx: torch.dtype
-    dw: torch.dtype
-    db: torch.dtype | None
-
-    @classmethod
-    def of(cls, hidden, weight, bias, dtype, fp16, sharded):
-        """Those of the inputs, or of sums in fp32 where something is yet to multiply or to add.
-
-        The rows' may be wider than ``dtype``, that of the products: fp32 rows under autocast get an unrounded gradient.
-        """
-        sums = matmul.accumulator_dtype
-        if fp16 or sharded:
-            dx = sums(dtype)
-        else:
-            dx = hidden.dtype if hidden.dtype.itemsize > dtype.itemsize else dtype
-        return cls(dx, *(None if t is None else sums(t.dtype) if fp16 else t.dtype for t in (weight, bias)))
-
-
-class _Options(NamedTuple):
-    core: Any  # the implementation of softmax_grad, with the loss's options
-    scale_: Any  # and its way to multiply a gradient
-    loss: LossOptions
-    plan: Plan
-    dtype: torch.dtype  # of the products
-    needs: _Needs
-    dtypes: _Dtypes
-    fp16: bool  # whether products or head are in fp16: gradients then stay in fp32 until the upstream scalar comes
-    reduce: bool
-    stats: bool
-    shards: Shards | None  # of a head that is split over ranks
-
-    def merged(self, rows):
-        """The statistics over the whole vocabulary."""
-        return rows if self.shards is None else self.shards.merge(rows)
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """``losses = scale · loss`` of the kept rows, summed where ``reduce``.
-
-    With the token loop and a reduction, the gradients are ready at the end of the forward, but for the upstream scalar.
-    The first backward hands them out and forgets them; should another follow (``retain_graph``), it computes its own,
-    so no gradient is ever shared between two callers. Without a reduction, or with the vocabulary loop, backward
-    recomputes.
-
-    fp16 holds neither a gradient without the loss scale nor, perhaps, one of a steep loss: there gradients stay in fp32
-    until the upstream scalar has multiplied them, and are then rounded once.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, targets, scale, padding, options):
-        x = _gather(hidden, rows, padding, options.dtype)
-        if options.shards is not None:
-            targets = targets - options.shards.start
-        ctx.options = options
-        ctx.gradients = None
-        common = (options.core, x, weight, bias, targets)
-        if options.plan.loop == "vocab":
-            stats = options.merged(vocab.loss(*common, options.plan.chunk, options.stats))
-        elif options.reduce and any(options.needs):
-            stats, ctx.back, ctx.gradients = _token_gradients(*common, scale, options)
-        else:
-            stats = options.merged(tokens.loss(*common, options.plan, options.stats))
-        ctx.save_for_backward(hidden, weight, bias, rows, targets, scale, padding, stats.lse)
-        return reduce_rows(ctx, stats, options.loss, scale, padding, options.reduce, options.stats)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad, *_):
-        options = ctx.options
-        hidden, weight, bias, rows, targets, scale, padding, lse = ctx.saved_tensors
-        if ctx.gradients is not None:
-            back, gradients, ctx.gradients = ctx.back, ctx.gradients, None
-            factor = grad if back is None else grad * back
-        else:
-            common = (options.core, _gather(hidden, rows, padding, options.dtype), weight, bias, targets, scale * grad)
-            with _plain_products(grad.device):
-                if options.plan.loop == "vocab":
-                    factor, gradients = None, _vocab_gradients(*common, lse, options)
-                else:
-                    _, factor, gradients = _token_gradients(*common, options._replace(stats=False))
-        if factor is not None:
-            for gradient in gradients:
-                if gradient is not None:
-                    options.scale_(gradient, factor)
-        dx, dw, db = gradients
-        dw, db = (None if d is None else d.to(t.dtype) for d, t in ((dw, weight), (db, bias)))
-        return _scatter(dx, hidden, rows, padding), dw, db, *[None] * 5
-
-
-def _gather(hidden, rows, padding, dtype):
-    """The kept rows, ``[K, D]``, 0 where ``rows`` is only padded; where all are kept, the hidden states themselves."""
-    if padding is not None:  # where row -1 reads the last
-        return hidden[rows].masked_fill_(padding[:, None], 0).to(dtype)
-    return (hidden if rows.numel() == hidden.shape[0] else hidden[rows]).to(dtype)
-
-
-def _scatter(dx, hidden, rows, padding):
-    """The gradient of all hidden states: ``dx`` at ``rows``, 0 elsewhere; None stays None."""
-    if dx is None:
-        return None
-    N, D = hidden.shape
-    dx = dx.to(hidden.dtype)
-    if padding is None:
-        return dx if rows.numel() == N else hidden.new_zeros(N, D).index_copy_(0, rows, dx)
-    # Row -1 is one row more, which nobody sees.
-    return hidden.new_zeros(N + 1, D).index_put_((rows,), dx)[:N]
-
-
-def _plain_products(device):
-    """No autocast inside: the op has chosen its dtype, and casting again would round the weight a second time."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def _held_back(scale, options):
-    if not options.fp16 or scale.numel() == 0:
-        return None, scale
-    return hold_back(scale, options.loss.steepest)
-
-
-def _token_gradients(core, x, weight, bias, targets, scale, options):
-    back, scale = _held_back(scale, options)
-    if options.shards is not None:
-        core = options.shards.core(core)
-    stats, gradients = tokens.loss_and_gradients(
-        core, x, weight, bias, targets, scale, options.plan, options.needs, options.dtypes, options.stats
-    )
-    return stats, back, _over_ranks(gradients, options)
-
-
-def _vocab_gradients(core, x, weight, bias, targets, scale, lse, options):
-    back, scale = _held_back(scale, options)
-    gradients = vocab.gradients(core, x, weight, bias, targets, scale, lse, options.plan.chunk, options.needs, back)
-    return _over_ranks(gradients, options)
-
-
-def _over_ranks(gradients, options):
-    dx, *head = gradients
-    return dx if dx is None or options.shards is None else options.shards.sum(dx), *head
+from .plan import make_plan
 
 
 def linear_cross_entropy(
@@ -227,8 +73,9 @@ def linear_cross_entropy(
         token_weight: floating point, of the shape of the labels and aligned with them; scales numerators only.
         softcap, logit_scale: positive, or None (Gemma 2's and Cohere's).
         z_loss: at least 0; the penalty is scaled as its token is.
-        shift: the hidden state at t predicts the label at t + 1 (last dimension of ``target``). Pass labels as they
-            are: nothing else may shift them. The loss of ``reduction="none"`` stands at t.
+        shift: a number of tokens: the hidden state at t predicts the label at t + ``shift`` (last dimension of
+            ``target``). True is 1, False 0. Pass labels as they are: nothing else may shift them. The loss of
+            ``reduction="none"`` stands at t.
         kept: :class:`KeptTokens`, which then say which rows and labels; the values of ``target`` and ``ignore_index``
             are not read. Without it, counting the kept tokens of a GPU tensor syncs once.
         chunking: ``"tokens"`` computes gradients in the forward (three products), ``"vocab"`` walks the vocabulary and
@@ -240,12 +87,14 @@ def linear_cross_entropy(
             ``Shard(0)``, also unevenly. What else is passed is whole and the same on all ranks, as are the loss, the
             statistics and the gradient of ``input``, which this op sums over the ranks. ``max_logits_bytes`` is one
             rank's.
-        return_stats: also return :class:`LossStats`, detached, of the scaled and capped logits.
+        return_stats: True also returns :class:`LossStats`, detached, of the scaled and capped logits. ``"tokens"``
+            returns :class:`TokenStats` instead, of the shape of the labels, through which gradients flow; with
+            ``shift`` they stand at t.
         impl: ``"auto"`` or an implementation's name.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 inputs), or ``(loss, LossStats)``. Nothing kept gives 0 and zero gradients (torch:
-        NaN).
+        The loss, fp32 (fp64 for fp64 inputs); or ``(loss, LossStats)``, or ``(loss, TokenStats)``. Nothing kept gives 0
+        and zero gradients (torch: NaN).
 
     Gradients flow to ``input``, ``linear_weight`` and ``linear_bias``, each in its own dtype; one that is not required
     costs nothing. What stands at masked positions, NaN included, enters neither loss nor gradients. Differentiable
@@ -272,10 +121,11 @@ def linear_cross_entropy(
     probabilities = target is not None and check_target(target, shape, _with_classes(shape, V, places), device)
     loss_options = LossOptions.checked(V, label_smoothing, softcap, logit_scale, z_loss)
     whole = probabilities or bool(places)
+    shift = number_of_tokens(shift)
     _check_loops(whole, weight is not None and label_smoothing, shift, kept, chunking, max_logits_bytes)
     if probabilities and ignore_index is not None:
         raise ValueError("ignore_index: probabilities are all kept")
-    check_options(reduction, num_items, token_weight, shape, device)
+    check_options(reduction, return_stats, num_items, token_weight, shape, device)
     check_class_weight(weight, V, device)
     dtype = matmul.compute_dtype(input)
     scalar = matmul.accumulator_dtype(dtype)
@@ -283,7 +133,7 @@ def linear_cross_entropy(
     composed = whole or (weight is not None and bool(label_smoothing))
     if composed and shards is not None:
         raise ValueError("process_group: probabilities, and class weights with label smoothing, take a whole head")
-    core = Core.resolve(impl, device, dtype, loss_options, composed)
+    core = Core.resolve(impl, device, dtype, loss_options, composed, return_stats)
 
     rows, keep, outside, of_target = None, None, None, None
     if probabilities:
@@ -299,14 +149,14 @@ def linear_cross_entropy(
     weights = None
     if token_weight is not None:
         weights = token_weight.reshape(-1)
-        if shift:
-            weights = weights[rows + 1]
+        if shift:  # a view from which every row reads its label's weight, and a row of -1 any
+            weights = weights[min(shift, len(weights) - 1) :][rows]
         elif keep is not None or (rows is not None and rows.numel() != weights.numel()):
             weights = weights[rows]
     scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep)
-    reduce = reduction != "none"
+    reduce, per_token = reduction != "none", return_stats == "tokens"
     hidden = input.reshape(-1, D)
-    with _plain_products(device):
+    with plain_products(device):
         if composed:
             logits = _whole_logits(hidden, linear_weight, linear_bias, rows, padding, dtype)
             out = composed_loss(
@@ -315,7 +165,7 @@ def linear_cross_entropy(
         else:
             if of_target is not None:
                 scale = scale * of_target
-            needs = _Needs(*(_requires_grad(t) for t in (input, linear_weight, linear_bias)))
+            needs = Needs(*(_requires_grad(t) for t in (input, linear_weight, linear_bias)))
             acc_dtype = matmul.accumulator_dtype(linear_weight.dtype)
             head = (linear_weight,) if linear_bias is None else (linear_weight, linear_bias)
             fp16 = torch.float16 in (dtype, *(t.dtype for t in head))
@@ -330,12 +180,31 @@ def linear_cross_entropy(
                 grads=needs.dx + needs.dw,
                 accumulator=width * D * acc_dtype.itemsize if summed else 0,
             )  # fmt: skip
-            bound = partial(core.softmax_grad, options=loss_options)
-            dtypes = _Dtypes.of(hidden, linear_weight, linear_bias, dtype, fp16, shards is not None)
-            options = _Options(
-                bound, core.scale_, loss_options, plan, dtype, needs, dtypes, fp16, reduce, return_stats, shards
+            options = Options(
+                partial(core.softmax_grad, options=loss_options),
+                {"stats": True, "predict": True} if per_token else {"stats": return_stats},
+                core.scale_,
+                loss_options,
+                plan,
+                dtype,
+                needs,
+                Dtypes.of(hidden, linear_weight, linear_bias, dtype, fp16, shards is not None),
+                fp16,
+                reduce,
+                return_stats,
+                shards,
             )
-            out = _LinearCrossEntropy.apply(hidden, linear_weight, linear_bias, rows, targets, scale, padding, options)
+            out = LinearCrossEntropy.apply(
+                hidden,
+                linear_weight,
+                linear_bias,
+                rows,
+                targets,
+                scale,
+                padding,
+                outside if per_token else None,
+                options,
+            )
     loss, stats = unpack(out, rows, shape, reduction, return_stats)
     return (loss, stats) if return_stats else loss
 
@@ -354,7 +223,7 @@ def _whole_logits(hidden, weight, bias, rows, padding, dtype):
     """The kept rows' logits under autograd, ``[K, V]``; with ``rows`` None all of them."""
     V, *places, D = weight.shape
     if not places and rows is not None:
-        hidden = _gather(hidden, rows, padding, dtype)
+        hidden = gather(hidden, rows, padding, dtype)
     elif rows is not None:  # what stands where no place carries loss must not reach the products
         used = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
         used[rows // math.prod(places)] = True
@@ -400,8 +269,6 @@ def _check_loops(whole, unchunked, shift, kept, chunking, max_logits_bytes):
         raise ValueError(f"chunking: expected 'auto', 'tokens' or 'vocab', got {chunking!r}")
     if max_logits_bytes is not None and not isinstance(max_logits_bytes, int):
         raise TypeError(f"max_logits_bytes: expected an integer, got {max_logits_bytes!r}")
-    if not isinstance(shift, bool):
-        raise TypeError(f"shift: expected True or False, got {shift!r}")
     if kept is not None and not isinstance(kept, KeptTokens):
         raise TypeError(f"kept: expected KeptTokens, got {type(kept).__name__}")
     if whole and (shift or kept is not None):
@@ -460,9 +327,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         impl="auto",
     ):
         super().__init__()
-        check_options(reduction)
+        check_options(reduction, return_stats)
         LossOptions.checked(num_classes, label_smoothing, softcap, logit_scale, z_loss)
-        _check_loops(bool(out_features), False, shift, None, chunking, max_logits_bytes)
+        _check_loops(bool(out_features), False, number_of_tokens(shift), None, chunking, max_logits_bytes)
         self.linear = torch.nn.Linear(
             in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype
         )

@@ -19,33 +19,35 @@ class KeptTokens(NamedTuple):
     targets: torch.Tensor  # int64, of the same shape; 0 behind the last
     count: int
     size: int  # number of labels, kept or not
-    shift: bool  # the hidden state at t carries the label at t + 1
+    shift: int  # the hidden state at t carries the label at t + shift
     capacity: int | None = None
 
     @classmethod
     def from_labels(cls, labels, ignore_index=-100, shift=False, capacity=None):
         """The kept tokens of ``labels``, of shape ``[..., S]`` and an integer dtype.
 
-        With ``shift=True`` the hidden state at position t carries the label at t + 1 of the same row, so the first
-        label of a row is never used. On a GPU this waits for the device once, to learn the count.
+        The hidden state at position t carries the label at t + ``shift`` of the same row, so the first ``shift`` labels
+        of a row are never used. True is 1, False 0. On a GPU this waits for the device once, to learn the count.
 
         ``capacity`` makes ``rows`` and ``targets`` that long whatever the batch, and the number of kept tokens is then
         counted on the device: a step captured in a CUDA graph replays with the next batch copied into the same tensors.
         The products are paid for ``capacity`` tokens.
 
-        Raises ``TypeError`` for labels of another dtype, ``ValueError`` where more tokens are kept than ``capacity``.
+        Raises ``TypeError`` for labels of another dtype and for a ``shift`` that is no number, ``ValueError`` for one
+        that is negative and where more tokens are kept than ``capacity``.
         """
         check_tensor("labels", labels)
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
             raise TypeError(f"labels: expected an integer dtype, got {labels.dtype}")
         if not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+        shift = number_of_tokens(shift)
         if shift and labels.dim() == 0:
-            raise ValueError("shift=True needs labels with a sequence dimension, got a 0-d tensor")
+            raise ValueError(f"shift={shift} needs labels with a sequence dimension, got a 0-d tensor")
         carried = labels = labels.long()
         if shift:
             carried = torch.full_like(labels, ignore_index)
-            carried[..., :-1] = labels[..., 1:]
+            carried[..., : max(labels.shape[-1] - shift, 0)] = labels[..., shift:]
         carried = carried.reshape(-1)
         rows = (carried != ignore_index).nonzero()[:, 0]
         targets, count = carried[rows], rows.numel()
@@ -55,7 +57,7 @@ class KeptTokens(NamedTuple):
             if count > capacity:
                 raise ValueError(f"capacity: {count} tokens are kept, got a capacity of {capacity}")
             rows, targets = (F.pad(t, (0, capacity - count), value=v) for t, v in ((rows, -1), (targets, 0)))
-        return cls(rows, targets, count, labels.numel(), bool(shift), capacity)
+        return cls(rows, targets, count, labels.numel(), shift, capacity)
 
     def to(self, device, non_blocking=False):
         """The same on ``device``."""
@@ -66,3 +68,12 @@ class KeptTokens(NamedTuple):
     def keep(self):
         """Which of ``rows`` are kept, ``[capacity]`` bool; None without a capacity: all."""
         return None if self.capacity is None else self.rows >= 0
+
+
+def number_of_tokens(shift):
+    """``shift`` as an integer of at least 0; raises ``TypeError`` or ``ValueError`` for anything else, by name."""
+    if not isinstance(shift, int):
+        raise TypeError(f"shift: expected True, False or a number of tokens, got {shift!r}")
+    if shift < 0:
+        raise ValueError(f"shift: expected a number of tokens of at least 0, got {shift}")
+    return int(shift)

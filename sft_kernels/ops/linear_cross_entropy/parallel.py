@@ -44,7 +44,8 @@ class Shards(NamedTuple):
         return cls(group, V, longest * group.rank(), longest)
 
     def merge(self, rows):
-        """The statistics of the whole vocabulary, from those of every rank's slice: two all-reduces of scalars.
+        """The statistics of the whole vocabulary, from those of every rank's slice: two all-reduces of scalars, and a
+        third where predictions are asked for.
 
         ::
 
@@ -66,17 +67,25 @@ class Shards(NamedTuple):
         total, *rest = sums
         mean = None if rows.mean_logit is None else base + rest.pop(0) / (total + (total == 0))
         whole = None if rows.sum_logit is None else rest.pop(0)
-        return RowStats(base + total.log(), top[1].to(dtype), top[2].to(dtype), mean, whole)
+        found = RowStats(base + total.log(), top[1].to(dtype), top[2].to(dtype), mean, whole)
+        return found if rows.prediction is None else found._replace(prediction=self._prediction(rows, found.max_logit))
+
+    def _prediction(self, rows, max_logit):
+        """The smallest class that attains the largest logit on any rank; the last class if that is not a number."""
+        mine = rows.starting_at(self.start).prediction
+        mine = mine.where(rows.max_logit == max_logit, self.classes - 1)
+        dist.all_reduce(mine, dist.ReduceOp.MIN, self.group)
+        return mine
 
     def core(self, softmax_grad):
         """``softmax_grad`` with the vocabulary's statistics for the slice's: it reads the logits for the statistics of
         its own, and once more when it knows the others'."""
         return partial(self._softmax_grad, softmax_grad)
 
-    def _softmax_grad(self, softmax_grad, logits, target, scale=None, *, lse=None, stats=False):
+    def _softmax_grad(self, softmax_grad, logits, target, *, scale=None, coefficients=None, lse=None, **statistics):
         if lse is not None:
-            return softmax_grad(logits, target, scale=scale, lse=lse)
-        rows = self.merge(softmax_grad(logits, target, stats=stats))
+            return softmax_grad(logits, target, scale=scale, coefficients=coefficients, lse=lse)
+        rows = self.merge(softmax_grad(logits, target, **statistics))
         if scale is not None:
             softmax_grad(logits, target, scale=scale, lse=rows.lse)
         return rows

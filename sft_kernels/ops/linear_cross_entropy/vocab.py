@@ -12,23 +12,27 @@ from ..softmax_grad.rows import RowStats
 from . import matmul
 
 
-def loss(core, x, weight, bias, targets, chunk, stats):
-    """Row statistics of ``x Wᵀ + b``: ``x`` [K, D], ``weight`` [V, D], ``bias`` [V] or None, ``targets`` [K]."""
+def loss(core, x, weight, bias, targets, chunk, statistics):
+    """Row statistics of ``x Wᵀ + b``: ``x`` [K, D], ``weight`` [V, D], ``bias`` [V] or None, ``targets`` [K].
+
+    ``statistics`` are the core's arguments that ask for them.
+    """
     return reduce(
         RowStats.merge,
         (
             core(
                 matmul.logits(x, weight[s].to(x.dtype), None if bias is None else bias[s]),
                 _within(targets, s),
-                stats=stats,
-            )
+                **statistics,
+            ).starting_at(s.start)
             for s in _chunks(weight.shape[0], chunk)
         ),
     )
 
 
-def gradients(core, x, weight, bias, targets, scale, lse, chunk, needs, factor):
-    """The gradients of ``factor · Σ scale · loss`` by x, W and b, given the rows' logsumexp.
+def gradients(core, x, weight, bias, targets, factors, chunk, needs, factor):
+    """The gradients by x, W and b of ``factor`` times what :class:`RowFactors` say, the rows' logsumexp among them, as
+    ``Σ scale · loss``.
 
     One that ``needs`` does not name is None. ``factor`` (0-d, or None for 1) multiplies sums in fp32, before they are
     rounded.
@@ -40,7 +44,7 @@ def gradients(core, x, weight, bias, targets, scale, lse, chunk, needs, factor):
         w = weight[s].to(x.dtype)
         # [K, chunk], the gradient once the core has passed
         dlogits = matmul.logits(x, w, None if bias is None else bias[s])
-        core(dlogits, _within(targets, s), scale=scale, lse=lse)
+        core(dlogits, _within(targets, s), **factors.of(slice(None)))
         if needs.dx:
             matmul.accumulate(dx, dlogits, w, beta=min(s.start, 1))
         if needs.dw:

@@ -14,8 +14,8 @@ class Core(NamedTuple):
     scale_: Any  # multiplies a gradient in place by a scalar on the device
 
     @classmethod
-    def resolve(cls, impl, device, dtype, options, composed=False):
-        """The implementation ``impl`` for logits of ``dtype`` on ``device`` and :class:`LossOptions`.
+    def resolve(cls, impl, device, dtype, options, composed=False, return_stats=False):
+        """The implementation ``impl`` for logits of ``dtype`` on ``device``, :class:`LossOptions` and ``return_stats``.
 
         ``composed`` losses and float64 are torch's own code: ``"auto"`` takes it, another name raises
         :class:`Unavailable`.
@@ -26,5 +26,6 @@ class Core(NamedTuple):
         elif dtype == torch.float64:
             needs_torch = "float64"
         asked = {"logit_scale": options.logit_scale is not None, "z_loss": options.z_loss != 0}
+        asked["return_stats='tokens'"] = return_stats == "tokens"
         needs_triton = " and no ".join(name for name, given in asked.items() if given)
         return cls(*(resolve(op, impl, device, needs_torch, needs_triton) for op in ("softmax_grad", "scale_")))

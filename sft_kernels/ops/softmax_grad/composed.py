@@ -7,7 +7,7 @@ rare in fine-tuning, and torch has them.
 import torch
 
 from .options import LossOptions
-from .reduction import LossStats
+from .stats import LossStats, TokenStats
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}  # as torch's operators count them
 
@@ -20,8 +20,8 @@ def torch_cross_entropy(input, target, weight=None, *, reduction="mean", label_s
     return torch.ops.aten.cross_entropy_loss(input, target, weight, _REDUCTIONS[reduction], -100, label_smoothing)
 
 
-def composed_loss(core, logits, target, weight, scale, outside, dropped, options, reduce, want_stats):
-    """The loss, and the fields of :class:`LossStats` where wanted, of ``logits`` [K, V].
+def composed_loss(core, logits, target, weight, scale, outside, dropped, options, reduce, return_stats):
+    """The loss, and the fields of :class:`LossStats` or :class:`TokenStats` where wanted, of ``logits`` [K, V].
 
     ``target`` [K] class indices or [K, V] probabilities, through which gradients flow as in torch; ``weight`` [V] or
     None, ``scale`` [K], ``outside`` a mask of invalid labels or None, ``dropped`` one of the rows without loss or None.
@@ -43,8 +43,9 @@ def composed_loss(core, logits, target, weight, scale, outside, dropped, options
             if weight is not None:
                 penalty = penalty * (target @ weight if target.dim() == 2 else weight[target])
             losses = losses + penalty
+        stats = TokenStats.composed(u, labels, dropped, outside) if return_stats == "tokens" else ()
     loss = scale * losses
     loss = loss.sum() if reduce else loss
-    if not want_stats:
-        return loss
+    if return_stats is not True:
+        return (loss, *stats) if return_stats else loss
     return loss, *LossStats.of(core(u.detach(), labels, LossOptions(u.shape[1]), stats=True), dropped)

@@ -1,49 +1,24 @@
-"""What the losses on the core share: checks of labels, the scale of each row, statistics of a batch."""
+"""What the losses on the core share: checks of arguments and labels, the scale of each row, the reduction."""
 
 import functools
 import math
 import numbers
-from typing import NamedTuple
 
 import torch
 
 from ..._backend import checks_enabled
 from ..._checks import check_floating, check_tensor
+from .stats import LossStats, TokenStats
 
 _REDUCTIONS = ("mean", "sum", "none")
 
 
-class LossStats(NamedTuple):
-    """Sums over the kept tokens of one call, detached, on the device; reading none of them costs no sync.
-
-    The sums of several calls add up; ``max_lse`` takes the maximum. Neither weights nor divisors enter.
-    """
-
-    kept: torch.Tensor  # int64 []
-    nll_sum: torch.Tensor  # fp32 [], nats
-    correct: torch.Tensor  # int64 [], tokens whose label attains the largest logit
-    entropy_sum: torch.Tensor  # fp32 [], nats
-    max_lse: torch.Tensor  # fp32 [], -inf where nothing is kept
-
-    @classmethod
-    def of(cls, rows, dropped):
-        """The sums over the rows that ``dropped`` ``[N]`` does not name; None names none."""
-        lse, nll, entropy, correct = rows.lse, rows.nll, rows.entropy, rows.correct
-        if dropped is None:
-            kept = torch.full((), lse.numel(), dtype=torch.int64, device=lse.device)
-        else:
-            kept = (~dropped).sum()
-            lse = lse.masked_fill(dropped, float("-inf"))
-            for each in (nll, entropy, correct):
-                each.masked_fill_(dropped, 0)
-        max_lse = lse.amax() if lse.numel() else lse.new_full((), float("-inf"))
-        return cls(kept, nll.sum(), correct.sum(), entropy.sum(), max_lse.to(nll.dtype))
-
-
-def check_options(reduction, num_items=None, token_weight=None, target_shape=None, device=None):
-    """Raise for a reduction, divisor or token weight that means nothing."""
+def check_options(reduction, return_stats, num_items=None, token_weight=None, target_shape=None, device=None):
+    """Raise for a reduction, statistics, a divisor or a token weight that mean nothing."""
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction: expected one of {_REDUCTIONS}, got {reduction!r}")
+    if not (isinstance(return_stats, bool) or (isinstance(return_stats, str) and return_stats == "tokens")):
+        raise ValueError(f"return_stats: expected False, True or 'tokens', got {return_stats!r}")
     if num_items is not None:
         if reduction != "mean":
             raise ValueError(f"num_items replaces the divisor of reduction='mean'; got reduction={reduction!r}")
@@ -164,18 +139,23 @@ def _divisor(N, reduction, num_items, of_target, ones):
     return divisor + (divisor == 0)
 
 
-def reduce_rows(ctx, rows, loss_options, scale, dropped, reduce, want_stats):
-    """The forward's result: ``scale · loss``, summed where ``reduce``, and the fields of :class:`LossStats` where
-    wanted. Rows that ``dropped`` names enter neither; it may be None where the core has left 0 in them."""
+def reduce_rows(ctx, rows, loss_options, scale, dropped, reduce, return_stats, outside=None):
+    """The forward's result: ``scale · loss``, summed where ``reduce``, and the fields of :class:`LossStats` or
+    :class:`TokenStats` where wanted. Rows that ``dropped`` names enter none of them; it may be None where the core has
+    left 0 in them. Those that are ``outside`` have statistics of NaN."""
     loss = scale * rows.loss(loss_options)
     loss = loss if dropped is None else loss.masked_fill_(dropped, 0)
     loss = loss.sum() if reduce else loss
-    if not want_stats:
+    if not return_stats:
         return loss
     if not torch.compiler.is_compiling():  # which knows no such call; elsewhere it spares a fill for each statistic
         ctx.set_materialize_grads(False)
-    stats = LossStats.of(rows, dropped)
-    ctx.mark_non_differentiable(*stats)
+    if return_stats == "tokens":
+        stats = TokenStats.of(rows, dropped, outside)
+        ctx.mark_non_differentiable(stats.prediction)
+    else:
+        stats = LossStats.of(rows, dropped)
+        ctx.mark_non_differentiable(*stats)
     return loss, *stats
 
 
@@ -183,34 +163,45 @@ def differentiable_once(backward):
     """A backward that raises under ``create_graph=True``, where torch's decorator would give a silent constant."""
 
     @functools.wraps(backward)
-    def checked(ctx, grad, *rest):
+    def checked(ctx, *grads):
         if torch.is_grad_enabled():
             raise RuntimeError("this loss is differentiable once: its backward has no graph (create_graph=True)")
-        if grad is None:
+        if all(grad is None for grad in grads):
             return (None,) * len(ctx.needs_input_grad)
-        return backward(ctx, grad, *rest)
+        return backward(ctx, *grads)
 
     return checked
 
 
-def hold_back(scale, steepest):
-    """Split ``scale`` ``[K]`` into ``(power_of_two, rest)``, so that fp16 holds ``dlogits``.
+def hold_back(factors, options):
+    """Split :class:`RowFactors` into ``(power_of_two, rest)``, so that fp16 holds ``dlogits``.
 
     ``dlogits`` are computed with ``rest``: they use fp16's range up to 2¹⁵ and do not underflow. Multiply sums of them
-    by ``power_of_two`` in fp32, together with the upstream gradient. ``steepest`` bounds the gradient of a row's loss.
+    by ``power_of_two`` in fp32, together with the upstream gradient.
     """
-    largest = torch.linalg.vector_norm(scale, math.inf) * (steepest * 2**-14)
+    if factors.coefficients is None:
+        name, largest = "scale", torch.linalg.vector_norm(factors.scale, math.inf) * (options.steepest * 2**-14)
+    else:  # |p (lse − u)| ≤ 1 / e, and no cap is steeper than 1
+        name, largest = "coefficients", torch.linalg.vector_norm(factors.coefficients, 1, 1)
+        largest = torch.linalg.vector_norm(largest, math.inf) * ((options.logit_scale or 1.0) * 2**-14)
     back = torch.exp2(torch.floor(torch.log2(largest))).where(largest > 0, 1)
-    return back, scale / back
+    return back, factors._replace(**{name: getattr(factors, name) / back})
 
 
 def unpack(out, rows, shape, reduction, return_stats):
     """What the user gets: the losses of ``rows`` (None: of all) put back in their places, the statistics in their
-    tuple. A row of -1 is only padded: its loss is left out."""
+    tuple. A row of -1 is only padded: what it has is left out."""
+
+    def placed(values, elsewhere=0):
+        if rows is not None:
+            places = values.new_full((shape.numel() + 1,), elsewhere)  # the last one is place -1
+            values = places.index_put_((rows,), values)[:-1]
+        return values.reshape(shape)
+
     loss, *stats = out if return_stats else (out,)
     if reduction == "none":
-        if rows is not None:
-            places = loss.new_zeros(shape.numel() + 1)  # the last one is place -1
-            loss = places.index_put_((rows,), loss)[:-1]
-        loss = loss.reshape(shape)
-    return loss, LossStats(*stats) if return_stats else None
+        loss = placed(loss)
+    if return_stats == "tokens":
+        *values, prediction = stats
+        return loss, TokenStats(*map(placed, values), placed(prediction, -1))
+    return loss, LossStats(*stats) if stats else None

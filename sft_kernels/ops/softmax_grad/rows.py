@@ -1,4 +1,4 @@
-"""What the core says of each row of logits, in a form that adds up over slices of the vocabulary."""
+"""What the core says of each row of logits, in a form that adds up over slices of the vocabulary, and what it takes."""
 
 from typing import NamedTuple
 
@@ -38,6 +38,11 @@ class RowStats(NamedTuple):
         return self._below_lse(self.target_logit)
 
     @property
+    def logprob(self):
+        """The logarithm of the target's probability, −nll."""
+        return torch.sub(self.target_logit, self.lse, out=torch.empty_like(self.target_logit))
+
+    @property
     def correct(self):
         """Whether the target attains the maximum (a tie counts)."""
         return self.target_logit >= self.max_logit
@@ -49,6 +54,12 @@ class RowStats(NamedTuple):
     def _below_lse(self, logit):
         """``lse − logit``, taken in fp64 and rounded in the same launch."""
         return torch.sub(self.lse, logit, out=torch.empty_like(self.target_logit))
+
+    def starting_at(self, column):
+        """The same of a slice that starts at ``column`` of the vocabulary: a prediction is then one of its columns."""
+        if self.prediction is None or column == 0:
+            return self
+        return self._replace(prediction=self.prediction + column)
 
     def merge(self, other):
         """The statistics of both slices together. A ``prediction`` counts columns of the whole vocabulary here."""
@@ -81,3 +92,20 @@ class RowStats(NamedTuple):
         if len(parts) == 1:
             return parts[0]
         return RowStats(*(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)))
+
+
+class RowFactors(NamedTuple):
+    """What the gradient of each row is made of, ``[N]`` or ``[N, 4]``: the core's arguments of the same names."""
+
+    scale: torch.Tensor | None = None
+    coefficients: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+
+    @property
+    def rows(self):
+        """The number of rows."""
+        return (self.coefficients if self.scale is None else self.scale).shape[0]
+
+    def of(self, rows):
+        """The core's arguments for some of the rows, a slice of them."""
+        return {name: t[rows] for name, t in zip(self._fields, self, strict=True) if t is not None}
