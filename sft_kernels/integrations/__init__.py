@@ -1,11 +1,13 @@
-"""In other people's models: importing this makes ``attn_implementation="sft_kernels"`` known to transformers."""
+"""In other people's models: lazy logits by ``patch(model)``, and ``attn_implementation="sft_kernels"``, which importing
+this makes known to transformers."""
 
 from importlib.util import find_spec
 
 from .attention import register
 from .leak import assert_no_leak
+from .patching import HeadCounts, head_counts, patch, unpatch
 
-__all__ = ["assert_no_leak", "register"]
+__all__ = ["HeadCounts", "assert_no_leak", "head_counts", "patch", "register", "unpatch"]
 
 if find_spec("transformers") is not None:
     register()

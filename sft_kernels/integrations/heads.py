@@ -1,0 +1,92 @@
+"""Where lazy logits come from: one call of an output head, or what a model adds up to its logits."""
+
+import torch
+import torch.nn.functional as F
+
+
+class HeadCall:
+    """One call of an output head, ``hidden @ weight.T + bias``."""
+
+    def __init__(self, state, stock, hidden, weight, bias):
+        self.state = state  # of the patched head: its counts
+        self.stock = stock  # computes the logits of some rows as the unpatched head does
+        self.hidden = hidden  # [..., D]
+        self.classes = weight.shape[0]
+        self.known = {}  # statistics of rows, by scale and softcap (``fused.py``)
+        self.hooked = False  # True once a tensor of these logits has a hook
+        device = hidden.device.type
+        self.autocast = None  # the dtype, if autocast was on
+        if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+            self.autocast = torch.get_autocast_dtype(device)
+        self.dtype = self.autocast or hidden.dtype
+        self.ranks = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+        self._tensors = hidden, weight, bias
+        self._versions = self._current_versions()
+
+    def tensors(self):
+        """Returns ``(hidden, weight, bias)`` with their autograd history."""
+        if self._current_versions() != self._versions:
+            raise RuntimeError(
+                "logits: the head's weight or its input was written to since the head was called (an optimizer step?);"
+                " read logits before that, or call unpatch(model)"
+            )
+        return self._tensors
+
+    def compute(self):
+        """The real logits ``[..., V]``, without a history."""
+        self.state.materialised += 1
+        return F.linear(*(t if t is None else t.detach().to(self.dtype) for t in self.tensors()))
+
+    def stock_rows(self, select):
+        """The unpatched head's logits ``[K, V]`` of the rows that ``select`` takes from hidden states."""
+        return self.stock(select(self.hidden))
+
+    def _current_versions(self):
+        return [None if t is None or t.is_inference() else t._version for t in self._tensors]
+
+
+class JoinedHead:
+    """The logits that a model adds up: of one or two calls, each scaled, and of a bias that is not the head's.
+
+    ::
+
+        s x Wᵀ + t u Bᵀ + c = [s x, t u] [W, B]ᵀ + c
+
+    Two calls are a head and its low-rank adapter. The joined weight is a copy, [V, D + r].
+    """
+
+    def __init__(self, calls, bias=None):
+        self.calls = calls  # (head, scale) pairs
+        self.bias = bias  # V numbers, of any number of dimensions, or None
+        first = calls[0][0]
+        self.state, self.hidden, self.classes, self.ranks = first.state, first.hidden, first.classes, first.ranks
+        self.autocast = first.autocast
+        self.dtype = calls[0][0].dtype
+        for head, _ in calls:
+            self.dtype = torch.promote_types(self.dtype, head.dtype)
+        self.known = {}
+        self.hooked = any(head.hooked for head, _ in calls)
+        self._joined = {}  # by whether there is a history
+
+    def tensors(self):
+        """Returns ``(hidden, weight, bias)`` of one head, through which all of its parts get their gradients."""
+        history = torch.is_grad_enabled()
+        if history not in self._joined:
+            self._joined[history] = self._join()
+        return self._joined[history]
+
+    def _join(self):
+        hidden, weight, bias = zip(*(head.tensors() for head, _ in self.calls), strict=True)
+        scales = [scale for _, scale in self.calls]
+        hidden = [(x if s == 1 else x * s).to(self.dtype) for x, s in zip(hidden, scales, strict=True)]
+        bias = [b if s == 1 else b * s for b, s in zip(bias, scales, strict=True) if b is not None]
+        if self.bias is not None:
+            bias.append(self.bias.reshape(-1))
+        if len(hidden) > 1:
+            weight = [w.to(self.dtype) for w in weight]
+        dtype = weight[0].dtype
+        return (
+            hidden[0] if len(hidden) == 1 else torch.cat(hidden, -1),
+            weight[0] if len(weight) == 1 else torch.cat(weight, 1),
+            sum(b.to(dtype) for b in bias) if bias else None,
+        )

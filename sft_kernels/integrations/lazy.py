@@ -1,0 +1,250 @@
+"""Logits that exist only if somebody reads them: a tensor that stands for ``hidden @ weight.T + bias``.
+
+A :class:`LazyLogits` has the shape, dtype and device of the logits and knows how they came about. Views, selections of
+rows, casts, scales and a softcap are recorded. Losses and statistics (``fused.py``) read the record and run the fused
+op. Any other operation computes the real logits, once a call of the head, and goes on with them.
+
+Two levels share the work. Below autograd (``__torch_dispatch__``) every operation arrives as one of a few ATen
+operators, however it was spelled, and autograd records its usual nodes. So a gradient of the real logits flows back
+through these nodes to the head's own. Above autograd (``__torch_function__``) losses and statistics are caught whole.
+"""
+
+import logging
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+aten = torch.ops.aten
+_LOG = logging.getLogger("sft_kernels.integrations")
+
+# What a lazy tensor stands for, x being the logits after scale and softcap.
+LOGITS, LOG_PROBS, PROBS, PLOGP, PX = "x", "log p", "p", "p log p", "p x"
+
+
+class View:
+    """Which rows of a head's logits a tensor shows: one more step behind ``parent``, or all of them."""
+
+    __slots__ = ("axis", "parent", "pieces", "stats", "step")
+
+    def __init__(self, axis, parent=None, step=None, pieces=None):
+        self.axis = axis  # the dimension of the classes
+        self.parent = parent
+        self.step = step  # (function, *args), which also means something for tensors with another number of classes
+        self.pieces = pieces  # the view that this one is a piece of, whose other pieces will be asked for too
+        self.stats = {}  # of every token of this view (``fused.py``)
+
+    def after(self, axis, *step, pieces=None):
+        """This view after one more step."""
+        return View(axis, self, step, pieces)
+
+    def of(self, tensor, base=None):
+        """This view of ``tensor``, which is shaped as ``base`` (None: as the logits) but for the number of classes."""
+        view, steps = self, []
+        while view is not base and view.parent is not None:
+            steps.append(view.step)
+            view = view.parent
+        for function, *args in reversed(steps):
+            tensor = function(tensor, *args)
+        return tensor
+
+
+class Values:
+    """What a family of views shares: how their values come from the head's logits, and the values if they exist."""
+
+    __slots__ = ("base", "cap", "factor", "head", "kind", "op", "real", "scale", "written")
+
+    def __init__(self, head, base, kind=LOGITS, scale=1.0, cap=None, factor=1.0, op=None):
+        self.head = head
+        self.base = base  # the view that ``real`` is laid out as
+        self.kind = kind
+        self.scale = scale  # x = scale · logit, or with a cap
+        self.cap = cap  # x = cap · tanh(scale · logit)
+        self.factor = factor  # of ``kind``, which is no longer logits
+        self.op = op  # (function, inputs, kwargs); None for the head's own logits
+        self.real = None
+        self.written = None  # the values since somebody may have written to them: nothing is lazy any more
+
+    @property
+    def shaping(self):
+        """``(logit_scale, softcap)`` as the fused op takes them."""
+        scale = self.scale if self.cap is None else self.scale * self.cap
+        return None if math.isclose(scale, 1, rel_tol=1e-12) else scale, self.cap
+
+
+class Origin(NamedTuple):
+    """An input of a recorded operation."""
+
+    values: Values
+    view: View
+
+
+def realize(values, view):
+    """The real tensor behind ``values``, as ``view`` shows it."""
+    if values.written is not None:
+        return view.of(values.written, values.base)
+    if values.real is None:
+        values.real = _evaluate(values, lambda head: head.compute(), realize)
+    return view.of(values.real, values.base)
+
+
+def stock_rows(values, select):
+    """``values`` of the rows ``[K, V]`` that ``select`` takes from hidden states, as unpatched code computes them."""
+    if values.op is not None and values.op[0] in (aten.index.Tensor, aten.index_select.default):
+        return stock_rows(values.op[1][0].values, select)  # ``select`` has taken them already
+    return _evaluate(values, lambda head: head.stock_rows(select), lambda values, view: stock_rows(values, select))
+
+
+def _evaluate(values, of_head, of_input):
+    if values.op is None:
+        return of_head(values.head)
+    function, inputs, kwargs = values.op
+    return function(*(of_input(*x) if isinstance(x, Origin) else x for x in inputs), **kwargs)
+
+
+class LazyLogits(torch.Tensor):
+    """Stands for logits, or what becomes of them, that are not in memory. See the module.
+
+    Its strides are those that the real tensor would have, so that torch itself tells views from copies.
+    """
+
+    @staticmethod
+    def __new__(cls, values, view, shape, strides, dtype):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, device=values.head.hidden.device
+        )
+
+    def __init__(self, values, view, shape, strides, dtype):
+        self.source, self.rows = values, view
+
+    @classmethod
+    def of(cls, head):
+        """The logits of a :class:`HeadCall`."""
+        shape = (*head.hidden.shape[:-1], head.classes)
+        view = View(len(shape) - 1)
+        return cls(Values(head, view), view, shape, None, head.dtype)
+
+    @classmethod
+    def like(cls, fake, values, view):
+        """A tensor with the layout of ``fake``."""
+        return cls(values, view, fake.shape, fake.stride(), fake.dtype)
+
+    @property
+    def fake(self):
+        """The tensor's layout, on the meta device."""
+        return torch.empty_strided(self.shape, self.stride(), dtype=self.dtype, device="meta")
+
+    def __repr__(self, **_):
+        return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+
+    def __reduce_ex__(self, protocol):
+        return self.real().detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo):
+        return memo.setdefault(id(self), self.real().detach().clone())
+
+    def real(self):
+        """The real tensor, with the gradient that the logits have."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return _Real.apply(self, False)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            catch = CAUGHT.get(func)
+            if catch is not None:
+                found = catch(*args, **(kwargs or {}))
+                if found is not NotImplemented:
+                    return found
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            record = RECORDED.get(func)
+            if record is not None and isinstance(args[0], LazyLogits) and args[0].source.written is None:
+                found = record(*args, **kwargs)
+                if found is not NotImplemented:
+                    return found
+            return _on_real(func, args, kwargs)
+
+
+# ---- above autograd: functions that are caught whole, by the function. ``fused.py`` adds the losses and statistics.
+
+CAUGHT = {}
+
+
+class _Real(torch.autograd.Function):
+    """The real tensor behind a lazy one, shared with whoever writes to it."""
+
+    @staticmethod
+    def forward(ctx, lazy, written):
+        return (_exposed(lazy) if written else realize(lazy.source, lazy.rows)).detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _on_memory(function, written):
+    """A function that reads its tensor's memory; where ``written``, its caller may also write there."""
+
+    def catch(x, *args, **kwargs):
+        return function(_Real.apply(x, written), *args, **kwargs) if isinstance(x, LazyLogits) else NotImplemented
+
+    return catch
+
+
+for _name in ("tolist", "item", "__format__", "__contains__", "__bool__", "__float__", "__int__"):
+    CAUGHT[getattr(torch.Tensor, _name)] = _on_memory(getattr(torch.Tensor, _name), False)
+for _name in ("numpy", "data_ptr", "untyped_storage", "__array__", "__dlpack__", "share_memory_", "pin_memory"):
+    CAUGHT[getattr(torch.Tensor, _name)] = _on_memory(getattr(torch.Tensor, _name), True)
+
+
+def _register_hook(x, *args, **kwargs):
+    x.source.head.hooked = True  # its node must run in the backward (``fused.py``)
+    return NotImplemented
+
+
+CAUGHT[torch.Tensor.register_hook] = _register_hook
+
+
+# ---- below autograd: operators by their rules in ``recorded.py``; any other on the real tensors
+
+RECORDED = {}
+
+
+def _on_real(func, args, kwargs):
+    for x in tree_leaves((args, kwargs)):
+        if isinstance(x, LazyLogits) and x.source.head.state.log and x.source.real is x.source.written is None:
+            _log(func, x)
+    schema = func._schema
+    aliases = any(returned.alias_info is not None for returned in schema.returns) or schema.is_mutable
+    real = _exposed if aliases else lambda x: realize(x.source, x.rows)
+    plain_args, plain_kwargs = tree_map(lambda x: real(x) if isinstance(x, LazyLogits) else x, (args, kwargs))
+    found = func(*plain_args, **plain_kwargs)
+    if schema.is_mutable and isinstance(args[0], LazyLogits) and schema.arguments[0].is_write:
+        return args[0]
+    return found
+
+
+def _exposed(x):
+    """The real tensor behind ``x``, given to somebody who may write to it: from now on nothing of it is lazy."""
+    values = x.source
+    if values.written is None:
+        realize(values, values.base)
+        values.written, values.real = values.real, None
+    return x.rows.of(values.written, values.base)
+
+
+def _log(func, x):
+    """Say which operator wants the real logits, and from which line."""
+    frame = sys._getframe(1)
+    here, torch_folder = Path(__file__).parent, Path(torch.__file__).parent
+    while frame.f_back and any(folder in Path(frame.f_code.co_filename).parents for folder in (here, torch_folder)):
+        frame = frame.f_back
+    _LOG.warning("%s needs real logits %s: %s:%d", func, tuple(x.shape), frame.f_code.co_filename, frame.f_lineno)

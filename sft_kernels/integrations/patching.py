@@ -1,0 +1,254 @@
+"""``patch(model)``: a Hugging Face causal LM whose logits, in training, are lazy."""
+
+import types
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from . import fused, recorded  # noqa: F401  (what lazy logits do)
+from .heads import HeadCall
+from .lazy import LazyLogits
+
+
+class HeadCounts(NamedTuple):
+    """What happened to the patched heads of a model since :func:`patch`."""
+
+    calls: int  # of a head, in training
+    fused: int  # losses and statistics that the fused op computed
+    materialised: int  # calls whose real logits were computed
+
+
+@dataclass
+class HeadState:
+    """What a patched head knows beside its parameters; copied and pickled with it."""
+
+    name: str
+    log: bool
+    seen: int = 0  # calls of any kind
+    calls: int = 0
+    fused: int = 0
+    materialised: int = 0
+    checked: bool = False  # whether the first result was compared with the unpatched head's
+    statistics_wanted: bool = False  # whether a trainer asks for more than the loss
+
+
+class LazyHead(torch.nn.Linear):
+    """An output head whose result, in training, is :class:`LazyLogits`.
+
+    It stands between ``torch.nn.Linear`` and a class of the model's that extends it, so that what this class does
+    around the product is still done.
+    """
+
+    stock = torch.nn.Linear  # the head's class without this one
+
+    @torch.compiler.disable
+    def forward(self, input):
+        """The logits of ``input`` [..., D]: lazy if a gradient may follow, else real ones."""
+        state = self._sft_kernels
+        state.seen += 1
+        if not _may_be_lazy(self, input):
+            return super().forward(input)
+        state.calls += 1
+        weight, bias = self.weight, self.bias
+        call = HeadCall(state, partial(torch.nn.Linear.forward, self), input, weight, bias)
+        return HeadCalled.apply(input, weight, bias, call)
+
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (self.stock,), self.__getstate__()
+
+
+class HeadCalled(torch.autograd.Function):
+    """The head as a node of autograd: a gradient of the real logits becomes those of the head's inputs."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, call):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight)
+        ctx.dtype = call.dtype
+        ctx.has_bias = bias is not None
+        return LazyLogits.of(call)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return None, None, None, None
+        hidden, weight = ctx.saved_tensors
+        grad = grad.to(ctx.dtype)
+        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        rows, flat = hidden.reshape(-1, hidden.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        return (
+            (grad @ weight.to(ctx.dtype)).to(hidden.dtype) if need_hidden else None,
+            (flat.T @ rows.to(ctx.dtype)).to(weight.dtype) if need_weight else None,
+            flat.sum(0).to(weight.dtype) if ctx.has_bias and need_bias else None,
+            None,
+        )
+
+
+def _may_be_lazy(head, input):
+    weight = head.weight
+    return (
+        head.training
+        and torch.is_grad_enabled()
+        and (input.requires_grad or weight.requires_grad)
+        and not torch.jit.is_tracing()
+        and type(input) in (torch.Tensor, torch.nn.Parameter)
+        and type(weight) in (torch.Tensor, torch.nn.Parameter)
+        and input.device.type != "meta"
+        and input.device == weight.device
+        and input.dim() > 0
+        and input.shape[-1] == weight.shape[1]
+        and (input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type))
+    )
+
+
+_CLASSES = {}
+
+
+def _lazy_class(stock):
+    """The class of a patched head whose class was ``stock``."""
+    if stock not in _CLASSES:
+        bases = (LazyHead,) if stock is torch.nn.Linear else (stock, LazyHead)
+        _CLASSES[stock] = type(f"Lazy{stock.__name__}", bases, {"stock": stock})
+    return _CLASSES[stock]
+
+
+def _rebuild(stock):
+    kind = _lazy_class(stock)
+    return kind.__new__(kind)
+
+
+def patch(model, *, log_materialised=False):
+    """Make the logits of a causal LM lazy in training; returns the model.
+
+    The output head's result becomes a tensor that stands for ``hidden @ weight.T + bias``. A cross-entropy on it, in
+    the model or in the trainer, runs :func:`sft_kernels.linear_cross_entropy`; so do ``log_softmax`` with ``nll_loss``
+    or ``gather``, ``logsumexp``, ``argmax`` and the entropy. Any other operation computes the real logits, once a
+    call, with the right gradients. In evaluation, and without gradients, the head is as before. Parameters, their names
+    and ``save_pretrained`` are untouched.
+
+    The first result is compared with the unpatched head's on a few rows. A model that is trained without its head being
+    called gets a warning, once: its trainer multiplies by the head's weight itself.
+
+    Args:
+        model: anything with ``get_output_embeddings()``, perhaps inside DistributedDataParallel, ``torch.compile`` or a
+            PEFT model. Adapters on the head are part of it: patch after they are there. A second call patches what has
+            been added since.
+        log_materialised: log each operation that computes real logits, with the line that asked for it, as a warning of
+            the logger ``sft_kernels.integrations``.
+
+    Raises:
+        TypeError: the head is no linear layer, or its weight is quantised, split over ranks or not loaded.
+        ValueError: the model has no output head.
+    """
+    model = _inner(model)
+    layers = _linear_layers(model)
+    for name, layer in layers.items():
+        _check_layer(name, layer)
+    for name, layer in layers.items():
+        if not isinstance(layer, LazyHead):
+            layer._sft_kernels = HeadState(f"{type(model).__name__}.{name}", log_materialised)
+            _set_class(layer, _lazy_class(type(layer)))
+        layer._sft_kernels.log = log_materialised
+    _remove_watch(model)
+    model.register_forward_hook(_Watch([layer._sft_kernels for layer in layers.values()]))
+    return model
+
+
+def unpatch(model):
+    """Undo :func:`patch`; returns the model."""
+    model = _inner(model)
+    for layer in _patched(model):
+        _set_class(layer, layer.stock)
+        del layer._sft_kernels
+    _remove_watch(model)
+    return model
+
+
+def head_counts(model):
+    """:class:`HeadCounts` of all patched heads of ``model``, added up."""
+    states = [layer._sft_kernels for layer in _patched(_inner(model))]
+    return HeadCounts(*(sum(getattr(state, name) for state in states) for name in HeadCounts._fields))
+
+
+def _inner(model):
+    """The model inside wrappers of training."""
+    while not hasattr(model, "get_output_embeddings"):
+        inner = getattr(model, "_orig_mod", None) or getattr(model, "module", None)
+        if inner is None:
+            raise ValueError(
+                f"model: {type(model).__name__} has no get_output_embeddings(), so no output head is known"
+            )
+        model = inner
+    return model
+
+
+def _patched(model):
+    return [layer for layer in model.modules() if isinstance(layer, LazyHead)]
+
+
+def _linear_layers(model):
+    """The linear layers of the output head that give logits, by name: one, or those that an adapter adds up."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"model: {type(model).__name__} has no output head")
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = {
+        names.get(id(module), type(module).__name__): module
+        for module in head.modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+    if not layers:
+        raise TypeError(
+            f"model: the output head of {type(model).__name__} is a {type(head).__name__}, not a linear layer;"
+            " call sft_kernels.cross_entropy on its logits instead"
+        )
+    classes = max(layer.out_features for layer in layers.values())
+    return {name: layer for name, layer in layers.items() if layer.out_features == classes}
+
+
+def _check_layer(name, layer):
+    """Raise ``TypeError`` for a linear layer whose weight is not simply a matrix."""
+    weight = layer.weight
+    kind = f"{type(layer).__name__} with a weight of {type(weight).__name__}, {weight.dtype}"
+    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or not weight.dtype.is_floating_point:
+        raise TypeError(f"model: the head {name} is a {kind}; dequantise it, or gather it if it is split over ranks")
+    if weight.device.type == "meta":
+        raise TypeError(f"model: the head {name} is not loaded (it lies on the meta device)")
+
+
+def _set_class(layer, kind):
+    layer.__class__ = kind
+    if "_old_forward" in vars(layer):  # accelerate's hooks call the forward that they found
+        layer._old_forward = types.MethodType(kind.forward, layer)
+
+
+class _Watch:
+    """Called after each forward of a model: warns once if a training forward has not called the head."""
+
+    def __init__(self, states):
+        self.states = states
+        self.seen = [state.seen for state in states]
+        self.warned = False
+
+    def __call__(self, model, args, output):
+        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
+            return
+        seen = [state.seen for state in self.states]
+        if seen == self.seen and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"patch: {self.states[0].name} was not called in a training forward of its model: the trainer"
+                " multiplies by its weight itself, or the head was replaced. Nothing is fused; switch that off in the"
+                " trainer, or call patch(model) after it was built",
+                stacklevel=2,
+            )
+        self.seen = seen
+
+
+def _remove_watch(model):
+    for key, hook in list(model._forward_hooks.items()):
+        if isinstance(hook, _Watch):
+            del model._forward_hooks[key]

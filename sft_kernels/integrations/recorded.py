@@ -1,0 +1,310 @@
+"""The operators that lazy logits record: views and selections of rows, casts, scales, a softcap, a softmax.
+
+Each rule returns the recorded tensor, or ``NotImplemented`` if the real logits are needed. Rules say nothing about any
+model; a step or an operation that is not recorded is right, and merely costs the real logits.
+"""
+
+import itertools
+import math
+
+import torch
+
+from .heads import JoinedHead
+from .lazy import LOG_PROBS, LOGITS, PLOGP, PROBS, PX, RECORDED, LazyLogits, Origin, Values
+
+aten = torch.ops.aten
+
+
+def _records(*operators):
+    def register(function):
+        RECORDED.update(dict.fromkeys(operators, function))
+        return function
+
+    return register
+
+
+def _viewed(x, function, *args, axis=None):
+    view = x.rows.after(x.rows.axis if axis is None else axis, function, *args)
+    return LazyLogits.like(function(x.fake, *args), x.source, view)
+
+
+def _copied(x, op, dtype=None, memory_format=torch.preserve_format, **changes):
+    """A tensor of its own whose values come from those of ``x`` by ``op``."""
+    old = x.source
+    fields = {"kind": old.kind, "scale": old.scale, "cap": old.cap, "factor": old.factor, **changes}
+    fake = torch.empty_like(x.fake, dtype=dtype, memory_format=memory_format)
+    return LazyLogits.like(fake, Values(old.head, x.rows, op=op, **fields), x.rows)
+
+
+def _selected(x, axis, function, *args):
+    """A copy of some rows of ``x``, at places that only the data say."""
+    old = x.source
+    view = x.rows.after(axis, function, *args)
+    rows = function(torch.empty((*x.shape[:-1], 1), dtype=torch.uint8, device=x.device), *args)
+    fake = x.fake.new_empty((*rows.shape[:-1], x.shape[-1]))
+    values = Values(old.head, view, old.kind, old.scale, old.cap, old.factor, _recorded(function, x, *args))
+    return LazyLogits.like(fake, values, view)
+
+
+def _recorded(function, *inputs, **kwargs):
+    return function, [Origin(x.source, x.rows) if isinstance(x, LazyLogits) else x for x in inputs], kwargs
+
+
+def _dim(x, dim):
+    return dim + x.dim() if dim < 0 else dim
+
+
+def _last(x):
+    """Returns True if the classes are the last dimension."""
+    return x.rows.axis == x.dim() - 1
+
+
+def _reshape(tensor, *lead):
+    return tensor.reshape(*lead, tensor.shape[-1])
+
+
+@_records(aten.view.default, aten._unsafe_view.default)
+def _view(x, shape):
+    fake = x.fake.view(shape)
+    if not _last(x) or fake.dim() == 0 or fake.shape[-1] != x.shape[-1]:
+        return NotImplemented
+    return LazyLogits.like(fake, x.source, x.rows.after(fake.dim() - 1, _reshape, *fake.shape[:-1]))
+
+
+@_records(aten.slice.Tensor)
+def _slice(x, dim=0, start=None, end=None, step=1):
+    dim = _dim(x, dim)
+    if dim != x.rows.axis:
+        return _viewed(x, aten.slice.Tensor, dim, start, end, step)
+    whole = (start or 0) == 0 and (end is None or end >= x.shape[dim]) and step == 1
+    return _alias(x) if whole else NotImplemented
+
+
+@_records(aten.select.int)
+def _select(x, dim, index):
+    dim = _dim(x, dim)
+    if dim == x.rows.axis:
+        return NotImplemented
+    return _viewed(x, torch.Tensor.select, dim, index, axis=x.rows.axis - (dim < x.rows.axis))
+
+
+@_records(aten.unsqueeze.default)
+def _unsqueeze(x, dim):
+    dim = dim + x.dim() + 1 if dim < 0 else dim
+    return _viewed(x, torch.Tensor.unsqueeze, dim, axis=x.rows.axis + (dim <= x.rows.axis))
+
+
+@_records(aten.squeeze.dim)
+def _squeeze(x, dim):
+    dim = _dim(x, dim)
+    if dim == x.rows.axis:
+        return NotImplemented
+    gone = x.shape[dim] == 1 and dim < x.rows.axis
+    return _viewed(x, torch.Tensor.squeeze, dim, axis=x.rows.axis - gone)
+
+
+@_records(aten.transpose.int)
+def _transpose(x, a, b):
+    a, b = _dim(x, a), _dim(x, b)
+    return _viewed(x, torch.Tensor.transpose, a, b, axis={a: b, b: a}.get(x.rows.axis))
+
+
+@_records(aten.t.default)
+def _t(x):
+    return _transpose(x, 0, 1) if x.dim() == 2 else NotImplemented
+
+
+@_records(aten.permute.default)
+def _permute(x, dims):
+    dims = [_dim(x, dim) for dim in dims]
+    return _viewed(x, torch.Tensor.permute, dims, axis=dims.index(x.rows.axis))
+
+
+@_records(aten.split.Tensor)
+def _split(x, size, dim=0):
+    dim = _dim(x, dim)
+    length = x.shape[dim]
+    return _split_with_sizes(x, [min(size, length - i) for i in range(0, length, size)] if size > 0 else [], dim)
+
+
+@_records(aten.split_with_sizes.default)
+def _split_with_sizes(x, sizes, dim=0):
+    dim = _dim(x, dim)
+    if dim == x.rows.axis or not sizes:
+        return NotImplemented
+    starts = itertools.accumulate(sizes, initial=0)
+    return [
+        _piece(x, x.rows.axis, torch.Tensor.narrow, dim, start, size)
+        for start, size in zip(starts, sizes, strict=False)
+    ]
+
+
+@_records(aten.unbind.int)
+def _unbind(x, dim=0):
+    dim = _dim(x, dim)
+    if dim == x.rows.axis:
+        return NotImplemented
+    axis = x.rows.axis - (dim < x.rows.axis)
+    return [_piece(x, axis, torch.Tensor.select, dim, i) for i in range(x.shape[dim])]
+
+
+def _piece(x, axis, function, *args):
+    return LazyLogits.like(function(x.fake, *args), x.source, x.rows.after(axis, function, *args, pieces=x.rows))
+
+
+@_records(aten.alias.default, aten.detach.default)
+def _alias(x):
+    return LazyLogits.like(x, x.source, x.rows)
+
+
+@_records(aten.index.Tensor)
+def _index(x, indices):
+    if not _last(x) or any(isinstance(i, LazyLogits) for i in indices):
+        return NotImplemented
+    taken = sum(i.dim() if i is not None and i.dtype in (torch.bool, torch.uint8) else 1 for i in indices)
+    if taken == x.dim() and indices[-1] is not None:
+        return NotImplemented  # it selects classes
+    found = _selected(x, 0, aten.index.Tensor, indices)
+    found.rows.axis = found.dim() - 1
+    return found
+
+
+@_records(aten.index_select.default)
+def _index_select(x, dim, index):
+    if not _last(x) or _dim(x, dim) == x.rows.axis:
+        return NotImplemented
+    return _selected(x, x.rows.axis, aten.index_select.default, _dim(x, dim), index)
+
+
+@_records(aten.clone.default)
+def _clone(x, **kwargs):
+    memory_format = kwargs.get("memory_format") or torch.preserve_format
+    return _copied(x, _recorded(aten.clone.default, x, **kwargs), memory_format=memory_format)
+
+
+@_records(aten._to_copy.default)
+def _to_copy(x, *, dtype=None, layout=None, device=None, pin_memory=None, non_blocking=False, memory_format=None):
+    dtype = dtype or x.dtype
+    same_device = device is None or torch.device(device) == x.device
+    if not same_device or layout not in (None, torch.strided) or pin_memory or not dtype.is_floating_point:
+        return NotImplemented
+    if dtype.itemsize < 2 or (dtype.itemsize > 4 and x.source.head.dtype != dtype):
+        return NotImplemented
+    memory_format = memory_format or torch.preserve_format
+    op = _recorded(aten._to_copy.default, x, dtype=dtype, memory_format=memory_format)
+    return _copied(x, op, dtype, memory_format)
+
+
+def _number(value):
+    """``value`` as a positive or negative float; None for what is no constant that the host knows."""
+    if isinstance(value, torch.Tensor):
+        if value.dim() or value.device.type != "cpu" or value.requires_grad or isinstance(value, LazyLogits):
+            return None
+        value = value.item()
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+@_records(aten.mul.Tensor, aten.mul.Scalar)
+def _mul(x, other):
+    if isinstance(other, LazyLogits):
+        return _product(x, other)
+    return _scaled(aten.mul.Tensor, x, other, _number(other))
+
+
+@_records(aten.div.Tensor, aten.div.Scalar)
+def _div(x, other):
+    number = _number(other)
+    return _scaled(aten.div.Tensor, x, other, 1 / number if number else None)
+
+
+@_records(aten.neg.default)
+def _neg(x):
+    if x.source.kind == LOGITS:
+        return NotImplemented
+    return _copied(x, _recorded(aten.neg.default, x), factor=-x.source.factor)
+
+
+def _scaled(function, x, other, by):
+    if by is None:
+        return NotImplemented
+    op = _recorded(function, x, other)
+    if x.source.kind != LOGITS:
+        return _copied(x, op, factor=x.source.factor * by)
+    if by <= 0:
+        return NotImplemented
+    if x.source.cap is not None:
+        return _copied(x, op, cap=x.source.cap * by)
+    return _copied(x, op, scale=x.source.scale * by)
+
+
+@_records(aten.tanh.default)
+def _tanh(x):
+    if x.source.kind != LOGITS or x.source.cap is not None:
+        return NotImplemented
+    return _copied(x, _recorded(aten.tanh.default, x), cap=1.0)
+
+
+@_records(aten.add.Tensor)
+def _add(x, other, *, alpha=1):
+    """The sum with an adapter's logits, or with a bias that is not the head's."""
+    old = x.source
+    if alpha != 1 or old.kind != LOGITS or old.cap is not None or not _last(x):
+        return NotImplemented
+    calls, bias = [(old.head, old.scale)], None
+    if isinstance(other, LazyLogits):
+        theirs = other.source
+        alike = (theirs.kind, theirs.cap, theirs.written) == (LOGITS, None, None)
+        if (
+            not alike
+            or x.rows.parent
+            or other.rows.parent
+            or other.shape != x.shape
+            or theirs.head.autocast != old.head.autocast
+        ):
+            return NotImplemented
+        calls.append((theirs.head, theirs.scale))
+    elif isinstance(other, torch.Tensor) and other.shape[-1:] == x.shape[-1:] and other.numel() == x.shape[-1]:
+        bias = other
+    else:
+        return NotImplemented
+    dtype = torch.promote_types(x.dtype, other.dtype)
+    if other.device != x.device or other.dim() > x.dim() or dtype.itemsize > 4 >= x.dtype.itemsize:
+        return NotImplemented
+    head = JoinedHead(calls, bias)
+    values = Values(head, x.rows, op=_recorded(aten.add.Tensor, x, other))
+    return LazyLogits.like(torch.empty_like(x.fake, dtype=dtype), values, x.rows)
+
+
+@_records(aten._log_softmax.default)
+def _log_softmax(x, dim, half_to_float):
+    return _normalised(aten._log_softmax.default, LOG_PROBS, x, dim, half_to_float)
+
+
+@_records(aten._softmax.default)
+def _softmax(x, dim, half_to_float):
+    return _normalised(aten._softmax.default, PROBS, x, dim, half_to_float)
+
+
+def _normalised(function, kind, x, dim, half_to_float):
+    if x.source.kind != LOGITS or _dim(x, dim) != x.rows.axis:
+        return NotImplemented
+    dtype = torch.float32 if half_to_float else x.dtype
+    return _copied(x, _recorded(function, x, dim, half_to_float), dtype, kind=kind)
+
+
+@_records(aten.exp.default)
+def _exp(x):
+    if x.source.kind != LOG_PROBS or x.source.factor != 1:
+        return NotImplemented
+    return _copied(x, _recorded(aten.exp.default, x), kind=PROBS)
+
+
+def _product(x, y):
+    """p log p, or p x, of the same logits; their sum over the classes is an entropy."""
+    a, b = x.source, y.source
+    kind = {frozenset((PROBS, LOG_PROBS)): PLOGP, frozenset((PROBS, LOGITS)): PX}.get(frozenset((a.kind, b.kind)))
+    same = x.rows is y.rows and a.head is b.head and (a.scale, a.cap) == (b.scale, b.cap) and b.written is None
+    if kind is None or not same:
+        return NotImplemented
+    op = _recorded(aten.mul.Tensor, x, y)
+    return _copied(x, op, torch.promote_types(x.dtype, y.dtype), kind=kind, factor=a.factor * b.factor)
