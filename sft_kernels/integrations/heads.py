@@ -14,6 +14,7 @@ class HeadCall:
         self.classes = weight.shape[0]
         self.known = {}  # statistics of rows, by scale and softcap (``fused.py``)
         self.hooked = False  # True once a tensor of these logits has a hook
+        self.counted = False  # True once the real logits were computed
         device = hidden.device.type
         self.autocast = None  # the dtype, if autocast was on
         if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
@@ -34,7 +35,8 @@ class HeadCall:
 
     def compute(self):
         """The real logits ``[..., V]``, without a history."""
-        self.state.materialised += 1
+        self.state.materialised += not self.counted
+        self.counted = True
         return F.linear(*(t if t is None else t.detach().to(self.dtype) for t in self.tensors()))
 
     def stock_rows(self, select):

@@ -84,10 +84,13 @@ class Origin(NamedTuple):
 
 def realize(values, view):
     """The real tensor behind ``values``, as ``view`` shows it."""
-    if values.written is not None:
-        return view.of(values.written, values.base)
+    return _unwritten(values, view) if values.written is None else view.of(values.written, values.base)
+
+
+def _unwritten(values, view):
+    """The same as it was before anybody wrote to it, which is what earlier copies are made of."""
     if values.real is None:
-        values.real = _evaluate(values, lambda head: head.compute(), realize)
+        values.real = _evaluate(values, lambda head: head.compute(), _unwritten)
     return view.of(values.real, values.base)
 
 
@@ -206,11 +209,19 @@ for _name in ("numpy", "data_ptr", "untyped_storage", "__array__", "__dlpack__",
 
 
 def _register_hook(x, *args, **kwargs):
+    """The hook is called with None if the fused op computes past the logits: there is no gradient by them."""
     x.source.head.hooked = True  # its node must run in the backward (``fused.py``)
     return NotImplemented
 
 
+def _retain_grad(x):
+    """Somebody wants the gradient by the logits: they must be real."""
+    _exposed(x)
+    return NotImplemented
+
+
 CAUGHT[torch.Tensor.register_hook] = _register_hook
+CAUGHT[torch.Tensor.retain_grad] = _retain_grad
 
 
 # ---- below autograd: operators by their rules in ``recorded.py``; any other on the real tensors
