@@ -7,9 +7,9 @@ import torch.nn.functional as F
 class HeadCall:
     """One call of an output head, ``hidden @ weight.T + bias``."""
 
-    def __init__(self, state, stock, hidden, weight, bias):
+    def __init__(self, state, layer, hidden, weight, bias):
         self.state = state  # of the patched head: its counts
-        self.stock = stock  # computes the logits of some rows as the unpatched head does
+        self.layer = layer
         self.hidden = hidden  # [..., D]
         self.classes = weight.shape[0]
         self.known = {}  # statistics of rows, by scale and softcap (``fused.py``)
@@ -28,7 +28,7 @@ class HeadCall:
         """Returns ``(hidden, weight, bias)`` with their autograd history."""
         if self._current_versions() != self._versions:
             raise RuntimeError(
-                "logits: the head's weight or its input was written to since the head was called (an optimizer step?);"
+                "logits: the head's weight or input was written to since the head was called (an optimizer step?);"
                 " read logits before that, or call unpatch(model)"
             )
         return self._tensors
@@ -41,10 +41,11 @@ class HeadCall:
 
     def stock_rows(self, select):
         """The unpatched head's logits ``[K, V]`` of the rows that ``select`` takes from hidden states."""
-        return self.stock(select(self.hidden))
+        return torch.nn.Linear.forward(self.layer, select(self.hidden))
 
     def _current_versions(self):
-        return [None if t is None or t.is_inference() else t._version for t in self._tensors]
+        hidden, weight, _ = self._tensors
+        return hidden._version, weight._version
 
 
 class JoinedHead:

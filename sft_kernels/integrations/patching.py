@@ -3,7 +3,6 @@
 import types
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -44,17 +43,18 @@ class LazyHead(torch.nn.Linear):
 
     stock = torch.nn.Linear  # the head's class without this one
 
-    @torch.compiler.disable
     def forward(self, input):
         """The logits of ``input`` [..., D]: lazy if a gradient may follow, else real ones."""
+        if torch.compiler.is_compiling():
+            return _outside_of_graphs(self, input)
         state = self._sft_kernels
         state.seen += 1
-        if not _may_be_lazy(self, input):
-            return super().forward(input)
-        state.calls += 1
-        weight, bias = self.weight, self.bias
-        call = HeadCall(state, partial(torch.nn.Linear.forward, self), input, weight, bias)
-        return HeadCalled.apply(input, weight, bias, call)
+        if self.training and torch.is_grad_enabled():
+            weight, bias = self.weight, self.bias
+            if _may_be_lazy(input, weight):
+                state.calls += 1
+                return HeadCalled.apply(input, weight, bias, HeadCall(state, self, input, weight, bias))
+        return super().forward(input)
 
     def __reduce_ex__(self, protocol):
         return _rebuild, (self.stock,), self.__getstate__()
@@ -66,41 +66,45 @@ class HeadCalled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, call):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight)
-        ctx.dtype = call.dtype
-        ctx.has_bias = bias is not None
+        ctx.call = call
         return LazyLogits.of(call)
 
     @staticmethod
     def backward(ctx, grad):
-        if grad is None:
+        if grad is None:  # the fused op has computed past the logits
             return None, None, None, None
-        hidden, weight = ctx.saved_tensors
-        grad = grad.to(ctx.dtype)
-        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
+        hidden, weight, bias = ctx.call.tensors()
+        dtype = ctx.call.dtype
+        grad = grad.to(dtype)
         rows, flat = hidden.reshape(-1, hidden.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
         return (
-            (grad @ weight.to(ctx.dtype)).to(hidden.dtype) if need_hidden else None,
-            (flat.T @ rows.to(ctx.dtype)).to(weight.dtype) if need_weight else None,
-            flat.sum(0).to(weight.dtype) if ctx.has_bias and need_bias else None,
+            (grad @ weight.to(dtype)).to(hidden.dtype) if need_hidden else None,
+            (flat.T @ rows.to(dtype)).to(weight.dtype) if need_weight else None,
+            flat.sum(0).to(bias.dtype) if need_bias else None,
             None,
         )
 
 
-def _may_be_lazy(head, input):
-    weight = head.weight
+@torch.compiler.disable
+def _outside_of_graphs(head, input):
+    """What ``torch.compile`` sees of a head: a graph ends here. What follows from lazy logits runs as it is written."""
+    return head.forward(input)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _may_be_lazy(input, weight):
     return (
-        head.training
-        and torch.is_grad_enabled()
-        and (input.requires_grad or weight.requires_grad)
-        and not torch.jit.is_tracing()
-        and type(input) in (torch.Tensor, torch.nn.Parameter)
-        and type(weight) in (torch.Tensor, torch.nn.Parameter)
-        and input.device.type != "meta"
-        and input.device == weight.device
+        (input.requires_grad or weight.requires_grad)
+        and type(input) in _PLAIN
+        and type(weight) in _PLAIN
         and input.dim() > 0
         and input.shape[-1] == weight.shape[1]
+        and input.device == weight.device
         and (input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type))
+        and not (input.is_meta or input.is_inference() or torch.jit.is_tracing())
     )
 
 

@@ -65,10 +65,21 @@ def _reshape(tensor, *lead):
 
 @_records(aten.view.default, aten._unsafe_view.default)
 def _view(x, shape):
-    fake = x.fake.view(shape)
-    if not _last(x) or fake.dim() == 0 or fake.shape[-1] != x.shape[-1]:
+    V = x.shape[-1]
+    if not _last(x) or not shape:
         return NotImplemented
-    return LazyLogits.like(fake, x.source, x.rows.after(fake.dim() - 1, _reshape, *fake.shape[:-1]))
+    if x.is_contiguous() and shape[-1] == V:  # the common case, without a tensor on the meta device
+        lead = list(shape[:-1])
+        if -1 in lead:
+            lead[lead.index(-1)] = x.numel() // (V * -math.prod(lead)) if x.numel() else 0
+        strides, shape = None, (*lead, V)
+    else:
+        fake = x.fake.view(shape)
+        strides, shape = fake.stride(), fake.shape
+    if shape[-1] != V:
+        return NotImplemented
+    view = x.rows.after(len(shape) - 1, _reshape, *shape[:-1])
+    return LazyLogits(x.source, view, shape, strides, x.dtype)
 
 
 @_records(aten.slice.Tensor)
