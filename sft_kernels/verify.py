@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from . import AdamW, KeptTokens, cross_entropy, linear_cross_entropy, packed_attention
+from . import AdamW, KeptTokens, TokenStats, cross_entropy, linear_cross_entropy, packed_attention
 from ._backend import Unavailable, implementations
 from ._budget import compare
 from .ops.adamw import reference as adamw_reference
@@ -67,12 +67,19 @@ def plain_cross_entropy(
     softcap=None,
     logit_scale=None,
     z_loss=0.0,
+    return_stats=False,
 ):
-    """The PyTorch code that a user would write for :func:`cross_entropy`, in the dtype of its inputs."""
-    if logit_scale is not None:
-        logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
+    """The PyTorch code that a user would write for :func:`cross_entropy`, in the dtype of its inputs.
+
+    ``return_stats="tokens"`` also returns the values of each token, as a list.
+    """
+    if return_stats:
+        options = {"reduction": reduction, "label_smoothing": label_smoothing, "num_items": num_items}
+        options |= {"token_weight": token_weight, "softcap": softcap, "logit_scale": logit_scale, "z_loss": z_loss}
+        return plain_cross_entropy(logits, target, weight, **options), plain_token_stats(
+            logits, target, softcap, logit_scale
+        )
+    logits = _scaled_and_capped(logits, softcap, logit_scale)
     if weight is not None:
         weight = weight.to(logits.dtype)
     indices = not target.is_floating_point()
@@ -97,39 +104,70 @@ def plain_cross_entropy(
     return losses.sum() / num_items
 
 
-def plain_linear_cross_entropy(input, linear_weight, linear_bias, target, *, shift=False, **options):
+def plain_token_stats(logits, target, softcap=None, logit_scale=None):
+    """Log-probability, logsumexp, entropy and prediction of each token in plain PyTorch."""
+    logits = _scaled_and_capped(logits, softcap, logit_scale)
+    kept = target != -100 if target.dim() == 1 else torch.ones_like(target[:, 0], dtype=torch.bool)
+    labels = target.long().where(kept, 0) if target.dim() == 1 else target.argmax(1)
+    log_p = logits.log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    values = log_p.gather(1, labels[:, None])[:, 0], logits.logsumexp(1), entropy
+    return [*(value.where(kept, 0) for value in values), logits.argmax(1).where(kept, -1)]
+
+
+def plain_linear_cross_entropy(input, linear_weight, linear_bias, target, *, shift=0, **options):
     """The PyTorch code that a user would write for :func:`linear_cross_entropy` over ``[N, D]``; ``linear_bias`` may be
     None."""
     if shift:
-        target = F.pad(target[1:], (0, 1), value=-100)
+        target = F.pad(target, (0, shift), value=-100)[shift:]
         if options.get("token_weight") is not None:
-            options["token_weight"] = F.pad(options["token_weight"][1:], (0, 1))
+            options["token_weight"] = F.pad(options["token_weight"], (0, shift))[shift:]
     return plain_cross_entropy(F.linear(input, linear_weight, linear_bias), target, **options)
 
 
-def loss_oracle(tensors, target, *, upstream=1.0, **options):
-    """The oracle's loss and gradients for ``tensors``: logits, or hidden states, head and, perhaps, its bias."""
+def _scaled_and_capped(logits, softcap, logit_scale):
+    if logit_scale is not None:
+        logits = logits * logit_scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def loss_oracle(tensors, target, *, upstream=1.0, of_stats=None, **options):
+    """The oracle's loss and gradients for ``tensors``: logits, or hidden states, head and, perhaps, its bias.
+
+    Given ``of_stats``, the upstream gradients of the tokens' values, these stand between loss and gradients.
+    """
     tensors = [_numpy(t) for t in tensors]
+    if of_stats is not None:
+        options["of_stats"] = [_numpy(g) for g in of_stats]
     options = {name: _numpy(v) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
     options["upstream"] = _numpy(upstream) if isinstance(upstream, torch.Tensor) else upstream
     target = _numpy(target) if target.is_floating_point() else target.cpu().numpy()
     if len(tensors) == 1:
         out = masked_loss(*tensors, target, **options)
-        return out.loss, out.dlogits
+        return out.loss, *([] if of_stats is None else out.tokens), out.dlogits
     hidden, weight, *bias = tensors
     out = linear_cross_entropy_reference(hidden, weight, target, linear_bias=bias[0] if bias else 0.0, **options)
-    return out.loss, out.dinput, out.dweight, *([out.dbias] if bias else [])
+    values = [] if of_stats is None else out.logits.tokens
+    return out.loss, *values, out.dinput, out.dweight, *([out.dbias] if bias else [])
 
 
-def gradients(function, tensors, upstream=1.0):
-    """``function`` of ``tensors``, and its gradients by each of them."""
+def gradients(function, tensors, upstream=1.0, of_stats=None):
+    """``function`` of ``tensors``, and its gradients by each of them.
+
+    Given ``of_stats``, the upstream gradients of the tokens' values, ``function`` returns ``(loss, values)``. The
+    values stand between loss and gradients.
+    """
     leaves = [t.detach().requires_grad_() for t in tensors]
-    out = function(*leaves)
-    upstream = torch.as_tensor(upstream, dtype=out.dtype, device=out.device).expand_as(out)
-    return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+    out, values = (function(*leaves), ()) if of_stats is None else function(*leaves)
+    outputs = [out, *values[:3]]
+    upstream = [torch.as_tensor(upstream).expand_as(out), *(of_stats or ())]
+    upstream = [g.to(x.device, x.dtype) for g, x in zip(upstream, outputs, strict=True)]
+    found = torch.autograd.grad(outputs, leaves, upstream)
+    return out.detach(), *(value.detach() for value in values), *found
 
 
 _N, _D, _V = 190, 48, 1009
+_SCALARS = {"label_smoothing": 0.2, "softcap": 6.0, "logit_scale": 1.5, "z_loss": 1e-3}
 _LOSS_FAMILIES = {
     "mean": {},
     "sum": {"reduction": "sum"},
@@ -144,7 +182,7 @@ _LOSS_FAMILIES = {
     "softcap, logit_scale": {"softcap": 6.0, "logit_scale": 1.5},
     "softcap, z_loss": {"softcap": 6.0, "z_loss": 1e-2},
     "smoothing, z_loss": {"label_smoothing": 0.2, "z_loss": 1e-2},
-    "scalars together": {"label_smoothing": 0.2, "softcap": 6.0, "logit_scale": 1.5, "z_loss": 1e-3},
+    "scalars together": _SCALARS,
     "weight": {"weight": torch.linspace(0, 2, _V)},
     "weight, smoothing": {"weight": torch.linspace(0, 2, _V), "label_smoothing": 0.1},
     "probabilities": {"probabilities": True, "label_smoothing": 0.1},
@@ -152,6 +190,7 @@ _LOSS_FAMILIES = {
     "everything kept": {"masked": 0.0},
     "ignore_index": {"ignore_index": 3},
     "return_stats": {"stats": True},
+    "token stats": {"stats": "tokens"},
 }
 _LINEAR_FAMILIES = _LOSS_FAMILIES | {
     "linear_bias": {"bias": True},
@@ -160,6 +199,13 @@ _LINEAR_FAMILIES = _LOSS_FAMILIES | {
     "tokens, one chunk": {"chunking": "tokens"},
     "tokens, chunks": {"chunking": "tokens", "max_logits_bytes": 25 * _V * 4, "bias": True},
     "vocab, one chunk": {"chunking": "vocab", "max_logits_bytes": _N * _V * 4},
+    "tokens, token stats": {
+        "chunking": "tokens",
+        "max_logits_bytes": 80 * _V * 4,
+        "stats": "tokens",
+        "reduction": "none",
+    },
+    "vocab, token stats": {"chunking": "vocab", "max_logits_bytes": _N * 301 * 4, "stats": "tokens", **_SCALARS},
     "vocab, return_stats": {"chunking": "vocab", "max_logits_bytes": _N * 301 * 4, "stats": True},
     "vocab, chunks": {"chunking": "vocab", "max_logits_bytes": _N * 301 * 4, "bias": True, "label_smoothing": 0.1},
 }
@@ -194,7 +240,8 @@ def _loss_case(op, impl, dtype, device, options):
     options = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
     loops["kept"] = KeptTokens.from_labels(target.cpu()).to(device) if kept else None
 
-    statistics = None
+    per_token, statistics = stats == "tokens", None
+    of_stats = [torch.rand(_N, generator=random, device="cpu").sub_(0.5).to(device) for _ in range(3)]
 
     def ours(*leaves):
         nonlocal statistics
@@ -206,23 +253,28 @@ def _loss_case(op, impl, dtype, device, options):
             loss = linear_cross_entropy(*leaves[:2], labels, linear_bias=leaves[2] if bias else None, **loops, **call)
         else:
             loss = cross_entropy(*leaves, labels, **call)
-        if stats:
+        if stats is True:
             loss, statistics = loss
         return loss
 
     def plain(*leaves):
+        call = {**options, "return_stats": per_token}
         if linear:
-            return plain_linear_cross_entropy(*leaves[:2], leaves[2] if bias else None, target, **options)
-        return plain_cross_entropy(*leaves, target, **options)
+            return plain_linear_cross_entropy(*leaves[:2], leaves[2] if bias else None, target, **call)
+        return plain_cross_entropy(*leaves, target, **call)
 
-    found, eager = gradients(ours, tensors, upstream), gradients(plain, tensors, upstream)
-    ref = loss_oracle(tensors, target, upstream=upstream, **options)
-    names = ("loss", "dinput", "dweight", "dbias")
+    of_stats = of_stats if per_token else None
+    found, eager = (gradients(function, tensors, upstream, of_stats) for function in (ours, plain))
+    ref = loss_oracle(tensors, target, upstream=upstream, of_stats=of_stats, **options)
+    names = ("loss", *(TokenStats._fields if per_token else ()), "dinput", "dweight", "dbias")
     result = {name: Quantity(*each) for name, *each in zip(names, found, ref, eager, strict=False)}
-    if not linear and not probabilities:  # the target's entries are so large that they would hide all others
+    if per_token:  # a prediction is right or not
+        result["prediction"] = Quantity(*(torch.as_tensor(t).double() for t in result["prediction"]))
+    # The target's entries are so large that they would hide all others.
+    if not linear and not per_token and not probabilities:
         off = torch.ones_like(found[1]).scatter(1, target.clamp(min=0)[:, None], 0)
         result["off target"] = Quantity(found[1] * off, ref[1] * _numpy(off), eager[1] * off)
-    if stats:
+    if stats is True:
         result |= _statistics(statistics, tensors, target)
     return result
 

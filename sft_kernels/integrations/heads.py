@@ -1,4 +1,4 @@
-"""Where lazy logits come from: one call of an output head, or what a model adds up to its logits."""
+"""Where lazy logits come from: one call of an output head, or what a model makes of it."""
 
 import torch
 import torch.nn.functional as F
@@ -49,22 +49,24 @@ class HeadCall:
 
 
 class JoinedHead:
-    """The logits that a model adds up: of one or two calls, each scaled, and of a bias that is not the head's.
+    """The logits of one or two calls, with what a model adds to them or multiplies them by, as one head.
 
     ::
 
-        s x Wᵀ + t u Bᵀ + c = [s x, t u] [W, B]ᵀ + c
+        s x Wᵀ + t u Bᵀ + c = [s x, t u] [W, B]ᵀ + c        f ∘ (x Wᵀ + b) = x (f ∘ W)ᵀ + f ∘ b
 
-    Two calls are a head and its low-rank adapter. The joined weight is a copy, [V, D + r].
+    Two calls are a head and its low-rank adapter; c and f have a number for each class. The joined weight is a copy,
+    [V, D + r].
     """
 
-    def __init__(self, calls, bias=None):
+    def __init__(self, calls, bias=None, factor=None):
         self.calls = calls  # (head, scale) pairs
-        self.bias = bias  # V numbers, of any number of dimensions, or None
+        self.bias = bias  # c, V numbers of any shape, or None
+        self.factor = factor  # f, likewise
         first = calls[0][0]
         self.state, self.hidden, self.classes, self.ranks = first.state, first.hidden, first.classes, first.ranks
         self.autocast = first.autocast
-        self.dtype = calls[0][0].dtype
+        self.dtype = first.dtype
         for head, _ in calls:
             self.dtype = torch.promote_types(self.dtype, head.dtype)
         self.known = {}
@@ -81,15 +83,18 @@ class JoinedHead:
     def _join(self):
         hidden, weight, bias = zip(*(head.tensors() for head, _ in self.calls), strict=True)
         scales = [scale for _, scale in self.calls]
-        hidden = [(x if s == 1 else x * s).to(self.dtype) for x, s in zip(hidden, scales, strict=True)]
+        hidden = [x if s == 1 else x * s for x, s in zip(hidden, scales, strict=True)]
         bias = [b if s == 1 else b * s for b, s in zip(bias, scales, strict=True) if b is not None]
+        if len(hidden) == 1:
+            hidden, weight = hidden[0], weight[0]
+        else:
+            hidden = torch.cat([x.to(self.dtype) for x in hidden], -1)
+            weight = torch.cat([w.to(self.dtype) for w in weight], 1)
         if self.bias is not None:
             bias.append(self.bias.reshape(-1))
-        if len(hidden) > 1:
-            weight = [w.to(self.dtype) for w in weight]
-        dtype = weight[0].dtype
-        return (
-            hidden[0] if len(hidden) == 1 else torch.cat(hidden, -1),
-            weight[0] if len(weight) == 1 else torch.cat(weight, 1),
-            sum(b.to(dtype) for b in bias) if bias else None,
-        )
+        bias = sum(b.to(weight.dtype) for b in bias) if bias else None
+        if self.factor is not None:
+            factor = self.factor.reshape(-1).to(weight.dtype)
+            weight = weight * factor[:, None]
+            bias = None if bias is None else bias * factor
+        return hidden, weight, bias

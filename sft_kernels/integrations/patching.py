@@ -204,6 +204,14 @@ def _linear_layers(model):
         for module in head.modules()
         if isinstance(module, torch.nn.Linear)
     }
+    if not layers and isinstance(
+        getattr(head, "weight", None), torch.nn.Parameter
+    ):  # it names what the head is tied to
+        layers = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module.weight is head.weight
+        }
     if not layers:
         raise TypeError(
             f"model: the output head of {type(model).__name__} is a {type(head).__name__}, not a linear layer;"

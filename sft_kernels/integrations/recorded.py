@@ -219,6 +219,8 @@ def _number(value):
 def _mul(x, other):
     if isinstance(other, LazyLogits):
         return _product(x, other)
+    if _for_each_class(x, other) and x.source.kind == LOGITS and x.source.cap is None:
+        return _joined(x, aten.mul.Tensor, other, [(x.source.head, x.source.scale)], factor=other)
     return _scaled(aten.mul.Tensor, x, other, _number(other))
 
 
@@ -261,28 +263,32 @@ def _add(x, other, *, alpha=1):
     old = x.source
     if alpha != 1 or old.kind != LOGITS or old.cap is not None or not _last(x):
         return NotImplemented
-    calls, bias = [(old.head, old.scale)], None
-    if isinstance(other, LazyLogits):
-        theirs = other.source
-        alike = (theirs.kind, theirs.cap, theirs.written) == (LOGITS, None, None)
-        if (
-            not alike
-            or x.rows.parent
-            or other.rows.parent
-            or other.shape != x.shape
-            or theirs.head.autocast != old.head.autocast
-        ):
-            return NotImplemented
-        calls.append((theirs.head, theirs.scale))
-    elif isinstance(other, torch.Tensor) and other.shape[-1:] == x.shape[-1:] and other.numel() == x.shape[-1]:
-        bias = other
-    else:
+    call = (old.head, old.scale)
+    if _for_each_class(x, other):
+        return _joined(x, aten.add.Tensor, other, [call], bias=other)
+    if not isinstance(other, LazyLogits) or other.shape != x.shape:
         return NotImplemented
+    theirs = other.source
+    whole = x.rows.parent is other.rows.parent is None
+    alike = (theirs.kind, theirs.cap, theirs.written, theirs.head.autocast) == (LOGITS, None, None, old.head.autocast)
+    if not whole or not alike:
+        return NotImplemented
+    return _joined(x, aten.add.Tensor, other, [call, (theirs.head, theirs.scale)])
+
+
+def _for_each_class(x, other):
+    """Returns True if ``other`` has one number for each class, and nothing for the rows."""
+    if not isinstance(other, torch.Tensor) or isinstance(other, LazyLogits) or not _last(x):
+        return False
+    V = x.shape[-1]
+    return other.numel() == V == other.shape[-1] and V > 1 and other.dim() <= x.dim() and other.device == x.device
+
+
+def _joined(x, function, other, calls, **rest):
     dtype = torch.promote_types(x.dtype, other.dtype)
-    if other.device != x.device or other.dim() > x.dim() or dtype.itemsize > 4 >= x.dtype.itemsize:
+    if not other.is_floating_point() or dtype.itemsize > max(4, x.dtype.itemsize):
         return NotImplemented
-    head = JoinedHead(calls, bias)
-    values = Values(head, x.rows, op=_recorded(aten.add.Tensor, x, other))
+    values = Values(JoinedHead(calls, **rest), x.rows, op=_recorded(function, x, other))
     return LazyLogits.like(torch.empty_like(x.fake, dtype=dtype), values, x.rows)
 
 

@@ -1,17 +1,10 @@
 """Lazy logits are logits: whatever is done to them has the value and the gradients that it has on real ones."""
 
-import copy
-import io
-import logging
-import pickle
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-import sft_kernels
-from sft_kernels.integrations import head_counts, patch, unpatch
-from sft_kernels.integrations.lazy import LazyLogits
+from sft_kernels.integrations import head_counts, patch
 
 B, S, D, V = 2, 7, 12, 23
 
@@ -146,6 +139,12 @@ FUSED = {
     "argmax of shifted, kept": (1, lambda x: x[..., :-1, :].argmax(dim=-1)[KEPT[:, 1:]]),
     "detached argmax": (1, lambda x: x.detach().argmax(dim=-1, keepdim=True)),
     "added bias": (1, lambda x: F.cross_entropy(flat(x + torch.linspace(-1, 1, V)[None]), LABELS.view(-1))),
+    "times a vector": (1, lambda x: F.cross_entropy(flat(x * torch.linspace(0.5, -2, V)), LABELS.view(-1))),
+    "scaled, times a vector, plus a bias": (
+        1,
+        lambda x: F.cross_entropy(flat((x * 2) * torch.linspace(0.5, 2, V) + torch.arange(V) / V), LABELS.view(-1)),
+    ),
+    "bias, then scaled": (1, lambda x: F.cross_entropy(flat((x + torch.arange(V) / V) / 0.3), LABELS.view(-1))),
     "squeezed": (1, lambda x: F.cross_entropy(x.unsqueeze(0).squeeze(0)[0:1].squeeze(0), LABELS[0])),
     "split": (2, lambda x: sum(F.cross_entropy(part.flatten(0, 1), IDS[:1].flatten()) for part in x.split(1))),
     "unbound": (B, lambda x: tuple(F.cross_entropy(row, y) for row, y in zip(x, LABELS, strict=True))),
@@ -209,7 +208,8 @@ MATERIALISED = {
     "one class": lambda x: x[:, -1, 4],
     "stacked": lambda x: torch.stack([x[0], x[1]]).square().sum(),
     "masked": lambda x: F.cross_entropy(flat(x.masked_fill(torch.arange(V) > 15, -1e4)), IDS.view(-1) % 15),
-    "times a vector": lambda x: F.cross_entropy(flat(x * torch.linspace(0.5, 2, V)), LABELS.view(-1)),
+    "times a vector for the rows": lambda x: F.cross_entropy(flat(x * torch.ones(S, 1)), LABELS.view(-1)),
+    "times a vector behind a softcap": lambda x: F.cross_entropy(flat(x.tanh() * torch.ones(V)), LABELS.view(-1)),
     "negative scale": lambda x: F.cross_entropy(flat(x * -2.0), LABELS.view(-1)),
     "kl": lambda x: F.kl_div(F.log_softmax(x, -1), torch.full((B, S, V), 1 / V), reduction="batchmean"),
     "probabilities": lambda x: F.cross_entropy(flat(x), torch.full((B * S, V), 1 / V)),

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sft_kernels import cross_entropy, linear_cross_entropy
+from sft_kernels import TokenStats, cross_entropy, linear_cross_entropy
 from sft_kernels._budget import check
 from sft_kernels.verify import loss_oracle, plain_cross_entropy, plain_linear_cross_entropy
 
@@ -41,15 +41,23 @@ class Loss:
             pytest.skip("float64 is torch's own code")
         return tuple(t.to(dtype) for t in self.shapes(n, v))
 
-    def check(self, tensors, y, upstream=1.0, **options):
-        """Hold value and gradients to the budget against the oracle; returns them."""
+    def check(self, tensors, y, upstream=1.0, of_stats=None, **options):
+        """Hold value and gradients to the budget against the oracle; returns them.
+
+        Given ``of_stats``, the upstream gradients of the tokens' values, also these, between value and gradients.
+        """
+        asked = {} if of_stats is None else {"return_stats": "tokens"}
         results, eager = (
-            run(lambda *t: function(*t, y, **options), tensors, upstream)  # noqa: B023
+            run(lambda *t: function(*t, y, **options, **asked), tensors, upstream, of_stats)  # noqa: B023
             for function in (self.ours, self.plain)
         )
-        ref = loss_oracle(tensors, y, upstream=upstream, **options)
-        for i, (x, r, e) in enumerate(zip(results, ref, eager, strict=True)):
-            check(f"gradient {i}" if i else "value", x, r, e)
+        ref = loss_oracle(tensors, y, upstream=upstream, of_stats=of_stats, **options)
+        names = ["value", *(TokenStats._fields if asked else ()), *(f"gradient {i + 1}" for i in range(len(tensors)))]
+        for name, x, r, e in zip(names, results, ref, eager, strict=True):
+            if name == "prediction":
+                assert x.tolist() == r.tolist()
+            else:
+                check(name, x, r, e)
         return results
 
 
@@ -95,16 +103,21 @@ LINEAR += TRITON[1:] + CUDA[1:]
 LOSSES = [CROSS_ENTROPY, TRITON[0], CUDA[0], *LINEAR]
 
 
-def run(function, tensors, upstream=1.0):
-    """``function`` of ``tensors`` and its gradients. The tensors must come out as they went in."""
+def run(function, tensors, upstream=1.0, of_stats=None):
+    """``function`` of ``tensors`` and its gradients. The tensors must come out as they went in.
+
+    Given ``of_stats``, ``function`` returns ``(loss, values)`` of each token, and gradients flow through both.
+    """
     leaves = [t.detach().requires_grad_() for t in tensors]  # the caller's storage and strides
     before = [t.clone() for t in tensors]
-    out = function(*leaves)
-    grads = torch.autograd.grad(out, leaves, torch.as_tensor(upstream, dtype=out.dtype).expand_as(out))
+    out, values = (function(*leaves), ()) if of_stats is None else function(*leaves)
+    outputs = out, *values[:3]
+    upstream = torch.as_tensor(upstream).expand_as(out), *(of_stats or ())
+    grads = torch.autograd.grad(outputs, leaves, [g.to(o.dtype) for g, o in zip(upstream, outputs, strict=True)])
     for i, (tensor, old, grad) in enumerate(zip(tensors, before, grads, strict=True)):
         assert torch.equal(tensor.nan_to_num(), old.nan_to_num()), f"input {i} was overwritten"
         assert grad.dtype == tensor.dtype
-    return out.detach(), *grads
+    return out.detach(), *(value.detach() for value in values), *grads
 
 
 def check_against_plain(ours, plain, tensors, upstream=1.0):

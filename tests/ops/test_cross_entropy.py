@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft_kernels import cross_entropy
+from sft_kernels import CrossEntropyLoss, cross_entropy
 from sft_kernels._budget import check
 from sft_kernels.ops.softmax_grad import torch_impl
 from sft_kernels.verify import loss_oracle, plain_cross_entropy
@@ -117,3 +117,49 @@ def test_steep_losses_stay_within_fp16(impl, options):
     double = logits.double().requires_grad_()
     plain_cross_entropy(double, y, **options).backward()
     torch.testing.assert_close(x.grad.double(), double.grad, rtol=2e-3, atol=1e-6)
+
+
+# ---- the dtype of the loss
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_fp32_loss_of_half_precision_logits_is_not_rounded(impl, dtype, reduction):
+    logits, y = (2 * torch.randn(N, V)).to(dtype), labels()
+    upstream = torch.rand(N) + 1 if reduction == "none" else 1.7
+    call = {"reduction": reduction, "impl": impl, "dtype": torch.float32}
+    value, gradient = run(lambda x: cross_entropy(x, y, **call), [logits], upstream)
+    assert value.dtype == torch.float32
+    ref = loss_oracle([logits], y, upstream=upstream, reduction=reduction)
+    eager = run(lambda x: plain_cross_entropy(x, y, reduction=reduction), [logits.float()], upstream)
+    check("loss", value, ref[0], eager[0])  # the budget of fp32 logits
+    check("gradient", gradient, ref[1], eager[1], output_dtype=dtype)
+
+
+def test_the_dtype_of_a_loss_of_torchs_own_code():
+    logits, weight, y = torch.randn(N, V).bfloat16(), torch.rand(V), labels()
+    value = cross_entropy(logits, y, weight, label_smoothing=0.1, dtype=torch.float32)
+    assert torch.equal(value, cross_entropy(logits.float(), y, weight, label_smoothing=0.1))
+
+
+def test_under_autocast_a_dtype_holds_too():
+    logits, y = torch.randn(N, V).bfloat16(), labels()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [cross_entropy(logits, y, dtype=dtype).dtype for dtype in (None, torch.float32, torch.bfloat16)]
+    assert found == [torch.float32, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_a_loss_in_a_dtype_that_nothing_is_computed_in_is_refused(given):
+    y = labels()
+    for asked in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64):
+        if asked in (torch.float32, given):
+            for call in (cross_entropy, lambda *t, dtype: CrossEntropyLoss(dtype=dtype)(*t)):
+                assert call(torch.randn(N, V).to(given), y, dtype=asked).dtype == asked
+        else:
+            with pytest.raises(ValueError, match=rf"^dtype: expected None, torch.float32 or {given} as input"):
+                cross_entropy(torch.randn(N, V).to(given), y, dtype=asked)
+    for call in (lambda: cross_entropy(torch.randn(N, V), y, dtype="float32"), lambda: CrossEntropyLoss(dtype=32)):
+        with pytest.raises(TypeError, match=r"^dtype: expected a torch.dtype or None"):
+            call()

@@ -92,7 +92,7 @@ def test_kept_tokens_say_which_rows_and_labels():
     [
         (
             KeptTokens.from_labels(torch.zeros(N, dtype=torch.int64), shift=True),
-            "built with shift=1, the call says shift=0",
+            "shift=1, the call says shift=0",
         ),
         (KeptTokens.from_labels(torch.zeros(N + 1, dtype=torch.int64)), f"kept.* {N} .*got {N + 1}"),
         (KeptTokens.from_labels(torch.zeros(N, dtype=torch.int64)).to("meta"), "kept.*device"),

@@ -333,9 +333,74 @@ def test_a_token_whose_logits_are_ruled_out_on_all_ranks_has_no_mean_logit(monke
     monkeypatch.setattr(dist, "all_reduce", lambda *_: None)
     logits, y = torch.randn(4, V), torch.zeros(4, dtype=torch.int64)
     logits[1], logits[2, 5], logits[3] = float("-inf"), float("-inf"), float("nan")
-    rows = torch_impl.softmax_grad(logits, y, LossOptions(V), stats=True)
+    rows = torch_impl.softmax_grad(logits, y, LossOptions(V), stats=True, predict=True)
     merged = Shards(None, V, 0, V).merge(rows)
+    assert torch.equal(merged.prediction[:3], rows.prediction[:3])
+    assert 0 <= merged.prediction[3] < V  # of what are no numbers
     assert merged.mean_logit[1] == 0
     for found, wanted in zip(merged[:3], rows[:3], strict=True):
         torch.testing.assert_close(found, wanted, equal_nan=True)
     torch.testing.assert_close(merged.entropy, rows.entropy, equal_nan=True)
+
+
+# ---- values of each token
+
+
+def token_stats(loop, dtype, options, impl):
+    """This rank's values and gradients against the oracle of the whole head; the reduction's own on request."""
+    tensors, y = inputs(dtype)
+    s, g = my_slice(), [torch.rand(N) - 0.5 for _ in range(3)]
+    mine = [tensors[0], *(t[s].clone() for t in tensors[1:])]
+
+    def ours(hidden, weight, bias):
+        return linear_cross_entropy(
+            hidden, weight, y, linear_bias=bias, process_group=dist.group.WORLD, impl=impl, return_stats="tokens",
+            **LOOPS[loop], **options,
+        )  # fmt: skip
+
+    def plain(hidden, weight, bias):
+        return plain_linear_cross_entropy(hidden, weight, bias, y, return_stats="tokens", **options)
+
+    found, eager = run(ours, mine, 1.7, g), run(plain, tensors, 1.7, g)
+    ref = loss_oracle(tensors, y, upstream=1.7, of_stats=g, **options)
+    assert found[4].tolist() == ref[4].tolist()
+    for i in (0, 1, 2, 3, 5, 6, 7):
+        mine = (ref[i][s], eager[i][s]) if i > 5 else (ref[i], eager[i])
+        check(str(i), found[i], *mine)
+    return found[:6]
+
+
+@IMPLS
+@pytest.mark.parametrize("loop", [*LOOPS])
+@pytest.mark.parametrize("options", [{}, {**EVERY, "reduction": "none"}], ids=lambda options: ", ".join(options))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_values_of_each_token_are_those_of_the_whole_head(ranks, loop, dtype, options, impl):
+    first, second = ranks(token_stats, loop, dtype, options, impl)
+    assert same_bits(first, second)
+
+
+def predictions():
+    """Of five rows, of which three have several largest logits, in one slice or in both."""
+    logits = torch.zeros(5, 8)
+    logits[1, 6] = logits[2, 5] = logits[2, 2] = logits[3, 4] = 1
+    logits[4, :4] = -1
+    y = torch.zeros(5, dtype=torch.int64)
+    weight = logits.T.contiguous()[my_slice(8)]
+    _, found = linear_cross_entropy(torch.eye(5), weight, y, process_group=dist.group.WORLD, return_stats="tokens")
+    return found.prediction.tolist()
+
+
+def test_of_several_largest_logits_the_smallest_class_of_all_ranks_is_the_prediction(ranks):
+    for found in ranks(predictions):
+        assert found == [0, 6, 2, 4, 4]
+
+
+@pytest.mark.parametrize(("loop", "chunks"), [("tokens", 1), ("tokens", 3), ("vocab", 3)])
+def test_predictions_travel_in_a_third_reduction(ranks, loop, chunks):
+    for seen, kept in ranks(what_is_sent, loop, {"return_stats": "tokens"}, chunks):
+        scalars, dx = seen[1:-1], seen[-1]
+        whole = loop == "vocab" or chunks == 1
+        each = [(torch.float64, 3), (torch.float64, 2), (torch.int64, None)] * (1 if whole else chunks)
+        found = [(dtype, shape[0] if len(shape) == 2 else None) for _, dtype, shape in scalars]
+        assert found == each
+        assert dx == ("allreduce_", torch.float32, (kept, D))

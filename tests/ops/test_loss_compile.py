@@ -16,6 +16,7 @@ LOOPS = {
     "vocab": {"chunking": "vocab", "max_logits_bytes": 48 * N * 4},
 }
 IMPLS = pytest.mark.parametrize("impl", ["torch", "triton", "cuda"])
+IMPLS_OF_TOKENS = pytest.mark.parametrize("impl", ["torch", "triton"])
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +158,48 @@ def test_the_scaling_operator_keeps_what_its_schema_says():
     from sft_kernels.ops.softmax_grad import triton_impl  # noqa: F401
 
     torch.library.opcheck(torch.ops.sft_kernels.scale_.default, (torch.randn(5, 7), torch.tensor(2.0)))
+
+
+# ---- values of each token
+
+
+def compare_token_stats(loss, tensors, backend="aot_eager"):
+    """Values and gradients of the compiled loss against eager's, through each of them alone and through all."""
+    inputs = [t for t in tensors if t.requires_grad]
+    value, stats = loss(*tensors)
+    upstream = [torch.rand_like(t) for t in (value, *stats[:3])]
+    compiled_value, compiled_stats = torch.compile(loss, fullgraph=True, backend=backend)(*tensors)
+    eager, compiled = (value, *stats), (compiled_value, *compiled_stats)
+    for x, ref in zip(compiled[:4], eager, strict=False):
+        check("compiled", x.detach(), ref.detach().double(), ref.detach())
+    assert torch.equal(compiled[4], eager[4])
+    for asked in ([0, 1, 2, 3], [0], [3], [1]):
+        found, expected = (
+            torch.autograd.grad([t[i] for i in asked], inputs, [upstream[i] for i in asked], retain_graph=True)
+            for t in (compiled, eager)
+        )
+        for x, ref in zip(found, expected, strict=True):
+            check(f"gradient through {asked}", x, ref.double(), ref)
+
+
+@IMPLS_OF_TOKENS
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("loop", ["tokens", "token chunks", "vocab"])
+def test_values_of_each_token(impl, reduction, loop):
+    kept = KeptTokens.from_labels(labels(), capacity=N if reduction == "mean" else None)
+    loss = linear(kept, impl=impl, reduction=reduction, return_stats="tokens", **LOOPS[loop])
+    compare_token_stats(loss, (*leaves(), kept.rows, kept.targets))
+
+
+@IMPLS_OF_TOKENS
+@pytest.mark.parametrize("options", [{}, {"reduction": "none", "softcap": 5.0, "z_loss": 0.01}], ids=str)
+def test_values_of_each_token_over_given_logits(impl, options):
+    logits, y = (2 * torch.randn(N, V)).requires_grad_(), labels()
+    compare_token_stats(lambda x, t: cross_entropy(x, t, impl=impl, return_stats="tokens", **options), (logits, y))
+
+
+def test_values_of_each_token_that_are_torchs_own_code():
+    logits, y, weight = torch.randn(N, V).requires_grad_(), labels(), torch.rand(V)
+    compare_token_stats(
+        lambda x, t: cross_entropy(x, t, weight, label_smoothing=0.1, return_stats="tokens"), (logits, y)
+    )

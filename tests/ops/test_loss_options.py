@@ -415,7 +415,7 @@ def test_a_bad_option_is_named(loss, options, error, match):
     ("options", "match"),
     [
         ({"kept": [0, 1]}, "kept"),
-        ({"shift": 2}, "shift"),
+        ({"shift": 2.0}, "shift: expected True, False or a number of tokens"),
         ({"max_logits_bytes": 1e9}, "max_logits_bytes"),
         ({"linear_bias": [0.0] * V}, "linear_bias"),
     ],

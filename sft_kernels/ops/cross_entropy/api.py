@@ -99,6 +99,7 @@ def cross_entropy(
     softcap=None,
     logit_scale=None,
     z_loss=0.0,
+    dtype=None,
     return_stats=False,
     impl="auto",
 ):
@@ -120,14 +121,17 @@ def cross_entropy(
         token_weight: floating point, of the shape of the labels; scales numerators only.
         softcap, logit_scale: positive, or None (Gemma 2's and Cohere's).
         z_loss: at least 0; the penalty is scaled as its token is.
+        dtype: of the loss. None is that of ``input``, as torch returns it (fp32 under autocast). ``torch.float32``
+            returns the loss of half-precision logits as it is summed, without a last rounding. It may also be the dtype
+            of ``input``; every other is refused, for none of them changes what is computed.
         return_stats: True also returns :class:`LossStats`, detached, of u. ``"tokens"`` returns :class:`TokenStats`
             instead, of the shape of the labels, through which gradients flow. The label of a probability target is its
             most probable class.
         impl: ``"auto"`` or an implementation's name.
 
     Returns:
-        The loss in the dtype that torch returns, or ``(loss, LossStats)``. Nothing kept gives 0 and a zero gradient
-        (torch: NaN). Differentiable once.
+        The loss; or ``(loss, LossStats)``, or ``(loss, TokenStats)``. Nothing kept gives 0 and a zero gradient (torch:
+        NaN). Differentiable once.
 
     Counting the kept tokens of a GPU tensor syncs once. Probability targets, and class weights together with label
     smoothing, are torch's own code in fp32: two or three more copies of the logits.
@@ -149,6 +153,12 @@ def cross_entropy(
     if probabilities and ignore_index != -100:
         raise ValueError("ignore_index: probabilities are all kept")
     check_options(reduction, return_stats, num_items, token_weight, shape, input.device)
+    _check_dtype(dtype)
+    if dtype not in (None, torch.float32, input.dtype):
+        raise ValueError(
+            f"dtype: expected None, torch.float32 or {input.dtype} as input, got {dtype}; a loss in another dtype takes"
+            " logits in that dtype"
+        )
     check_class_weight(weight, V, input.device)
     loss_options = LossOptions.checked(V, label_smoothing, softcap, logit_scale, z_loss)
     composed = probabilities or (weight is not None and bool(label_smoothing))
@@ -156,7 +166,7 @@ def cross_entropy(
 
     logits = input.movedim(classes, -1).reshape(-1, V)
     weights = None if token_weight is None else token_weight.reshape(-1)
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    scalar = torch.float64 if input.dtype == torch.float64 else torch.float32
     rows, keep, outside, of_target = None, None, None, None
     if probabilities:
         targets = target.movedim(classes, -1).reshape(-1, V)
@@ -165,8 +175,8 @@ def cross_entropy(
         keep = labels != ignore_index
         targets = labels * keep
         outside = check_labels(targets, V)
-        of_target = target_weight(weight, targets, outside, keep, dtype)
-    scale = row_scale(targets, dtype, reduction, num_items, weights, of_target, outside, keep)
+        of_target = target_weight(weight, targets, outside, keep, scalar)
+    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep)
     reduce = reduction != "none"
     if composed:
         if keep is not None and torch.compiler.is_compiling():  # which knows no count: masked rows are computed too
@@ -186,9 +196,15 @@ def cross_entropy(
         options = _Options(core, loss_options, need_grad, reduce, return_stats)
         out = _CrossEntropy.apply(logits, targets, scale, keep, outside if return_stats == "tokens" else None, options)
     loss, stats = unpack(out, rows, shape, reduction, return_stats)
-    if not torch.is_autocast_enabled(input.device.type):
-        loss = loss.to(input.dtype)
+    if dtype is None and not torch.is_autocast_enabled(input.device.type):
+        dtype = input.dtype
+    loss = loss if dtype is None else loss.to(dtype)
     return (loss, stats) if return_stats else loss
+
+
+def _check_dtype(dtype):
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype or None, got {type(dtype).__name__}")
 
 
 class CrossEntropyLoss(torch.nn.Module):
@@ -204,11 +220,13 @@ class CrossEntropyLoss(torch.nn.Module):
         softcap=None,
         logit_scale=None,
         z_loss=0.0,
+        dtype=None,
         return_stats=False,
         impl="auto",
     ):
         super().__init__()
         check_options(reduction, return_stats)
+        _check_dtype(dtype)
         LossOptions.checked(None, label_smoothing, softcap, logit_scale, z_loss)
         self.register_buffer("weight", weight)
         self.ignore_index = ignore_index
@@ -217,6 +235,7 @@ class CrossEntropyLoss(torch.nn.Module):
         self.softcap = softcap
         self.logit_scale = logit_scale
         self.z_loss = z_loss
+        self.dtype = dtype
         self.return_stats = return_stats
         self.impl = impl
 
@@ -234,6 +253,7 @@ class CrossEntropyLoss(torch.nn.Module):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             z_loss=self.z_loss,
+            dtype=self.dtype,
             return_stats=self.return_stats,
             impl=self.impl,
         )

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..._checks import check_tensor
 
@@ -13,6 +14,8 @@ class KeptTokens(NamedTuple):
 
     Built by the collator on the CPU and moved with the batch, it spares ``linear_cross_entropy`` the one host sync that
     counting labels on a GPU costs. ``rows`` index the flattened hidden states, ``targets`` are their labels.
+
+    ``torch.utils.data.default_collate`` makes one of several examples' (:meth:`collated`).
     """
 
     rows: torch.Tensor  # int64 [count], ascending; with a capacity [capacity], -1 behind the last
@@ -56,8 +59,33 @@ class KeptTokens(NamedTuple):
                 raise TypeError(f"capacity: expected an integer or None, got {capacity!r}")
             if count > capacity:
                 raise ValueError(f"capacity: {count} tokens are kept, got a capacity of {capacity}")
-            rows, targets = (F.pad(t, (0, capacity - count), value=v) for t, v in ((rows, -1), (targets, 0)))
-        return cls(rows, targets, count, labels.numel(), shift, capacity)
+        return cls(*_padded(rows, targets, capacity), count, labels.numel(), shift, capacity)
+
+    @classmethod
+    def collated(cls, examples, *, collate_fn_map=None):
+        """The kept tokens of a batch whose ``examples`` follow each other, their labels stacked as they are.
+
+        Capacities add up; the padding of all examples stands behind the last kept token. ``collate_fn_map`` is torch's,
+        and says nothing about tensors of tokens.
+
+        Raises ``ValueError`` for examples of several shifts, or of which only some have a capacity.
+        """
+        shifts = sorted({example.shift for example in examples})
+        if len(shifts) > 1:
+            raise ValueError(f"shift: expected the same of all examples, got {shifts}")
+        capacities = [example.capacity for example in examples]
+        padded = [capacity is not None for capacity in capacities]
+        if any(padded) and not all(padded):
+            raise ValueError("capacity: expected one of all examples or of none, got both")
+        before, rows, targets = 0, [], []
+        for example in examples:
+            kept = slice(None) if example.keep is None else example.keep
+            rows.append(example.rows[kept] + before)
+            targets.append(example.targets[kept])
+            before += example.size
+        rows, targets = torch.cat(rows), torch.cat(targets)
+        count, capacity = rows.numel(), sum(capacities) if all(padded) else None
+        return cls(*_padded(rows, targets, capacity), count, before, shifts[0], capacity)
 
     def to(self, device, non_blocking=False):
         """The same on ``device``."""
@@ -68,6 +96,16 @@ class KeptTokens(NamedTuple):
     def keep(self):
         """Which of ``rows`` are kept, ``[capacity]`` bool; None without a capacity: all."""
         return None if self.capacity is None else self.rows >= 0
+
+
+default_collate_fn_map[KeptTokens] = KeptTokens.collated
+
+
+def _padded(rows, targets, capacity):
+    """``(rows, targets)`` of length ``capacity``; as they are if that is None."""
+    if capacity is None:
+        return rows, targets
+    return [F.pad(t, (0, capacity - t.numel()), value=value) for t, value in ((rows, -1), (targets, 0))]
 
 
 def number_of_tokens(shift):

@@ -25,17 +25,18 @@ class LinearLoss(NamedTuple):
         return self.logits.loss
 
 
-def linear_cross_entropy(input, linear_weight, target, *, linear_bias=0.0, shift=False, ignore_index=-100, **options):
-    """:class:`LinearLoss` of ``input`` [N, D], ``linear_weight`` [V, D], ``target`` [N], one sequence where ``shift``.
+def linear_cross_entropy(input, linear_weight, target, *, linear_bias=0.0, shift=0, ignore_index=-100, **options):
+    """:class:`LinearLoss` of ``input`` [N, D], ``linear_weight`` [V, D], ``target`` [N], one sequence if there is a
+    ``shift``.
 
-    With ``shift`` the row at t is judged by the label, and its weight, at t + 1. ``options`` go to ``masked_loss``.
+    The row at t is judged by the label, and its weight, at t + ``shift``. ``options`` go to ``masked_loss``.
     """
     x, w = np.asarray(input, np.float64), np.asarray(linear_weight, np.float64)
-    target = np.asarray(target)
+    target, shift = np.asarray(target), int(shift)
     if shift:
-        target = np.append(target[1:], ignore_index)
+        target = np.append(target, np.full(shift, ignore_index))[shift:]
         if options.get("token_weight") is not None:
-            options["token_weight"] = np.append(options["token_weight"][1:], 0.0)
+            options["token_weight"] = np.append(options["token_weight"], np.zeros(shift))[shift:]
     out = masked_loss(x @ w.T + linear_bias, target, ignore_index=ignore_index, **options)
     d = out.dlogits
     return LinearLoss(out, d @ w, d.T @ x, d.sum(0))

@@ -11,6 +11,12 @@ For one row of logits x with target distribution t (one-hot at y, or probabiliti
     ∂loss/∂u_v = (Σ_k q_k + 2 ζ f lse) p_v − q_v
     ∂loss/∂t_v = (1 − ε) w_v (lse − u_v) + ζ lse² ∂f/∂t_v
     ∂u/∂x      = s (1 − tanh²(s x / c))          (s without a softcap)
+
+Values of each token, y being its label or, of probabilities, the most probable class::
+
+    logprob = u_y − lse                 ∂logprob/∂u_v = [v = y] − p_v
+    lse                                 ∂lse/∂u_v     = p_v
+    H = −Σ_v p_v log p_v                ∂H/∂u_v       = −p_v (log p_v + H)          (0 where p_v = 0)
 """
 
 from typing import NamedTuple
@@ -19,21 +25,35 @@ import numpy as np
 
 
 class Rows(NamedTuple):
-    """Per-row results, each ``[N]``, and the gradients ``[N, V]`` of ``scale · loss``."""
+    """Per-row results, each ``[N]``, and the gradients ``[N, V]`` of ``scale · loss`` and of the values of each row."""
 
     loss: np.ndarray
     nll: np.ndarray  # of the target, or of the most probable class
     lse: np.ndarray
     correct: np.ndarray
     entropy: np.ndarray
+    prediction: np.ndarray  # the class of the largest logit, the smallest of several
     dlogits: np.ndarray
     dtarget: np.ndarray
 
 
 def softmax_grad(
-    logits, target, scale, *, weight=None, label_smoothing=0.0, softcap=None, logit_scale=None, z_loss=0.0
+    logits,
+    target,
+    scale,
+    *,
+    weight=None,
+    label_smoothing=0.0,
+    softcap=None,
+    logit_scale=None,
+    z_loss=0.0,
+    of_stats=(0.0, 0.0, 0.0),
 ):
-    """:class:`Rows` of ``logits`` [N, V], ``target`` [N] in [0, V) or probabilities [N, V], ``scale`` [N]."""
+    """:class:`Rows` of ``logits`` [N, V], ``target`` [N] in [0, V) or probabilities [N, V], ``scale`` [N].
+
+    ``of_stats`` are the upstream gradients of logprob, lse and entropy, ``[N]`` or a number each. Their share is added
+    to ``dlogits``.
+    """
     x = np.asarray(logits, np.float64)
     N, V = x.shape
     if np.ndim(target) == 1:
@@ -64,9 +84,22 @@ def softmax_grad(
 
     rows = np.arange(N)
     nll = lse[:, 0] - u[rows, y]
-    mean = np.where(p > 0, p * np.where(p > 0, u, 0), 0).sum(1)  # a logit of -inf contributes nothing
+    log_p = np.where(p > 0, u - lse, 0)  # a logit of -inf contributes nothing
+    entropy = -(p * log_p).sum(1)
     correct = u[rows, y] >= largest[:, 0]
-    return Rows(loss, nll, lse[:, 0], correct, lse[:, 0] - mean, scale * du * du_dx, scale * dt)
+
+    of_logprob, of_lse, of_entropy = (np.broadcast_to(g, (N,))[:, None] for g in of_stats)
+    du = scale * du + of_logprob * (np.eye(V)[y] - p) + of_lse * p - of_entropy * p * (log_p + entropy[:, None])
+    return Rows(loss, nll, lse[:, 0], correct, entropy, u.argmax(1), du * du_dx, scale * dt)
+
+
+class Tokens(NamedTuple):
+    """The values of each token, ``[N]``: 0 where nothing is kept, and -1 as the prediction."""
+
+    logprob: np.ndarray
+    lse: np.ndarray
+    entropy: np.ndarray
+    prediction: np.ndarray
 
 
 class Loss(NamedTuple):
@@ -75,6 +108,7 @@ class Loss(NamedTuple):
     loss: np.ndarray  # [], or [N] without a reduction
     rows: Rows  # of the kept tokens
     dlogits: np.ndarray  # [N, V]
+    tokens: Tokens
 
 
 def masked_loss(
@@ -87,6 +121,7 @@ def masked_loss(
     token_weight=None,
     weight=None,
     upstream=1.0,
+    of_stats=(0.0, 0.0, 0.0),
     **options,
 ):
     """The loss over the kept tokens, all of them where ``target`` holds probabilities::
@@ -94,8 +129,9 @@ def masked_loss(
         L = Σ_{i kept} a_i loss_i / n
 
     with a = ``token_weight`` and n the number of kept tokens, or Σ_{i kept} ``weight``[y_i], or ``num_items``; 1 for
-    "sum". ``upstream`` multiplies the gradient: a scalar, or ``[N]`` with ``reduction="none"``. ``options`` go to
-    :func:`softmax_grad`. Nothing kept gives 0 and zeros.
+    "sum". ``upstream`` multiplies the gradient: a scalar, or ``[N]`` with ``reduction="none"``. ``of_stats`` are the
+    upstream gradients of the tokens' logprob, lse and entropy, ``[N]`` or a number each; ``a`` and ``n`` do not enter
+    these. ``options`` go to :func:`softmax_grad`. Nothing kept gives 0 and zeros.
     """
     target = np.asarray(target)
     N = target.shape[0]
@@ -110,9 +146,13 @@ def masked_loss(
     factor = token_weight[kept] / (divisor or 1)
 
     scale = factor * np.broadcast_to(upstream, (N,))[kept]
-    rows = softmax_grad(np.asarray(logits)[kept], target[kept], scale, weight=weight, **options)
+    of_stats = [np.broadcast_to(g, (N,))[kept] for g in of_stats]
+    rows = softmax_grad(np.asarray(logits)[kept], target[kept], scale, weight=weight, of_stats=of_stats, **options)
     losses = np.zeros(N)
     losses[kept] = factor * rows.loss
     dlogits = np.zeros(np.shape(logits))
     dlogits[kept] = rows.dlogits
-    return Loss(losses if reduction == "none" else losses.sum(), rows, dlogits)
+    tokens = Tokens(*np.zeros((3, N)), np.full(N, -1))
+    for place, values in zip(tokens, (-rows.nll, rows.lse, rows.entropy, rows.prediction), strict=True):
+        place[kept] = values
+    return Loss(losses if reduction == "none" else losses.sum(), rows, dlogits, tokens)

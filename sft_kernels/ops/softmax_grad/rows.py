@@ -108,4 +108,8 @@ class RowFactors(NamedTuple):
 
     def of(self, rows):
         """The core's arguments for some of the rows, a slice of them."""
-        return {name: t[rows] for name, t in zip(self._fields, self, strict=True) if t is not None}
+        given = {}
+        for name, t in zip(self._fields, self, strict=True):  # a comprehension's slice is a constant to a compiler
+            if t is not None:
+                given[name] = t[rows]
+        return given
