@@ -4,7 +4,7 @@ A Llama with a 32,000-word vocabulary, three quarters of the labels masked. Meas
 
 - head and loss, forward and backward, of the model's own code from the last hidden states on;
 - a step of ``transformers.Trainer``, and the growth of the peak resident set over one, each in a process of its own;
-- what a lazy tensor costs over a direct call of ``linear_cross_entropy``, on tensors so small that only the host counts.
+- the host's time of a lazy tensor beside a direct call of ``linear_cross_entropy``, on tensors of a few tokens.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def batch():
 
 
 def head_and_loss(patched):
-    """A :class:`Rival`: from hidden states to their gradient, and the head's, as ``LlamaForCausalLM.forward`` has it."""
+    """A :class:`Rival`: from hidden states to the gradients, as ``LlamaForCausalLM.forward`` has it."""
     model, (ids, labels) = llama(patched), batch()
     hidden = model.model(ids).last_hidden_state.detach()
 

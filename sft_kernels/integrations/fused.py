@@ -11,10 +11,10 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .. import KeptTokens, TokenStats, linear_cross_entropy
-from ..ops.softmax_grad.composed import torch_cross_entropy as cross_entropy
+from .. import KeptTokens, TokenStats, cross_entropy, linear_cross_entropy
+from ..ops.softmax_grad.composed import torch_cross_entropy
 from .heads import HeadCall
-from .lazy import CAUGHT, LOG_PROBS, LOGITS, PLOGP, PROBS, PX, LazyLogits, coarsest, stock_rows
+from .lazy import CAUGHT, LOG_PROBS, LOGITS, PLOGP, PROBS, PX, LazyLogits, RealTensor, coarsest, stock_rows
 
 _NEVER = -(1 << 62)  # a label that nothing has: every label is one
 _CHECKED_ROWS = 8
@@ -55,15 +55,16 @@ def _as_called(head):
 # ---- the loss
 
 
-def _loss(x, target, **options):
-    """:func:`linear_cross_entropy` of the hidden states behind ``x``, in the dtype that torch returns."""
+def _loss(x, target, *, dtype=None, return_stats=False, **options):
+    """:func:`linear_cross_entropy` of the hidden states behind ``x``, in the dtype that torch returns or ``dtype``."""
     head = x.source.head
     logit_scale, softcap = x.source.shaping
     hidden, weight, bias = _inputs(head, _history(x))
-    check_once(x, target, options["ignore_index"])
-    stats = head.state.statistics_wanted
-    if stats:  # they are put where the kept tokens are
-        options["kept"] = KeptTokens.from_labels(target, options.pop("ignore_index"))
+    ignore_index = options["ignore_index"]
+    check_once(x, target, ignore_index)
+    remember = head.state.statistics_wanted and not return_stats
+    if remember:  # where the kept tokens stand
+        options["kept"] = kept = KeptTokens.from_labels(target, options.pop("ignore_index"))
     with _as_called(head):
         loss = linear_cross_entropy(
             _rows(x, hidden),
@@ -72,15 +73,19 @@ def _loss(x, target, **options):
             linear_bias=bias,
             logit_scale=logit_scale,
             softcap=softcap,
-            return_stats="tokens" if stats else False,
+            return_stats="tokens" if remember else return_stats,
             **options,
         )
-    if stats:
-        loss, found = loss
-        _remember(x, options["kept"].rows, found)
     head.state.fused += 1
-    dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
-    return _tied(loss.to(dtype), x)
+    stats = None
+    if remember or return_stats:
+        loss, stats = loss
+    if remember:
+        _remember(x, kept.rows, stats)
+    if dtype is None:
+        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    loss = _tied(loss.to(dtype), x)
+    return (loss, _with_tie(stats, x)) if return_stats else loss
 
 
 def _cross_entropy(
@@ -108,6 +113,18 @@ def _cross_entropy(
     )
 
 
+def _our_cross_entropy(
+    input, target, weight=None, *, softcap=None, logit_scale=None, dtype=None, label_smoothing=0.0, **options
+):
+    """:func:`sft_kernels.cross_entropy`, on real logits if it asks for more than the head's op has."""
+    options = {"ignore_index": -100, **options, "label_smoothing": label_smoothing, "weight": weight}
+    fits = dtype in (None, torch.float32, input.dtype) and not (weight is not None and label_smoothing)
+    if fits and softcap is logit_scale is None and _is_lazy(input, LOGITS) and _is_labels(input, target):
+        return _loss(input, target, dtype=dtype, **options)
+    real = RealTensor.apply(input, False)
+    return cross_entropy(real, target, dtype=dtype, softcap=softcap, logit_scale=logit_scale, **options)
+
+
 def _nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"):
     if not _is_lazy(input, LOG_PROBS) or input.source.factor != 1 or not _is_labels(input, target):
         return NotImplemented
@@ -122,7 +139,8 @@ def _is_labels(x, target):
         return False
     where = x.rows.axis == min(1, x.dim() - 1)
     shape = x.shape[: x.rows.axis] + x.shape[x.rows.axis + 1 :]
-    return where and target.dtype == torch.int64 and target.shape == shape and target.device == x.device
+    indices = not (target.is_floating_point() or target.dtype == torch.bool)
+    return where and indices and target.shape == shape and target.device == x.device
 
 
 class _Tie(torch.autograd.Function):
@@ -180,9 +198,14 @@ def _statistics(x, labels=None):
         if found is None:  # if x is one of several pieces, the others will be asked for next
             _of_every_token(x, x.rows.pieces or x.rows, None, history)
             found = _found(x, key, history)
-    if history:
-        found = TokenStats(*(_tied(field, x) for field in found[:3]), found.prediction)
-    return found
+    return _with_tie(found, x) if history else found
+
+
+def _with_tie(stats, x):
+    """``stats`` with their gradients tied to ``x``; :class:`LossStats` have none."""
+    if not isinstance(stats, TokenStats):
+        return stats
+    return TokenStats(*(_tied(field, x) for field in stats[:3]), stats.prediction)
 
 
 def _found(x, key, history):
@@ -342,6 +365,7 @@ def _gather(input, dim, index, *, sparse_grad=False):
 
 for _functions, _catch in (
     ((F.cross_entropy,), _cross_entropy),
+    ((cross_entropy,), _our_cross_entropy),
     ((F.nll_loss,), _nll_loss),
     ((torch.logsumexp, torch.Tensor.logsumexp), _logsumexp),
     ((torch.argmax, torch.Tensor.argmax), _argmax),
@@ -391,7 +415,7 @@ def _difference(x, target, ignore_index):
     logit_scale, softcap = values.shaping
     with torch.enable_grad(), _as_called(head):
         logits = stock_rows(values, select)
-        stock = cross_entropy(logits.float(), labels, reduction="none")
+        stock = torch_cross_entropy(logits.float(), labels, reduction="none")
         same_rows = isinstance(head, HeadCall)
         ours = rows[0] if same_rows else select(hidden)
         fused = linear_cross_entropy(
@@ -413,7 +437,7 @@ def _difference(x, target, ignore_index):
         theirs, found = theirs.detach(), found.detach()
         distance = (theirs - found).abs().where(theirs.isfinite(), 0).max()
         size = 1 + logits.detach().abs().max() if name == "losses" else theirs.abs().max()
-        if distance > allowed * size + 1e-12:
+        if not distance <= allowed * size + 1e-12:
             return f"{name} of {len(at)} rows differ by up to {float(distance):.3g} of {float(size):.3g}"
     return None
 

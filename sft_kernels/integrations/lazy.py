@@ -163,7 +163,7 @@ class LazyLogits(torch.Tensor):
     def real(self):
         """The real tensor, with the gradient that the logits have."""
         with torch._C.DisableTorchFunctionSubclass():
-            return _Real.apply(self, False)
+            return RealTensor.apply(self, False)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -192,7 +192,7 @@ class LazyLogits(torch.Tensor):
 CAUGHT = {}
 
 
-class _Real(torch.autograd.Function):
+class RealTensor(torch.autograd.Function):
     """The real tensor behind a lazy one, shared with whoever writes to it."""
 
     @staticmethod
@@ -208,7 +208,7 @@ def _on_memory(function, written):
     """A function that reads its tensor's memory; where ``written``, its caller may also write there."""
 
     def catch(x, *args, **kwargs):
-        return function(_Real.apply(x, written), *args, **kwargs) if isinstance(x, LazyLogits) else NotImplemented
+        return function(RealTensor.apply(x, written), *args, **kwargs) if isinstance(x, LazyLogits) else NotImplemented
 
     return catch
 

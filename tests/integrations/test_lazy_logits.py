@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sft_kernels
 from sft_kernels.integrations import head_counts, patch
 
 B, S, D, V = 2, 7, 12, 23
@@ -95,6 +96,11 @@ CLASS_WEIGHT = torch.rand(V, generator=torch.Generator().manual_seed(2))
 
 FUSED = {
     "as transformers": (1, lambda x: F.cross_entropy(x.float().view(-1, V), LABELS.view(-1), ignore_index=-100)),
+    "by our name": (1, lambda x: sft_kernels.cross_entropy(flat(x), LABELS.view(-1), z_loss=0.1)),
+    "by our name, with every token's values": (
+        1,
+        lambda x: sft_kernels.cross_entropy(flat(x), IDS.view(-1), reduction="sum", return_stats="tokens")[1].lse,
+    ),
     "sum": (1, lambda x: F.cross_entropy(flat(x), LABELS.view(-1), reduction="sum") / 5),
     "none": (1, lambda x: F.cross_entropy(flat(x), LABELS.view(-1), reduction="none")),
     "module": (1, lambda x: torch.nn.CrossEntropyLoss()(flat(x), LABELS.view(-1))),
@@ -201,6 +207,8 @@ def reshaped_copy_written(x):
 
 MATERIALISED = {
     "softmax squared": lambda x: x.softmax(-1).square(),
+    "by our name, with a softcap": lambda x: sft_kernels.cross_entropy(flat(x), LABELS.view(-1), softcap=0.5),
+    "by our name, probabilities": lambda x: sft_kernels.cross_entropy(flat(x), torch.full((B * S, V), 1 / V)),
     "topk": lambda x: x.topk(3, -1).values,
     "max": lambda x: x.max(-1).values,
     "mean over the rows": lambda x: x.mean(1),

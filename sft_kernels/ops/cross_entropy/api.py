@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..._checks import check_floating
 from ..softmax_grad.api import Core
@@ -141,6 +142,13 @@ def cross_entropy(
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1`` (elsewhere the loss
             is NaN).
     """
+    if has_torch_function_unary(input):  # a tensor subclass that knows better, as torch's own functions ask
+        return handle_torch_function(
+            cross_entropy, (input,), input, target, weight,
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, num_items=num_items,
+            token_weight=token_weight, softcap=softcap, logit_scale=logit_scale, z_loss=z_loss, dtype=dtype,
+            return_stats=return_stats, impl=impl,
+        )  # fmt: skip
     check_floating("input", input)
     if input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
         raise ValueError("input: expected logits of shape [V], [N, V] or [N, V, d1, …]")
