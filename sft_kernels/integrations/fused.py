@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .. import KeptTokens, TokenStats, cross_entropy, linear_cross_entropy
 from ..ops.softmax_grad.composed import torch_cross_entropy
 from .heads import HeadCall
-from .lazy import CAUGHT, LOG_PROBS, LOGITS, PLOGP, PROBS, PX, LazyLogits, RealTensor, stock_rows
+from .lazy import CAUGHT, LOG_PROBS, LOGITS, PLOGP, PROBS, PX, LazyLogits, RealTensor, coarsest, stock_rows
 
 _NEVER = -(1 << 62)  # a label that nothing has: every label is one
 _CHECKED_ROWS = 8
@@ -434,7 +434,7 @@ def _difference(x, target, ignore_index):
         if same_rows:
             pairs.append(tuple(torch.autograd.grad(loss.sum(), ours)[0].float() for loss in (stock, fused)))
     # The unpatched head rounds its logits, and their gradient.
-    allowed = 4 * max(torch.finfo(head.dtype).eps, torch.finfo(logits.dtype).eps, 1e-5)
+    allowed = 4 * max(coarsest(values), torch.finfo(logits.dtype).eps, 1e-5)
     for name, (theirs, found) in zip(("losses", "gradients"), pairs, strict=False):
         theirs, found = theirs.detach(), found.detach()
         distance = (theirs - found).abs().where(theirs.isfinite(), 0).max()

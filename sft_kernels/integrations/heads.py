@@ -20,6 +20,7 @@ class HeadCall:
         if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
             self.autocast = torch.get_autocast_dtype(device)
         self.dtype = self.autocast or hidden.dtype
+        self.eps = torch.finfo(self.dtype).eps  # of the coarsest rounding on the unpatched head's way
         self.ranks = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
         self._tensors = hidden, weight, bias
         self._versions = self._current_versions()
@@ -69,6 +70,7 @@ class JoinedHead:
         self.dtype = first.dtype
         for head, _ in calls:
             self.dtype = torch.promote_types(self.dtype, head.dtype)
+        self.eps = max(head.eps for head, _ in calls)
         self.known = {}
         self.hooked = any(head.hooked for head, _ in calls)
         self._joined = {}  # by whether there is a history

@@ -108,6 +108,17 @@ def _evaluate(values, of_head, of_input):
     return function(*(of_input(*x) if isinstance(x, Origin) else x for x in inputs), **kwargs)
 
 
+def coarsest(values):
+    """The epsilon of the coarsest dtype to which ``values`` were rounded on their way."""
+    if values.op is None:
+        return values.head.eps
+    _, inputs, kwargs = values.op
+    found = [coarsest(x.values) for x in inputs if isinstance(x, Origin)]
+    if "dtype" in kwargs:
+        found.append(torch.finfo(kwargs["dtype"]).eps)
+    return max(found)
+
+
 class LazyLogits(torch.Tensor):
     """Stands for logits, or what becomes of them, that are not in memory. See the module.
 

@@ -32,6 +32,7 @@ class HeadState:
     materialised: int = 0
     checked: bool = False  # whether the first result was compared with the unpatched head's
     statistics_wanted: bool = False  # whether a trainer asks for more than the loss
+    joined: bool = False  # whether the model may add another layer's result to this one's
 
 
 class LazyHead(torch.nn.Linear):
@@ -51,7 +52,7 @@ class LazyHead(torch.nn.Linear):
         state.seen += 1
         if self.training and torch.is_grad_enabled():
             weight, bias = self.weight, self.bias
-            if _may_be_lazy(input, weight):
+            if _may_be_lazy(input, weight, state.joined):
                 state.calls += 1
                 return HeadCalled.apply(input, weight, bias, HeadCall(state, self, input, weight, bias))
         return super().forward(input)
@@ -95,9 +96,9 @@ def _outside_of_graphs(head, input):
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _may_be_lazy(input, weight):
+def _may_be_lazy(input, weight, joined):
     return (
-        (input.requires_grad or weight.requires_grad)
+        (input.requires_grad or weight.requires_grad or joined)
         and type(input) in _PLAIN
         and type(weight) in _PLAIN
         and input.dim() > 0
@@ -150,12 +151,11 @@ def patch(model, *, log_materialised=False):
     model = _inner(model)
     layers = _linear_layers(model)
     for name, layer in layers.items():
-        _check_layer(name, layer)
-    for name, layer in layers.items():
         if not isinstance(layer, LazyHead):
             layer._sft_kernels = HeadState(f"{type(model).__name__}.{name}", log_materialised)
             _set_class(layer, _lazy_class(type(layer)))
         layer._sft_kernels.log = log_materialised
+        layer._sft_kernels.joined = len(layers) > 1
     _remove_watch(model)
     model.register_forward_hook(_Watch([layer._sft_kernels for layer in layers.values()]))
     return model
@@ -217,8 +217,10 @@ def _linear_layers(model):
             f"model: the output head of {type(model).__name__} is a {type(head).__name__}, not a linear layer;"
             " call sft_kernels.cross_entropy on its logits instead"
         )
-    classes = max(layer.out_features for layer in layers.values())
-    return {name: layer for name, layer in layers.items() if layer.out_features == classes}
+    for name, layer in layers.items():
+        _check_layer(name, layer)
+    classes = max(layer.weight.shape[0] for layer in layers.values())  # out_features may say something else
+    return {name: layer for name, layer in layers.items() if layer.weight.shape[0] == classes}
 
 
 def _check_layer(name, layer):
