@@ -1,5 +1,6 @@
 """Watches on what a loss does to a device: waits, launches, memory that is held."""
 
+import gc
 from typing import ClassVar
 
 import torch
@@ -59,4 +60,5 @@ class Held(TorchDispatchMode):
         return out
 
     def left(self):
+        gc.collect()  # Triton's interpreter leaves cycles
         return sum(size for storage, size in self.alive.values() if not storage.expired())

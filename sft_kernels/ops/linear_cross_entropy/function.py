@@ -84,13 +84,13 @@ class LinearCrossEntropy(torch.autograd.Function):
             targets = targets - options.shards.start
         ctx.options = options
         ctx.logits = ctx.gradients = None
-        plan, per_token, need_grad = options.plan, options.return_stats == "tokens", any(options.needs)
+        plan, per_token = options.plan, options.return_stats == "tokens"
         common = (x, weight, bias, targets)
         # In a compiler's trace every statistic has a gradient, if only zeros: that of the loss alone is of no use.
-        early = need_grad and options.reduce and not (per_token and torch.compiler.is_compiling())
+        early = options.reduce and any(options.needs) and not (per_token and torch.compiler.is_compiling())
         if plan.loop == "vocab":
             stats = options.merged(vocab.loss(options.core, *common, plan.chunk, options.statistics))
-        elif per_token and need_grad and tokens.is_one_chunk(plan, len(targets)):
+        elif per_token and tokens.is_one_chunk(plan, len(targets)):
             ctx.logits = tokens.logits(x, weight, bias, plan)
             stats = options.merged(options.core(ctx.logits, targets, **options.statistics))
         elif early:
