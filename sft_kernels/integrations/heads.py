@@ -57,13 +57,14 @@ class JoinedHead:
         s x Wᵀ + t u Bᵀ + c = [s x, t u] [W, B]ᵀ + c        f ∘ (x Wᵀ + b) = x (f ∘ W)ᵀ + f ∘ b
 
     Two calls are a head and its low-rank adapter; c and f have a number for each class. The joined weight is a copy,
-    [V, D + r].
+    [V, D + r]. If f is one number it multiplies x, and nothing is copied but x.
     """
 
-    def __init__(self, calls, bias=None, factor=None):
+    def __init__(self, calls, bias=None, factor=None, divisor=None):
         self.calls = calls  # (head, scale) pairs
         self.bias = bias  # c, V numbers of any shape, or None
-        self.factor = factor  # f, likewise
+        self.factor = factor  # f, likewise, or one number
+        self.divisor = divisor  # 1 / f, one number
         first = calls[0][0]
         self.state, self.hidden, self.classes, self.ranks = first.state, first.hidden, first.classes, first.ranks
         self.autocast = first.autocast
@@ -95,8 +96,17 @@ class JoinedHead:
         if self.bias is not None:
             bias.append(self.bias.reshape(-1))
         bias = sum(b.to(weight.dtype) for b in bias) if bias else None
-        if self.factor is not None:
+        if self.divisor is not None or (self.factor is not None and self.factor.numel() == 1):
+            hidden, bias = self._times_one_number(hidden), self._times_one_number(bias)
+        elif self.factor is not None:
             factor = self.factor.reshape(-1).to(weight.dtype)
             weight = weight * factor[:, None]
             bias = None if bias is None else bias * factor
         return hidden, weight, bias
+
+    def _times_one_number(self, tensor):
+        if tensor is None:
+            return None
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # the number may have more digits
+        wide = wide / self.divisor.reshape(()) if self.factor is None else wide * self.factor.reshape(())
+        return wide.to(tensor.dtype)

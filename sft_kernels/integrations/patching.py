@@ -214,7 +214,8 @@ def _linear_layers(model):
         }
     if not layers:
         raise TypeError(
-            f"model: the output head of {type(model).__name__} is a {type(head).__name__}, not a linear layer;"
+            f"model: the output head of {type(model).__name__} is a {type(head).__module__}.{type(head).__qualname__},"
+            " not a torch.nn.Linear;"
             " call sft_kernels.cross_entropy on its logits instead"
         )
     for name, layer in layers.items():
@@ -227,7 +228,8 @@ def _check_layer(name, layer):
     """Raise ``TypeError`` for a linear layer whose weight is not simply a matrix."""
     weight = layer.weight
     kind = f"{type(layer).__name__} with a weight of {type(weight).__name__}, {weight.dtype}"
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or not weight.dtype.is_floating_point:
+    quantised = not weight.dtype.is_floating_point or weight.dtype.itemsize < 2
+    if type(weight) not in _PLAIN or quantised:
         raise TypeError(f"model: the head {name} is a {kind}; dequantise it, or gather it if it is split over ranks")
     if weight.device.type == "meta":
         raise TypeError(f"model: the head {name} is not loaded (it lies on the meta device)")
