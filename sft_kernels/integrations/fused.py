@@ -354,6 +354,8 @@ def _sum(input, dim=None, keepdim=False, *, dtype=None):
 def _gather(input, dim, index, *, sparse_grad=False):
     if not _is_lazy(input, LOGITS, LOG_PROBS) or not _over_classes(input, dim):
         return NotImplemented
+    if input.source.kind == LOG_PROBS and input.source.factor < 0:
+        return NotImplemented  # a label smoother's: it goes on to sum all classes, for which it needs real logits
     axis = input.rows.axis
     one_each = (*input.shape[:axis], 1, *input.shape[axis + 1 :])
     if not isinstance(index, torch.Tensor) or isinstance(index, LazyLogits) or index.shape != one_each:

@@ -127,7 +127,6 @@ FUSED = {
         lambda x: F.nll_loss(F.log_softmax(flat(x), -1, dtype=torch.float32), LABELS.view(-1), reduction="sum"),
     ),
     "log_softmax, gather": (1, lambda x: x.log_softmax(-1).gather(-1, IDS[..., None])[..., 0].exp()),
-    "minus log_softmax, gather": (1, lambda x: (-F.log_softmax(x, -1)).gather(-1, IDS[..., None])),
     "gather": (1, lambda x: x.gather(-1, IDS[..., None]).square()),
     "logsumexp": (1, lambda x: x.logsumexp(-1).square()),
     "logsumexp, kept dimension": (1, lambda x: torch.logsumexp(x, dim=(-1,), keepdim=True)),
@@ -210,7 +209,13 @@ def reshaped_copy_written(x):
     return F.cross_entropy(copy, IDS[:, 1:].flatten()) + F.cross_entropy(flat(x), IDS.view(-1))
 
 
+def smoothed_as_in_transformers(x):
+    log_probs = -F.log_softmax(x, dim=-1)
+    return log_probs.gather(-1, IDS[..., None]), log_probs.sum(-1, keepdim=True, dtype=torch.float32)
+
+
 MATERIALISED = {
+    "smoothed as in transformers": smoothed_as_in_transformers,
     "softmax squared": lambda x: x.softmax(-1).square(),
     "by our name, with a softcap": lambda x: sft_kernels.cross_entropy(flat(x), LABELS.view(-1), softcap=0.5),
     "by our name, probabilities": lambda x: sft_kernels.cross_entropy(flat(x), torch.full((B * S, V), 1 / V)),

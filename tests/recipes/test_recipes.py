@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import example_weights, plain_loop
+from . import dft, dpo, example_weights, grpo, plain_loop
 
 
 def test_the_swap_trains():
@@ -25,6 +25,60 @@ def test_the_swap_computes_the_loss_it_replaces():
 
 def test_examples_weigh_the_same():
     torch.testing.assert_close(*example_weights.main())
+
+
+def log_p(hidden, head):
+    """Over full logits, of the labels one ahead: ``[B, S - 1, V]``."""
+    return F.linear(hidden, head)[:, :-1].log_softmax(-1)
+
+
+def of_labels(log_p, labels):
+    """``(log-probabilities of the labels, which are kept)``, ``[B, S - 1]``."""
+    y = labels[:, 1:]
+    kept = y != -100
+    return log_p.gather(2, y.where(kept, 0)[..., None])[..., 0] * kept, kept
+
+
+def same_loss_and_gradients(ours, plain, leaves):
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves), torch.autograd.grad(plain, leaves))
+
+
+def test_dpo_is_that_of_the_full_logits():
+    policy, reference, labels = dpo.example()
+    loss, margins = dpo.dpo_loss(policy, reference, labels)
+    sums, anchors = (of_labels(log_p(*each), labels)[0].sum(1) for each in (policy, reference))
+    chosen, rejected = (sums - anchors).chunk(2)
+    same_loss_and_gradients(loss, -(0.1 * (chosen - rejected)).sigmoid().log().mean(), policy)
+    torch.testing.assert_close(margins, 0.1 * (chosen - rejected).detach())
+    assert (dpo.main() == loss).all()
+
+
+def test_grpo_is_that_of_the_full_logits():
+    policy, sampled, reference, labels, rewards = grpo.example()
+    loss, entropy = grpo.grpo_loss(policy, sampled, reference, labels, rewards)
+    every = log_p(*policy)
+    logprob, kept = of_labels(every, labels)
+    sampled, reference = sampled[:, :-1], reference[:, :-1]
+    ratio = (logprob - sampled).exp()
+    assert ((ratio < 0.8) | (ratio > 1.2)).any()  # some are clipped
+    advantage = (rewards - rewards.mean())[:, None] / (rewards.std() + 1e-4)
+    gain = torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    kl = (reference - logprob).exp() - (reference - logprob) - 1
+    means = [((g - 0.04 * k)[m]).mean() for g, k, m in zip(gain, kl, kept, strict=True)]
+    same_loss_and_gradients(loss, -torch.stack(means).mean(), policy)
+    torch.testing.assert_close(entropy, torch.special.entr(every.exp()).sum(-1)[kept].mean())
+    assert grpo.main() == loss
+
+
+def test_dft_is_that_of_the_full_logits():
+    hidden, head, labels = dft.example()
+    loss = dft.dft_loss(hidden, head, labels)
+    logprob, kept = of_labels(log_p(hidden, head), labels)
+    plain = -(logprob.exp().detach() * logprob)[kept]
+    same_loss_and_gradients(loss, plain.mean(), (hidden, head))
+    torch.testing.assert_close(dft.dft_loss(hidden, head, labels, num_items=7), plain.sum() / 7)
+    assert dft.main() == loss
 
 
 def test_the_lines_of_the_readme_are_those_of_the_recipe():
