@@ -7,9 +7,8 @@ import torch.nn.functional as F
 class HeadCall:
     """One call of an output head, ``hidden @ weight.T + bias``."""
 
-    def __init__(self, state, layer, hidden, weight, bias):
+    def __init__(self, state, hidden, weight, bias):
         self.state = state  # of the patched head: its counts
-        self.layer = layer
         self.hidden = hidden  # [..., D]
         self.classes = weight.shape[0]
         self.known = {}  # statistics of rows, by scale and softcap (``fused.py``)
@@ -32,6 +31,13 @@ class HeadCall:
                 "logits: the head's weight or input was written to since the head was called (an optimizer step?);"
                 " read logits before that, or call unpatch(model)"
             )
+        weight = self._tensors[1]
+        if weight.numel() and not weight.untyped_storage().size():
+            raise RuntimeError(
+                f"logits: the weight of {self.state.name} was freed when the head had run, as a fully sharded module"
+                " does; compute the loss inside the model (labels=...), and shard the head with"
+                " reshard_after_forward=False or together with the model around it"
+            )
         return self._tensors
 
     def compute(self):
@@ -42,7 +48,7 @@ class HeadCall:
 
     def stock_rows(self, select):
         """The unpatched head's logits ``[K, V]`` of the rows that ``select`` takes from hidden states."""
-        return torch.nn.Linear.forward(self.layer, select(self.hidden))
+        return F.linear(select(self.hidden), *self.tensors()[1:])
 
     def _current_versions(self):
         hidden, weight, _ = self._tensors
