@@ -153,8 +153,8 @@ def patch(model, *, log_materialised=False):
             the logger ``sft_kernels.integrations``.
 
     Raises:
-        TypeError: the head is no linear layer, or its weight is quantised or split over ranks. (``fully_shard`` may come
-            before or after: a call sees the whole weight.)
+        TypeError: the head is no linear layer, or its weight is quantised, or split over ranks by anything but
+            ``fully_shard``.
         ValueError: the model has no output head.
     """
     model = _inner(model)
