@@ -31,8 +31,8 @@ class Config(NamedTuple):
 
 
 # By what is done with a row and the bytes of a logit: a gradient that needs two reads of it, one read alone (statistics
-# alone, or the logsumexp given), and either of them with a softcap. Chosen for what the compiler makes of them, not by
-# time; the budgets are in bench/launches/softmax_grad.py.
+# alone, or the logsumexp given), any of them with a softcap, and a softcap with the logsumexp given. Chosen for what
+# the compiler makes of them, not by time; the budgets are in bench/launches/softmax_grad.py.
 CONFIGS = {
     ("twice", 2): Config(512, 8),
     ("twice", 4): Config(512, 8),
@@ -40,14 +40,17 @@ CONFIGS = {
     ("once", 4): Config(512, 8),
     ("capped", 2): Config(512, 8, 80),
     ("capped", 4): Config(512, 8),
+    ("capped, given", 2): Config(512, 8, 64),
+    ("capped, given", 4): Config(512, 8, 64),
 }
 
 
 def config_of(scale, lse, softcap, element_size):
     """The :class:`Config` of a launch with these arguments. A function of nothing else, least of all of the number of
     rows: a row's sums must not depend on its neighbours."""
-    reads = "twice" if scale is not None and lse is None else "once"
-    return CONFIGS["capped" if softcap is not None else reads, element_size]
+    if softcap is not None:
+        return CONFIGS["capped" if lse is None else "capped, given", element_size]
+    return CONFIGS["twice" if scale is not None and lse is None else "once", element_size]
 
 
 @triton.jit
@@ -69,6 +72,20 @@ def _base(max_logit):
 
 
 @triton.jit
+def _off_target(u, base, factor, bend, flat, BENT: tl.constexpr, FLAT: tl.constexpr):
+    """The gradient by ``u`` where it is not the target's: exp(u − base) (factor − bend (u − base)) − flat."""
+    below = u - base
+    d = exp(below)
+    if BENT:
+        d *= factor - bend * tl.maximum(below, _NIL)
+    else:
+        d *= factor
+    if BENT or FLAT:
+        d -= flat
+    return d
+
+
+@triton.jit
 def _tile(logits, first, o_g, m_g, EVICT: tl.constexpr):
     """Groups ``o_g`` of rows whose whole groups begin at ``first``: [ROWS, GROUPS, _VEC]."""
     p = first[:, None, None] + (o_g * _VEC)[:, :, None] + tl.arange(0, _VEC)[None, None, :]
@@ -84,10 +101,11 @@ def _edges(skip, groups, V):
 
 
 # Batches differ in N and in where slices of the [N] arrays begin. Neither may compile the kernel anew.
-_ROW_ARRAYS = ("target", "scale", "given_lse", "keep", "lse", "target_logit", "max_logit", "mean_logit", "sum_logit")
+_GIVEN = ("target", "scale", "given_lse", "keep", "coefficients")
+_FOUND = ("lse", "target_logit", "max_logit", "mean_logit", "sum_logit", "prediction")
 
 
-@triton.jit(do_not_specialize=["N", "V"], do_not_specialize_on_alignment=_ROW_ARRAYS)
+@triton.jit(do_not_specialize=["N", "V"], do_not_specialize_on_alignment=[*_GIVEN, *_FOUND])
 def _softmax_grad_kernel(
     logits,  # [N, V]
     out,  # [N, V]: dlogits, may be logits
@@ -95,11 +113,13 @@ def _softmax_grad_kernel(
     scale,  # [N] fp32
     given_lse,  # [N] fp64
     keep,  # [N] bool
+    coefficients,  # [N, 4] fp32
     lse,  # [N] fp64, and what follows of RowStats
     target_logit,  # [N] fp32
     max_logit,  # [N] fp32
     mean_logit,  # [N] fp64
     sum_logit,  # [N] fp64
+    prediction,  # [N] int64
     N,
     V,
     stride,  # elements from one row of logits to the next
@@ -113,7 +133,9 @@ def _softmax_grad_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_LSE: tl.constexpr,
     HAS_KEEP: tl.constexpr,
+    HAS_COEFFICIENTS: tl.constexpr,
     STATS: tl.constexpr,
+    PREDICT: tl.constexpr,
     SMOOTHED: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
@@ -156,7 +178,8 @@ def _softmax_grad_kernel(
         row_lse = tl.load(given_lse + o_n, mask=live, other=0.0)
         base = row_lse.to(tl.float32)
         total = tl.exp(row_lse - base.to(tl.float64))
-        minus = (tl.exp(u_y.to(tl.float64) - row_lse) - 1.0).to(tl.float32)  # p_y − 1
+        below_y = u_y.to(tl.float64) - row_lse
+        minus = (tl.exp(below_y) - 1.0).to(tl.float32)  # p_y − 1
         tl.debug_barrier()  # x_y is read before any thread writes there
     else:
         # Per group: maximum m, s = Σ exp(u − m) and t = Σ exp(u − m)(u − m), both without the target: where the model
@@ -165,6 +188,8 @@ def _softmax_grad_kernel(
         s = tl.zeros([ROWS, GROUPS], tl.float32)
         t = tl.zeros([ROWS, GROUPS], tl.float32)
         w = tl.zeros([ROWS, GROUPS], tl.float32)  # Σ (u − m): of one sign, so that no digits cancel
+        if PREDICT:
+            at = tl.zeros([ROWS, GROUPS], tl.int32)  # the first tile in which the maximum is what it is
         if AHEAD:  # every tile is asked for while the one before it is summed
             ahead = _tile(logits, first, o_0, live[:, None] & (o_0 < groups[:, None]), "evict_last")
         for i in range(tiles):
@@ -188,6 +213,8 @@ def _softmax_grad_kernel(
             if SMOOTHED:
                 w += (i * _VEC) * tl.where(m == float("-inf"), 0.0, m - b) + tl.sum(tl.where(m_g, below, 0.0), 2)
             s = s * r + tl.sum(e, 2)
+            if PREDICT:
+                at = tl.where(highest > m, i, at)
             m = highest
 
         top = tl.maximum(tl.max(m, 1), u_y)
@@ -197,6 +224,25 @@ def _softmax_grad_kernel(
             x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=float("-inf")).to(tl.float32)
             u_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)[0]
             top = tl.maximum(top, tl.max(u_e, 1))
+        if PREDICT:
+            # The first of the groups that attain the maximum is read again; none attains a NaN.
+            o_g = at * GROUPS + o_0
+            attains = (m == tl.max(m, 1)[:, None]) & (o_g < groups[:, None])
+            g = tl.min(tl.where(attains, o_g, groups[:, None]), 1)  # [ROWS]
+            m_a = (live & (g < groups))[:, None]
+            o_a = g[:, None] * _VEC + tl.arange(0, _VEC)[None, :]  # [ROWS, _VEC]
+            x_a = tl.load(logits + first[:, None] + o_a, mask=m_a, other=float("-inf")).to(tl.float32)
+            u_a = _shape(x_a, m_a, softcap, logit_scale, tanh_scale, CAPPED, SCALED)[0]
+            highest = tl.max(u_a, 1)
+            c_a = skip[:, None] + o_a
+            if EDGES:
+                highest = tl.maximum(highest, tl.max(u_e, 1))
+            column = tl.min(tl.where(m_a & (u_a == highest[:, None]), c_a, V), 1)
+            if EDGES:
+                column = tl.minimum(column, tl.min(tl.where(m_e & (u_e == highest[:, None]), c_e, V), 1))
+            tl.store(prediction + o_n, tl.where(live & (column < V), column, 0).to(tl.int64), mask=m_n)
+            if HAS_SCALE:
+                tl.debug_barrier()  # x_a is read before any thread writes there
         base = _base(top)
         b = _base(m)
         r = exp(m - base[:, None])
@@ -231,6 +277,22 @@ def _softmax_grad_kernel(
             whole = base.to(tl.float64) * V + offset.to(tl.float64)
             tl.store(sum_logit + o_n, tl.where(live, whole, 0.0), mask=m_n)
 
+    if HAS_COEFFICIENTS:
+        # ∂/∂u_v = A p_v + B [v = y] + C p_v (lse − u_v) − E, and lse − u_v = left − (u_v − base)
+        p_k = coefficients + o_n * 4
+        of_p = tl.load(p_k, mask=live, other=0.0)
+        of_y = tl.load(p_k + 1, mask=live, other=0.0)
+        of_spread = tl.load(p_k + 2, mask=live, other=0.0)
+        flat = tl.load(p_k + 3, mask=live, other=0.0)
+        of_both = of_p + of_y  # before all products: 0 if B = −A, with an fma too
+        if SCALED:
+            of_p, of_both = of_p * logit_scale, of_both * logit_scale
+            of_spread, flat = of_spread * logit_scale, flat * logit_scale
+        left = (row_lse - base.to(tl.float64)).to(tl.float32)
+        bend = of_spread / total.to(tl.float32)
+        factor = (of_p + of_spread * left) / total.to(tl.float32)
+        spread = (minus + 1.0) * tl.maximum(below_y.to(tl.float32), _NIL)  # p_y (u_y − lse)
+        at_y = of_both + of_p * minus - of_spread * spread - flat
     if HAS_SCALE:
         # ∂loss/∂u_v = (1 + 2 ζ lse) p_v − (1 − ε) [v = y] − ε / V
         a = tl.load(scale + o_n, mask=live, other=0.0)
@@ -241,7 +303,13 @@ def _softmax_grad_kernel(
             pull = 2.0 * z_loss * row_lse.to(tl.float32)
         at_y = a * (minus + smoothing - uniform + pull * (minus + 1.0))
         factor = a * (1.0 + pull) / tl.where(live, total, 1.0).to(tl.float32)
+        bend, flat = a, a * uniform  # `bend` is not read
+    if HAS_SCALE or HAS_COEFFICIENTS:
         base = _base(base)
+        if HAS_LSE:
+            # Rows that are not read get 0 times a finite exponential, so that no column needs a selection. (Without lse
+            # that costs eight registers, and one CTA of five.)
+            factor = tl.where(live, factor, 0.0)
         if AHEAD:
             o_g = (tiles - 1) * GROUPS + o_0
             ahead = _tile(logits, first, o_g, live[:, None] & (o_g < groups[:, None]), "evict_first")
@@ -257,26 +325,26 @@ def _softmax_grad_kernel(
             else:
                 x = _tile(logits, first, o_g, live[:, None] & (o_g < groups[:, None]), "evict_first").to(tl.float32)
             u, slope = _shape(x, m_g, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
-            d = factor[:, None, None] * exp(u - base[:, None, None])
-            if SMOOTHED:
-                d -= (a * uniform)[:, None, None]
+            d = _off_target(u, base[:, None, None], factor[:, None, None], bend[:, None, None], flat[:, None, None],
+                            HAS_COEFFICIENTS, SMOOTHED)  # fmt: skip
             d = tl.where(c == y[:, None, None], at_y[:, None, None], d)
             if CAPPED:
                 d *= slope
-            d = tl.where(live[:, None, None], d, 0.0)
+            if not HAS_LSE:
+                d = tl.where(live[:, None, None], d, 0.0)
             tl.store(out + p_out, d.to(out.dtype.element_ty), mask=m_n[:, None, None] & m_g)
         if EDGES:
             c_e, m_e = _edges(skip, groups, V)
             p_e = (o_n * stride)[:, None] + c_e
             x_e = tl.load(logits + p_e, mask=live[:, None] & m_e, other=0.0).to(tl.float32)
             u_e, slope_e = _shape(x_e, m_e, softcap, logit_scale, tanh_scale, CAPPED, SCALED)
-            d_e = factor[:, None] * exp(u_e - base[:, None])
-            if SMOOTHED:
-                d_e -= (a * uniform)[:, None]
+            d_e = _off_target(u_e, base[:, None], factor[:, None], bend[:, None], flat[:, None],
+                              HAS_COEFFICIENTS, SMOOTHED)  # fmt: skip
             d_e = tl.where(c_e == y[:, None], at_y[:, None], d_e)
             if CAPPED:
                 d_e *= slope_e
-            d_e = tl.where(live[:, None], d_e, 0.0)
+            if not HAS_LSE:
+                d_e = tl.where(live[:, None], d_e, 0.0)
             p_out_e = (o_n * stride_out)[:, None] + c_e
             tl.store(out + p_out_e, d_e.to(out.dtype.element_ty), mask=m_n[:, None] & m_e)
 
@@ -296,10 +364,25 @@ def _scale_kernel(gradient, factor, n: tl.int64, BLOCK: tl.constexpr, TAIL: tl.c
             tl.store(gradient + o, (x * f).to(gradient.dtype.element_ty), mask=o < n)
 
 
-def softmax_grad(logits, target, options, scale=None, *, lse=None, stats=False, keep=None, out=None):
-    """As ``torch_impl.softmax_grad``, for fp32, bf16 and fp16. Logits whose columns are not adjacent are copied."""
-    rest = (target, scale, lse, keep, *options, stats)
-    return operators.call(torch.ops.sft_kernels, logits, out, *rest)
+def softmax_grad(
+    logits,
+    target,
+    options,
+    scale=None,
+    *,
+    lse=None,
+    coefficients=None,
+    stats=False,
+    predict=False,
+    keep=None,
+    out=None,
+):
+    """As ``torch_impl.softmax_grad``, for fp32, bf16 and fp16. Logits whose columns are not adjacent are copied. The
+    ``prediction`` of a row that holds NaN is some column of it."""
+    rest = (target, scale, lse, keep, *options, stats, coefficients, predict)
+    gradient = not (scale is None and coefficients is None)
+    found = operators.call(torch.ops.sft_kernels, logits, out, gradient, *rest)
+    return operators.row_stats(found, stats, options.label_smoothing, predict) if lse is None else None
 
 
 def scale_(gradient, factor):
@@ -308,10 +391,10 @@ def scale_(gradient, factor):
     torch.ops.sft_kernels.scale_(gradient, factor)
 
 
-def launch(logits, out, target, scale, lse, keep, options, stats):
+def launch(logits, out, target, scale, lse, keep, options, stats, coefficients=None, predict=False):
     """Launch the kernel; the fields of :class:`RowStats`, empty where not asked for or where ``lse`` is given."""
     N, V = logits.shape
-    fields = operators.fields(logits, lse, options.label_smoothing, stats)
+    fields = _fields(logits, lse, options.label_smoothing, stats, predict)
     if N == 0:
         return fields
     source = logits if logits.stride(1) == 1 else logits.contiguous()
@@ -329,6 +412,7 @@ def launch(logits, out, target, scale, lse, keep, options, stats):
             scale,
             lse,
             keep,
+            coefficients if coefficients is None else coefficients.contiguous(),
             *fields,
             N,
             V,
@@ -343,11 +427,13 @@ def launch(logits, out, target, scale, lse, keep, options, stats):
             HAS_SCALE=scale is not None,
             HAS_LSE=lse is not None,
             HAS_KEEP=keep is not None,
+            HAS_COEFFICIENTS=coefficients is not None,
             STATS=stats,
-            SMOOTHED=bool(options.label_smoothing),
+            PREDICT=predict,
+            SMOOTHED=bool(options.label_smoothing) and coefficients is None,
             CAPPED=options.softcap is not None,
             SCALED=options.logit_scale is not None,
-            PENALISED=bool(options.z_loss),
+            PENALISED=bool(options.z_loss) and coefficients is None,
             ALIGNED=aligned,
             SKIP=aligned and stride % 8 != 0,
             EDGES=stride % 8 != 0 or V % 8 != 0,
@@ -357,7 +443,7 @@ def launch(logits, out, target, scale, lse, keep, options, stats):
             num_warps=config.warps,
             maxnreg=config.registers,
         )
-    if scale is not None and destination is not out:
+    if not (scale is None and coefficients is None) and destination is not out:
         out.copy_(destination)
     return fields
 
@@ -376,9 +462,9 @@ def _register(schema, function, fake):
     torch.library.register_fake(f"sft_kernels::{name}", fake, lib=_library)
 
 
-def _out_of_place(logits, out, target, scale, lse, keep, *options_and_stats):
-    *options, stats = options_and_stats
-    return launch(logits, out, target, scale, lse, keep, LossOptions(*options), stats)
+def _out_of_place(logits, out, target, scale, lse, keep, *options_and_more):
+    *options, stats, coefficients, predict = options_and_more
+    return launch(logits, out, target, scale, lse, keep, LossOptions(*options), stats, coefficients, predict)
 
 
 def _in_place(logits, *rest):
@@ -394,6 +480,16 @@ def _scale(gradient, factor):
             _scale_kernel[(programs,)](gradient, factor, n, BLOCK=_SCALE_BLOCK, TAIL=_SCALE_TAIL, num_warps=8)
 
 
-for _schema in operators.SCHEMAS:
-    _register(_schema, _out_of_place if "out," in _schema else _in_place, operators.fake)
+def _fields(logits, lse, label_smoothing, stats, predict):
+    prediction = operators.field(logits, lse, torch.int64, predict)
+    return *operators.fields(logits, lse, label_smoothing, stats), prediction
+
+
+def _fake(logits, *rest):
+    *_, lse, _keep, _classes, label_smoothing, _softcap, _logit_scale, _z_loss, stats, _coefficients, predict = rest
+    return _fields(logits, lse, label_smoothing, stats, predict)
+
+
+for _schema in operators.schemas(", Tensor? coefficients, bool predict", fields=6):
+    _register(_schema, _out_of_place if "out," in _schema else _in_place, _fake)
 _register("scale_(Tensor(a!) gradient, Tensor factor) -> ()", _scale, lambda gradient, factor: None)
