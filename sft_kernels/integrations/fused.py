@@ -391,7 +391,11 @@ def check_once(x, target=None, ignore_index=-100):
     if state.checked:
         return
     state.checked = True
-    problem = _difference(x, target, ignore_index)
+    try:
+        problem = _difference(x, target, ignore_index)
+    except Exception:
+        _any_rank(True, head)  # the others wait for this rank's answer
+        raise
     if _any_rank(problem is not None, head):
         raise RuntimeError(
             f"patch: the fused loss of {state.name} is not that of the unpatched model:"

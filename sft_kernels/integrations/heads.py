@@ -7,9 +7,8 @@ import torch.nn.functional as F
 class HeadCall:
     """One call of an output head, ``hidden @ weight.T + bias``."""
 
-    def __init__(self, state, layer, hidden, weight, bias):
+    def __init__(self, state, hidden, weight, bias):
         self.state = state  # of the patched head: its counts
-        self.layer = layer
         self.hidden = hidden  # [..., D]
         self.classes = weight.shape[0]
         self.known = {}  # statistics of rows, by scale and softcap (``fused.py``)
@@ -32,6 +31,13 @@ class HeadCall:
                 "logits: the head's weight or input was written to since the head was called (an optimizer step?);"
                 " read logits before that, or call unpatch(model)"
             )
+        weight = self._tensors[1]
+        if weight.numel() and not weight.untyped_storage().size():
+            raise RuntimeError(
+                f"logits: the weight of {self.state.name} was freed when the head had run, as a fully sharded module"
+                " does; compute the loss inside the model (labels=...), and shard the head with"
+                " reshard_after_forward=False or together with the model around it"
+            )
         return self._tensors
 
     def compute(self):
@@ -42,7 +48,7 @@ class HeadCall:
 
     def stock_rows(self, select):
         """The unpatched head's logits ``[K, V]`` of the rows that ``select`` takes from hidden states."""
-        return torch.nn.Linear.forward(self.layer, select(self.hidden))
+        return F.linear(select(self.hidden), *self.tensors()[1:])
 
     def _current_versions(self):
         hidden, weight, _ = self._tensors
@@ -57,13 +63,14 @@ class JoinedHead:
         s x Wᵀ + t u Bᵀ + c = [s x, t u] [W, B]ᵀ + c        f ∘ (x Wᵀ + b) = x (f ∘ W)ᵀ + f ∘ b
 
     Two calls are a head and its low-rank adapter; c and f have a number for each class. The joined weight is a copy,
-    [V, D + r].
+    [V, D + r]. If f is one number it multiplies x, and nothing is copied but x.
     """
 
-    def __init__(self, calls, bias=None, factor=None):
+    def __init__(self, calls, bias=None, factor=None, divisor=None):
         self.calls = calls  # (head, scale) pairs
         self.bias = bias  # c, V numbers of any shape, or None
-        self.factor = factor  # f, likewise
+        self.factor = factor  # f, likewise, or one number
+        self.divisor = divisor  # 1 / f, one number
         first = calls[0][0]
         self.state, self.hidden, self.classes, self.ranks = first.state, first.hidden, first.classes, first.ranks
         self.autocast = first.autocast
@@ -95,8 +102,17 @@ class JoinedHead:
         if self.bias is not None:
             bias.append(self.bias.reshape(-1))
         bias = sum(b.to(weight.dtype) for b in bias) if bias else None
-        if self.factor is not None:
+        if self.divisor is not None or (self.factor is not None and self.factor.numel() == 1):
+            hidden, bias = self._times_one_number(hidden), self._times_one_number(bias)
+        elif self.factor is not None:
             factor = self.factor.reshape(-1).to(weight.dtype)
             weight = weight * factor[:, None]
             bias = None if bias is None else bias * factor
         return hidden, weight, bias
+
+    def _times_one_number(self, tensor):
+        if tensor is None:
+            return None
+        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # the number may have more digits
+        wide = wide / self.divisor.reshape(()) if self.factor is None else wide * self.factor.reshape(())
+        return wide.to(tensor.dtype)

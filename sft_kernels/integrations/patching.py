@@ -54,7 +54,7 @@ class LazyHead(torch.nn.Linear):
             weight, bias = self.weight, self.bias
             if _may_be_lazy(input, weight, state.joined):
                 state.calls += 1
-                return HeadCalled.apply(input, weight, bias, HeadCall(state, self, input, weight, bias))
+                return HeadCalled.apply(input, weight, bias, HeadCall(state, input, weight, bias))
         return super().forward(input)
 
     def __reduce_ex__(self, protocol):
@@ -120,6 +120,14 @@ def _lazy_class(stock):
     return _CLASSES[stock]
 
 
+def _stock_class(kind):
+    """``kind`` without :class:`LazyHead`. Others may have extended it since, as ``fully_shard`` does."""
+    if "stock" in vars(kind):
+        return kind.stock
+    bases = tuple(_stock_class(base) if issubclass(base, LazyHead) else base for base in kind.__bases__)
+    return type(kind.__name__, bases, {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")})
+
+
 def _rebuild(stock):
     kind = _lazy_class(stock)
     return kind.__new__(kind)
@@ -145,7 +153,8 @@ def patch(model, *, log_materialised=False):
             the logger ``sft_kernels.integrations``.
 
     Raises:
-        TypeError: the head is no linear layer, or its weight is quantised, split over ranks or not loaded.
+        TypeError: the head is no linear layer, or its weight is quantised, or split over ranks by anything but
+            ``fully_shard``.
         ValueError: the model has no output head.
     """
     model = _inner(model)
@@ -165,7 +174,7 @@ def unpatch(model):
     """Undo :func:`patch`; returns the model."""
     model = _inner(model)
     for layer in _patched(model):
-        _set_class(layer, layer.stock)
+        _set_class(layer, _stock_class(type(layer)))
         del layer._sft_kernels
     _remove_watch(model)
     return model
@@ -214,23 +223,36 @@ def _linear_layers(model):
         }
     if not layers:
         raise TypeError(
-            f"model: the output head of {type(model).__name__} is a {type(head).__name__}, not a linear layer;"
+            f"model: the output head of {type(model).__name__} is a {type(head).__module__}.{type(head).__qualname__},"
+            " not a torch.nn.Linear;"
             " call sft_kernels.cross_entropy on its logits instead"
         )
     for name, layer in layers.items():
-        _check_layer(name, layer)
+        if not _is_fully_sharded(model, layer.weight):
+            _check_layer(name, layer)
     classes = max(layer.weight.shape[0] for layer in layers.values())  # out_features may say something else
     return {name: layer for name, layer in layers.items() if layer.weight.shape[0] == classes}
+
+
+def _is_fully_sharded(model, weight):
+    """Returns True if ``weight`` is split over ranks now and whole whenever its layer is called."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor) and any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def _check_layer(name, layer):
     """Raise ``TypeError`` for a linear layer whose weight is not simply a matrix."""
     weight = layer.weight
-    kind = f"{type(layer).__name__} with a weight of {type(weight).__name__}, {weight.dtype}"
-    if type(weight) not in (torch.Tensor, torch.nn.Parameter) or not weight.dtype.is_floating_point:
-        raise TypeError(f"model: the head {name} is a {kind}; dequantise it, or gather it if it is split over ranks")
-    if weight.device.type == "meta":
-        raise TypeError(f"model: the head {name} is not loaded (it lies on the meta device)")
+    if type(weight) not in _PLAIN or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+        raise TypeError(
+            f"model: the head {name} is a {type(layer).__name__} with a weight of {type(weight).__name__},"
+            f" {weight.dtype}; dequantise it, or, if it is split over ranks, call linear_cross_entropy with a"
+            " process_group"
+        )
 
 
 def _set_class(layer, kind):

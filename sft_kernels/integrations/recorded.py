@@ -219,14 +219,17 @@ def _number(value):
 def _mul(x, other):
     if isinstance(other, LazyLogits):
         return _product(x, other)
-    if _for_each_class(x, other) and x.source.kind == LOGITS and x.source.cap is None:
+    number = _number(other)
+    if number is None and (_for_each_class(x, other) or _for_all(x, other)) and _uncapped(x):
         return _joined(x, aten.mul.Tensor, other, [(x.source.head, x.source.scale)], factor=other)
-    return _scaled(aten.mul.Tensor, x, other, _number(other))
+    return _scaled(aten.mul.Tensor, x, other, number)
 
 
 @_records(aten.div.Tensor, aten.div.Scalar)
 def _div(x, other):
     number = _number(other)
+    if number is None and _for_all(x, other) and _uncapped(x):
+        return _joined(x, aten.div.Tensor, other, [(x.source.head, x.source.scale)], divisor=other)
     return _scaled(aten.div.Tensor, x, other, 1 / number if number else None)
 
 
@@ -261,7 +264,7 @@ def _tanh(x):
 def _add(x, other, *, alpha=1):
     """The sum with an adapter's logits, or with a bias that is not the head's."""
     old = x.source
-    if alpha != 1 or old.kind != LOGITS or old.cap is not None or not _last(x):
+    if alpha != 1 or not _uncapped(x) or not _last(x):
         return NotImplemented
     call = (old.head, old.scale)
     if _for_each_class(x, other):
@@ -276,6 +279,16 @@ def _add(x, other, *, alpha=1):
     return _joined(x, aten.add.Tensor, other, [call, (theirs.head, theirs.scale)])
 
 
+def _uncapped(x):
+    return x.source.kind == LOGITS and x.source.cap is None
+
+
+def _for_all(x, other):
+    """Returns True if ``other`` is a tensor of one number."""
+    plain = isinstance(other, torch.Tensor) and not isinstance(other, LazyLogits)
+    return plain and other.numel() == 1 and other.dim() <= x.dim() and other.device == x.device
+
+
 def _for_each_class(x, other):
     """Returns True if ``other`` has one number for each class, and nothing for the rows."""
     if not isinstance(other, torch.Tensor) or isinstance(other, LazyLogits) or not _last(x):
@@ -285,7 +298,7 @@ def _for_each_class(x, other):
 
 
 def _joined(x, function, other, calls, **rest):
-    dtype = torch.promote_types(x.dtype, other.dtype)
+    dtype = torch.result_type(x.fake, other)
     if not other.is_floating_point() or dtype.itemsize > max(4, x.dtype.itemsize):
         return NotImplemented
     values = Values(JoinedHead(calls, **rest), x.rows, op=_recorded(function, x, other))

@@ -145,6 +145,11 @@ FUSED = {
     "detached argmax": (1, lambda x: x.detach().argmax(dim=-1, keepdim=True)),
     "added bias": (1, lambda x: F.cross_entropy(flat(x + torch.linspace(-1, 1, V)[None]), LABELS.view(-1))),
     "times a vector": (1, lambda x: F.cross_entropy(flat(x * torch.linspace(0.5, -2, V)), LABELS.view(-1))),
+    "times a tensor of one number": (1, lambda x: F.cross_entropy(flat(x * torch.tensor([-1.5])), LABELS.view(-1))),
+    "divided by a tensor of one number": (
+        1,
+        lambda x: F.cross_entropy(flat(x / torch.full((), 0.5).view(1)), LABELS.view(-1)),
+    ),
     "scaled, times a vector, plus a bias": (
         1,
         lambda x: F.cross_entropy(flat((x * 2) * torch.linspace(0.5, 2, V) + torch.arange(V) / V), LABELS.view(-1)),
