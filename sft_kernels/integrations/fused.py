@@ -21,7 +21,10 @@ _CHECKED_ROWS = 8
 
 
 def _is_lazy(x, *kinds):
-    return isinstance(x, LazyLogits) and x.source.written is None and x.source.kind in kinds
+    """Returns True if ``x`` is lazy, of one of ``kinds``, and a gradient by it, if any, is one by its head."""
+    if not isinstance(x, LazyLogits) or x.source.written is not None or x.source.kind not in kinds:
+        return False
+    return not (x.cut and x.requires_grad)
 
 
 def _history(x):
@@ -213,7 +216,7 @@ def _found(x, key, history):
     view = x.rows
     while view is not None:
         for with_history in (True,) if history else (True, False):
-            if stats := view.stats.get((key, with_history)):
+            if stats := x.source.head.stats.get((view, key, with_history)):
                 stats = (field.unsqueeze(view.axis) for field in stats)
                 stats = (x.rows.of(field, view).squeeze(x.rows.axis) for field in stats)
                 return TokenStats(*(field if history else field.detach() for field in stats))
@@ -243,7 +246,7 @@ def _of_every_token(x, view, labels, history):
             return_stats="tokens",
         )
     head.state.fused += 1
-    view.stats[x.source.shaping, history] = found
+    head.stats[view, x.source.shaping, history] = found
     return found
 
 
@@ -327,32 +330,32 @@ def _reduced(field, x, keepdim, dtype=None):
     return field.unsqueeze(x.rows.axis) if keepdim else field
 
 
-def _logsumexp(input, dim, keepdim=False):
-    if not _is_lazy(input, LOGITS) or not _over_classes(input, dim):
+def _logsumexp(input, dim, keepdim=False, **others):
+    if others or not _is_lazy(input, LOGITS) or not _over_classes(input, dim):
         return NotImplemented
     return _reduced(_statistics(input).lse, input, keepdim)
 
 
-def _argmax(input, dim=None, keepdim=False):
-    if not _is_lazy(input, LOGITS, LOG_PROBS, PROBS) or not _over_classes(input, dim):
+def _argmax(input, dim=None, keepdim=False, **others):
+    if others or not _is_lazy(input, LOGITS, LOG_PROBS, PROBS) or not _over_classes(input, dim):
         return NotImplemented
-    if input.source.factor < 0:
+    if input.source.factor <= 0:
         return NotImplemented
     with torch.no_grad():
         return _reduced(_statistics(input).prediction, input, keepdim)
 
 
-def _sum(input, dim=None, keepdim=False, *, dtype=None):
+def _sum(input, dim=None, keepdim=False, *, dtype=None, **others):
     """Σ p log p is minus the entropy, Σ p x the logsumexp minus the entropy."""
-    if not _is_lazy(input, PLOGP, PX) or not _over_classes(input, dim):
+    if others or not _is_lazy(input, PLOGP, PX) or not _over_classes(input, dim):
         return NotImplemented
     stats = _statistics(input)
     found = -stats.entropy if input.source.kind == PLOGP else stats.lse - stats.entropy
     return _reduced(found * input.source.factor, input, keepdim, dtype)
 
 
-def _gather(input, dim, index, *, sparse_grad=False):
-    if not _is_lazy(input, LOGITS, LOG_PROBS) or not _over_classes(input, dim):
+def _gather(input, dim, index, *, sparse_grad=False, **others):
+    if others or not _is_lazy(input, LOGITS, LOG_PROBS) or not _over_classes(input, dim):
         return NotImplemented
     if input.source.kind == LOG_PROBS and input.source.factor < 0:
         return NotImplemented  # a label smoother's: it goes on to sum all classes, for which it needs real logits
@@ -420,7 +423,7 @@ def _difference(x, target, ignore_index):
 
     logit_scale, softcap = values.shaping
     with torch.enable_grad(), _as_called(head):
-        logits = stock_rows(values, select)
+        logits = stock_rows(values, select).reshape(len(at), -1)
         stock = torch_cross_entropy(logits.float(), labels, reduction="none")
         same_rows = isinstance(head, HeadCall)
         ours = rows[0] if same_rows else select(hidden)

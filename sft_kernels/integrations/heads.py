@@ -4,6 +4,22 @@ import torch
 import torch.nn.functional as F
 
 
+class Noted:
+    """A tensor that a record refers to, and its version: writing to it before it is read is an error."""
+
+    def __init__(self, tensor):
+        self._tensor, self._version = tensor, tensor._version
+
+    @property
+    def tensor(self):
+        if self._tensor._version != self._version:
+            raise RuntimeError(
+                f"logits: a tensor of shape {tuple(self._tensor.shape)} that they were combined with was written to"
+                " before they were used; write to a clone of it"
+            )
+        return self._tensor
+
+
 class HeadCall:
     """One call of an output head, ``hidden @ weight.T + bias``."""
 
@@ -12,6 +28,7 @@ class HeadCall:
         self.hidden = hidden  # [..., D]
         self.classes = weight.shape[0]
         self.known = {}  # statistics of rows, by scale and softcap (``fused.py``)
+        self.stats = {}  # statistics of every token of a view, with a history or without
         self.hooked = False  # True once a tensor of these logits has a hook
         self.counted = False  # True once the real logits were computed
         device = hidden.device.type
@@ -68,7 +85,7 @@ class JoinedHead:
 
     def __init__(self, calls, bias=None, factor=None, divisor=None):
         self.calls = calls  # (head, scale) pairs
-        self.bias = bias  # c, V numbers of any shape, or None
+        self.bias = bias  # c, V :class:`Noted` numbers of any shape, or None
         self.factor = factor  # f, likewise, or one number
         self.divisor = divisor  # 1 / f, one number
         first = calls[0][0]
@@ -78,7 +95,7 @@ class JoinedHead:
         for head, _ in calls:
             self.dtype = torch.promote_types(self.dtype, head.dtype)
         self.eps = max(head.eps for head, _ in calls)
-        self.known = {}
+        self.known, self.stats = {}, {}
         self.hooked = any(head.hooked for head, _ in calls)
         self._joined = {}  # by whether there is a history
 
@@ -100,12 +117,12 @@ class JoinedHead:
             hidden = torch.cat([x.to(self.dtype) for x in hidden], -1)
             weight = torch.cat([w.to(self.dtype) for w in weight], 1)
         if self.bias is not None:
-            bias.append(self.bias.reshape(-1))
+            bias.append(self.bias.tensor.reshape(-1))
         bias = sum(b.to(weight.dtype) for b in bias) if bias else None
-        if self.divisor is not None or (self.factor is not None and self.factor.numel() == 1):
+        if self.divisor is not None or (self.factor is not None and self.factor.tensor.numel() == 1):
             hidden, bias = self._times_one_number(hidden), self._times_one_number(bias)
         elif self.factor is not None:
-            factor = self.factor.reshape(-1).to(weight.dtype)
+            factor = self.factor.tensor.reshape(-1).to(weight.dtype)
             weight = weight * factor[:, None]
             bias = None if bias is None else bias * factor
         return hidden, weight, bias
@@ -114,5 +131,5 @@ class JoinedHead:
         if tensor is None:
             return None
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # the number may have more digits
-        wide = wide / self.divisor.reshape(()) if self.factor is None else wide * self.factor.reshape(())
+        wide = wide / self.divisor.tensor.reshape(()) if self.factor is None else wide * self.factor.tensor.reshape(())
         return wide.to(tensor.dtype)

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .heads import Noted
+
 aten = torch.ops.aten
 _LOG = logging.getLogger("sft_kernels.integrations")
 
@@ -28,14 +30,13 @@ LOGITS, LOG_PROBS, PROBS, PLOGP, PX = "x", "log p", "p", "p log p", "p x"
 class View:
     """Which rows of a head's logits a tensor shows: one more step behind ``parent``, or all of them."""
 
-    __slots__ = ("axis", "parent", "pieces", "stats", "step")
+    __slots__ = ("axis", "parent", "pieces", "step")
 
     def __init__(self, axis, parent=None, step=None, pieces=None):
         self.axis = axis  # the dimension of the classes
         self.parent = parent
         self.step = step  # (function, *args), which also means something for tensors with another number of classes
         self.pieces = pieces  # the view that this one is a piece of, whose other pieces will be asked for too
-        self.stats = {}  # of every token of this view (``fused.py``)
 
     def after(self, axis, *step, pieces=None):
         """This view after one more step."""
@@ -105,7 +106,13 @@ def _evaluate(values, of_head, of_input):
     if values.op is None:
         return of_head(values.head)
     function, inputs, kwargs = values.op
-    return function(*(of_input(*x) if isinstance(x, Origin) else x for x in inputs), **kwargs)
+    return function(*(_input(x, of_input) for x in inputs), **kwargs)
+
+
+def _input(x, of_input):
+    if isinstance(x, Origin):
+        return of_input(*x)
+    return x.tensor if isinstance(x, Noted) else x
 
 
 def coarsest(values):
@@ -133,6 +140,7 @@ class LazyLogits(torch.Tensor):
 
     def __init__(self, values, view, shape, strides, dtype):
         self.source, self.rows = values, view
+        self.cut = False  # True if no gradient may flow to the head: somebody has detached the logits
 
     @classmethod
     def of(cls, head):
@@ -183,6 +191,9 @@ class LazyLogits(torch.Tensor):
             if record is not None and isinstance(args[0], LazyLogits) and args[0].source.written is None:
                 found = record(*args, **kwargs)
                 if found is not NotImplemented:
+                    cut = args[0].cut or func is torch.ops.aten.detach.default or not torch.is_grad_enabled()
+                    for x in found if isinstance(found, list) else [found]:
+                        x.cut = cut
                     return found
             return _on_real(func, args, kwargs)
 
@@ -231,6 +242,11 @@ def _retain_grad(x):
     return NotImplemented
 
 
+def _set_data(x, value):
+    raise NotImplementedError("logits: .data cannot be set on lazy logits; use logits.copy_(…)")
+
+
+CAUGHT[torch.Tensor.data.__set__] = _set_data
 CAUGHT[torch.Tensor.register_hook] = _register_hook
 CAUGHT[torch.Tensor.retain_grad] = _retain_grad
 
@@ -238,6 +254,7 @@ CAUGHT[torch.Tensor.retain_grad] = _retain_grad
 # ---- below autograd: operators by their rules in ``recorded.py``; any other on the real tensors
 
 RECORDED = {}
+_GIVES_MEMORY = {getattr(torch.ops.aten.set_, name) for name in torch.ops.aten.set_.overloads()}
 
 
 def _on_real(func, args, kwargs):
@@ -245,11 +262,16 @@ def _on_real(func, args, kwargs):
         if isinstance(x, LazyLogits) and x.source.head.state.log and x.source.real is x.source.written is None:
             _log(func, x)
     schema = func._schema
+    if args and isinstance(args[0], LazyLogits) and (torch.Tag.inplace_view in func.tags or func in _GIVES_MEMORY):
+        name = schema.name.split("::")[1]
+        raise NotImplementedError(
+            f"logits: {name} changes a tensor's shape or memory in place; use a copy of lazy logits"
+        )
     aliases = any(returned.alias_info is not None for returned in schema.returns) or schema.is_mutable
     real = _exposed if aliases else lambda x: realize(x.source, x.rows)
     plain_args, plain_kwargs = tree_map(lambda x: real(x) if isinstance(x, LazyLogits) else x, (args, kwargs))
     found = func(*plain_args, **plain_kwargs)
-    if schema.is_mutable and isinstance(args[0], LazyLogits) and schema.arguments[0].is_write:
+    if schema.is_mutable and args and isinstance(args[0], LazyLogits) and schema.arguments[0].is_write:
         return args[0]
     return found
 

@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .heads import JoinedHead
+from .heads import JoinedHead, Noted
 from .lazy import LOG_PROBS, LOGITS, PLOGP, PROBS, PX, RECORDED, LazyLogits, Origin, Values
 
 aten = torch.ops.aten
@@ -47,7 +47,13 @@ def _selected(x, axis, function, *args):
 
 
 def _recorded(function, *inputs, **kwargs):
-    return function, [Origin(x.source, x.rows) if isinstance(x, LazyLogits) else x for x in inputs], kwargs
+    return function, [_input(x) for x in inputs], kwargs
+
+
+def _input(x):
+    if isinstance(x, LazyLogits):
+        return Origin(x.source, x.rows)
+    return Noted(x) if isinstance(x, torch.Tensor) else x
 
 
 def _dim(x, dim):
@@ -175,6 +181,7 @@ def _index(x, indices):
     taken = sum(i.dim() if i is not None and i.dtype in (torch.bool, torch.uint8) else 1 for i in indices)
     if taken == x.dim() and indices[-1] is not None:
         return NotImplemented  # it selects classes
+    indices = [i if i is None else i.clone() for i in indices]  # a mask may go on to be another one
     found = _selected(x, 0, aten.index.Tensor, indices)
     found.rows.axis = found.dim() - 1
     return found
@@ -184,7 +191,7 @@ def _index(x, indices):
 def _index_select(x, dim, index):
     if not _last(x) or _dim(x, dim) == x.rows.axis:
         return NotImplemented
-    return _selected(x, x.rows.axis, aten.index_select.default, _dim(x, dim), index)
+    return _selected(x, x.rows.axis, aten.index_select.default, _dim(x, dim), index.clone())
 
 
 @_records(aten.clone.default)
@@ -221,7 +228,7 @@ def _mul(x, other):
         return _product(x, other)
     number = _number(other)
     if number is None and (_for_each_class(x, other) or _for_all(x, other)) and _uncapped(x):
-        return _joined(x, aten.mul.Tensor, other, [(x.source.head, x.source.scale)], factor=other)
+        return _joined(x, aten.mul.Tensor, other, [(x.source.head, x.source.scale)], factor=Noted(other))
     return _scaled(aten.mul.Tensor, x, other, number)
 
 
@@ -229,7 +236,7 @@ def _mul(x, other):
 def _div(x, other):
     number = _number(other)
     if number is None and _for_all(x, other) and _uncapped(x):
-        return _joined(x, aten.div.Tensor, other, [(x.source.head, x.source.scale)], divisor=other)
+        return _joined(x, aten.div.Tensor, other, [(x.source.head, x.source.scale)], divisor=Noted(other))
     return _scaled(aten.div.Tensor, x, other, 1 / number if number else None)
 
 
@@ -243,7 +250,7 @@ def _neg(x):
 def _scaled(function, x, other, by):
     if by is None:
         return NotImplemented
-    op = _recorded(function, x, other)
+    op = _recorded(function, x, other.item() if isinstance(other, torch.Tensor) else other)
     if x.source.kind != LOGITS:
         return _copied(x, op, factor=x.source.factor * by)
     if by <= 0:
@@ -268,7 +275,7 @@ def _add(x, other, *, alpha=1):
         return NotImplemented
     call = (old.head, old.scale)
     if _for_each_class(x, other):
-        return _joined(x, aten.add.Tensor, other, [call], bias=other)
+        return _joined(x, aten.add.Tensor, other, [call], bias=Noted(other))
     if not isinstance(other, LazyLogits) or other.shape != x.shape:
         return NotImplemented
     theirs = other.source
@@ -301,6 +308,10 @@ def _joined(x, function, other, calls, **rest):
     dtype = torch.result_type(x.fake, other)
     if not other.is_floating_point() or dtype.itemsize > max(4, x.dtype.itemsize):
         return NotImplemented
+    if isinstance(other, LazyLogits) and other.cut != x.cut:
+        return NotImplemented
+    if x.cut and torch.is_grad_enabled() and other.requires_grad and not isinstance(other, LazyLogits):
+        return NotImplemented  # a gradient to ``other`` alone
     values = Values(JoinedHead(calls, **rest), x.rows, op=_recorded(function, x, other))
     return LazyLogits.like(torch.empty_like(x.fake, dtype=dtype), values, x.rows)
 
@@ -334,7 +345,7 @@ def _product(x, y):
     a, b = x.source, y.source
     kind = {frozenset((PROBS, LOG_PROBS)): PLOGP, frozenset((PROBS, LOGITS)): PX}.get(frozenset((a.kind, b.kind)))
     same = x.rows is y.rows and a.head is b.head and (a.scale, a.cap) == (b.scale, b.cap) and b.written is None
-    if kind is None or not same:
+    if kind is None or not same or x.cut != y.cut:  # one of them may be a constant for the gradient
         return NotImplemented
     op = _recorded(aten.mul.Tensor, x, y)
     return _copied(x, op, torch.promote_types(x.dtype, y.dtype), kind=kind, factor=a.factor * b.factor)

@@ -155,6 +155,15 @@ FUSED = {
         lambda x: F.cross_entropy(flat((x * 2) * torch.linspace(0.5, 2, V) + torch.arange(V) / V), LABELS.view(-1)),
     ),
     "bias, then scaled": (1, lambda x: F.cross_entropy(flat((x + torch.arange(V) / V) / 0.3), LABELS.view(-1))),
+    "two biases, two logsumexps": (2, lambda x: (x.logsumexp(-1), (x + torch.arange(V) / V).logsumexp(-1))),
+    "a bias of three dimensions": (
+        1,
+        lambda x: F.cross_entropy(flat(x + torch.linspace(0, 1, V)[None, None]), LABELS.view(-1)),
+    ),
+    "detached, plus a bias": (
+        2,
+        lambda x: F.cross_entropy(flat(x.detach() + torch.arange(V) / V), LABELS.view(-1)) + 0 * x.logsumexp(-1).sum(),
+    ),
     "squeezed": (1, lambda x: F.cross_entropy(x.unsqueeze(0).squeeze(0)[0:1].squeeze(0), LABELS[0])),
     "split": (2, lambda x: sum(F.cross_entropy(part.flatten(0, 1), IDS[:1].flatten()) for part in x.split(1))),
     "unbound": (B, lambda x: tuple(F.cross_entropy(row, y) for row, y in zip(x, LABELS, strict=True))),
@@ -209,6 +218,18 @@ def reshaped_copy_written(x):
     return F.cross_entropy(copy, IDS[:, 1:].flatten()) + F.cross_entropy(flat(x), IDS.view(-1))
 
 
+def only_the_bias_learns(x):
+    bias = torch.zeros(V, requires_grad=True)
+    (by_bias,) = torch.autograd.grad(F.cross_entropy(flat(x.detach() + bias), LABELS.view(-1)), bias)
+    return by_bias, x.sum()
+
+
+def detached_leaf(x):
+    leaf = x.detach().requires_grad_()
+    F.cross_entropy(flat(leaf), LABELS.view(-1)).backward()
+    return leaf.grad, x.sum()
+
+
 def smoothed_as_in_transformers(x):
     log_probs = -F.log_softmax(x, dim=-1)
     return log_probs.gather(-1, IDS[..., None]), log_probs.sum(-1, keepdim=True, dtype=torch.float32)
@@ -216,6 +237,12 @@ def smoothed_as_in_transformers(x):
 
 MATERIALISED = {
     "smoothed as in transformers": smoothed_as_in_transformers,
+    "only the bias learns": only_the_bias_learns,
+    "detached leaf": detached_leaf,
+    "entropy of constant probabilities": lambda x: (x.softmax(-1).detach() * x.log_softmax(-1)).sum(-1),
+    "mean of constant logits": lambda x: (x.softmax(-1) * x.detach()).sum(-1),
+    "log_softmax times 0": lambda x: ((x.log_softmax(-1) * 0).argmax(-1), x.mean()),
+    "numpy's names": lambda x: x.sum(axis=-1, keepdims=True),
     "softmax squared": lambda x: x.softmax(-1).square(),
     "by our name, with a softcap": lambda x: sft_kernels.cross_entropy(flat(x), LABELS.view(-1), softcap=0.5),
     "by our name, probabilities": lambda x: sft_kernels.cross_entropy(flat(x), torch.full((B * S, V), 1 / V)),
@@ -250,3 +277,45 @@ MATERIALISED = {
 def test_anything_else_computes_real_logits_once(name):
     model = same(MATERIALISED[name], None)
     assert head_counts(model).materialised == 1
+
+
+def test_a_mask_that_changes_afterwards_does_not_matter():
+    def function(x):
+        mask = KEPT.clone()
+        kept = x.detach()[mask]
+        mask.logical_not_()
+        return kept.argmax(-1), x.logsumexp(-1)
+
+    same(function, (2, 0))
+
+
+@pytest.mark.parametrize(
+    ("written", "use"),
+    [
+        (lambda model, c: c.mul_(2), lambda z, c: F.cross_entropy(flat(z), LABELS.view(-1))),
+        (lambda model, c: c.mul_(2), lambda z, c: z.topk(2)),
+        (
+            lambda model, c: model.lm_head.weight.add_(1),
+            lambda z, c: z.argmax(-1),
+        ),
+    ],
+    ids=["bias, loss", "bias, real logits", "weight, statistics"],
+)
+def test_what_was_written_to_since_is_an_error(written, use):
+    model, c = patch(Model()), torch.ones(V)
+    logits = model(IDS) + c
+    with torch.no_grad():
+        written(model, c)
+    with pytest.raises(RuntimeError, match=r"logits: .* written to"):
+        use(logits, c)
+
+
+@pytest.mark.parametrize("change", [lambda x: x.squeeze_(), lambda x: x.t_(), lambda x: x.set_(torch.ones(2))])
+def test_a_change_of_shape_in_place_is_an_error(change):
+    with pytest.raises(NotImplementedError, match=r"logits: \w+ changes"):
+        change(patch(Model())(IDS[0]).detach())
+
+
+def test_setting_data_is_an_error():
+    with pytest.raises(NotImplementedError, match="copy_"):
+        patch(Model())(IDS).data = torch.ones(B, S, V)
