@@ -372,8 +372,11 @@ def token_stats(loop, dtype, options, impl):
 
 @IMPLS
 @pytest.mark.parametrize("loop", [*LOOPS])
-@pytest.mark.parametrize("options", [{}, {**EVERY, "reduction": "none"}], ids=lambda options: ", ".join(options))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(torch.float32, {}), (torch.float16, {**EVERY, "reduction": "none"})],
+    ids=["", "fp16, every"],
+)
 def test_values_of_each_token_are_those_of_the_whole_head(ranks, loop, dtype, options, impl):
     first, second = ranks(token_stats, loop, dtype, options, impl)
     assert same_bits(first, second)
