@@ -166,6 +166,7 @@ class LazyLogits(torch.Tensor):
             return RealTensor.apply(self, False)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
             catch = CAUGHT.get(func)
@@ -176,6 +177,7 @@ class LazyLogits(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
