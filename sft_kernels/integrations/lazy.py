@@ -174,6 +174,7 @@ class LazyLogits(torch.Tensor):
             return RealTensor.apply(self, False)
 
     @classmethod
+    @torch.compiler.disable
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunctionSubclass():
             catch = CAUGHT.get(func)
@@ -184,6 +185,7 @@ class LazyLogits(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
