@@ -106,6 +106,7 @@ def _may_be_lazy(input, weight, joined):
         and input.device == weight.device
         and (input.dtype == weight.dtype or torch.is_autocast_enabled(input.device.type))
         and not (input.is_meta or input.is_inference() or torch.jit.is_tracing())
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
