@@ -1,0 +1,147 @@
+"""Census: ``patch(model)`` on a small model of every class of transformers that predicts tokens.
+
+``python -m bench.census [--out FILE] [--only NAME …] [--jobs N]``. Each model has random weights and runs on the CPU in
+fp32, in training, without dropout: loss and gradients as transformers computes them, then again after
+``sft_kernels.integrations.patch``. A class has a process of its own, so a crash or a hang is one row of the page. The
+exit status is 1 if a patched model differs or fails, 2 for a wrong call.
+"""
+
+import argparse
+import collections
+import multiprocessing
+import sys
+import time
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import transformers
+
+from . import census_models
+from .census_compare import RUNS, TOLERANCE, Row, examine, first_line
+from .facts import ROOT, code_state, replace, versions
+
+TIME_LIMIT = 90  # seconds for one class
+
+
+def rows(names, examine=examine, *, jobs=2, time_limit=TIME_LIMIT):
+    """Yields a :class:`Row` for each name as it comes, from a process for each, ``jobs`` at a time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.census_compare"])
+    waiting, running = list(reversed(names)), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop()
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_child, args=(examine, name, sender), daemon=True)
+                process.start()
+                sender.close()
+                running[receiver] = (name, process, time.monotonic() + time_limit)
+            deadline = min(deadline for *_, deadline in running.values())
+            ready = wait(list(running), timeout=max(0, deadline - time.monotonic()))
+            for receiver in ready or [r for r, (*_, end) in running.items() if end <= time.monotonic()]:
+                name, process, _ = running.pop(receiver)
+                yield _received(name, process, receiver if ready else None, time_limit)
+                receiver.close()
+    finally:
+        for _, process, _ in running.values():
+            process.kill()
+
+
+def _received(name, process, receiver, time_limit):
+    """The row that a child sent, or one that says how the child ended."""
+    try:
+        row = receiver.recv() if receiver else Row(name, "failed", reason=f"stopped after {time_limit:g} s")
+    except EOFError:
+        process.join()
+        row = Row(name, "failed", reason=f"the process ended with status {process.exitcode}")
+    process.kill()
+    process.join()
+    return row
+
+
+def _child(examine, name, sender):
+    try:
+        row = examine(name)
+    except Exception as error:
+        row = Row(name, "failed", "DIFFERENT", reason=first_line(error))
+    sender.send(row)
+
+
+def summary(rows):
+    """The counts of ``rows`` in one line."""
+    verdicts = collections.Counter(row.verdict for row in rows)
+    agrees = collections.Counter(row.agrees for row in rows if row.agrees)
+    built, runs = len(rows) - verdicts["not built"], sum(verdicts[verdict] for verdict in RUNS)
+    parts = [f"{len(rows)} classes", f"{built} built", f"{runs} with a stock loss"]
+    parts += [f"{verdicts[verdict]} {verdict}" for verdict in RUNS if verdicts[verdict] or verdict != "failed"]
+    parts += [f"{agrees[answer]} {answer}" for answer in ("equal", "stock varies", "DIFFERENT")]
+    share = f" ({verdicts['fused'] / runs:.1%} of the stock losses)" if runs else ""
+    return ", ".join(parts).replace(f"{verdicts['fused']} fused", f"{verdicts['fused']} fused{share}")
+
+
+def page(rows):
+    """The census as Markdown."""
+    rows = sorted(rows, key=lambda row: row.name.lower())
+    commit, changed = code_state()
+    found = versions()
+    lines = [
+        f"# Census of transformers {found['transformers']}",
+        "",
+        summary(rows) + ".",
+        "",
+        f"Written by `python -m bench.census` at commit {(commit or 'unknown')[:12]}{' with changes' if changed else ''}, torch"
+        f" {found['torch']}, CPU, fp32. Small random models, two rows of {census_models.TOKENS} tokens, dropout off. Equal: the loss"
+        f" and each gradient within {TOLERANCE:g} of its norm (or of a thousandth of all gradients' norm).",
+        "",
+    ]
+    measured = [row for row in rows if row.verdict in RUNS]
+    errors = [row.error for row in measured if row.agrees == "equal"]
+    if errors:
+        lines += [f"The largest error among the equal ones is {max(errors):.1e}.", ""]
+    lines += ["| class | batch | verdict | loss and gradients | error | note |", "|---|---|---|---|---|---|"]
+    for row in measured:
+        error = "" if row.error is None else f"{row.error:.0e}"
+        lines.append(f"| {row.name} | {row.batch} | {row.verdict} | {row.agrees} | {error} | {_cell(row.reason)} |")
+    for verdict, title in (("no loss", "Built, but the stock loss does not run"), ("not built", "Not built")):
+        chosen = [row for row in rows if row.verdict == verdict]
+        if chosen:
+            lines += ["", f"## {title}", "", "| class | reason |", "|---|---|"]
+            lines += [f"| {row.name} | {_cell(row.reason)} |" for row in chosen]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text):
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m bench.census", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: bench/results, if all classes run)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes; the page is printed without --out")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time (2)")
+    arguments = parser.parse_args(argv)
+    names = census_models.names()
+    unknown = sorted(set(arguments.only or ()) - set(names))
+    if unknown:
+        parser.error(f"--only: not among the classes of transformers that predict tokens: {', '.join(unknown)}")
+    if arguments.jobs < 1:
+        parser.error("--jobs: expected at least 1")
+    code_state()
+    found = []
+    for row in rows(arguments.only or names, jobs=arguments.jobs):
+        found.append(row)
+        print(row.name, row.verdict, row.agrees, row.reason, file=sys.stderr, flush=True)
+    out = arguments.out
+    if out is None and not arguments.only:
+        out = ROOT / "bench" / "results" / f"census_transformers_{transformers.__version__}.md"
+    if out is None:
+        print(page(found))
+    else:
+        replace(out, page(found))
+    print(summary(found), file=sys.stderr)
+    return int(any(row.agrees == "DIFFERENT" for row in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""One model of the census: its loss and gradients as they are, and after ``patch(model)``."""
+
+import contextlib
+import copy
+import logging
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+
+from sft_kernels.integrations import head_counts, patch
+
+from . import census_models
+
+# Of a gradient's own norm, or of a thousandth of all gradients' norm if that is more. Both sides are fp32 and add up in
+# another order: measured are at most a few 1e-6. A wrong scale, mask or bias is off by far more than 1e-4.
+TOLERANCE = 1e-4
+RUNS = ("fused", "materialised", "unused", "refused", "failed")  # verdicts on classes whose stock loss runs
+MODELING = Path(transformers.__file__).parent
+
+
+class Row(NamedTuple):
+    """One class of the census."""
+
+    name: str
+    verdict: str  # one of RUNS, "no loss" or "not built"
+    agrees: str = ""  # "equal", "DIFFERENT", or "stock varies" if two unpatched runs differ as well
+    batch: str = ""
+    error: float | None = None  # largest relative difference of the loss and the gradients
+    reason: str = ""
+
+
+class Step(NamedTuple):
+    """The result of a training step without an optimiser."""
+
+    loss: torch.Tensor
+    gradients: dict
+
+
+def step(model, inputs):
+    """Returns the :class:`Step` of ``model`` on ``inputs``; ``ValueError`` if there is no finite loss."""
+    torch.manual_seed(2)
+    model.zero_grad(set_to_none=True)
+    loss = model(**inputs).loss
+    if loss is None:
+        raise ValueError("the forward returns no loss")
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if not all(x.isfinite().all() for x in (loss, *gradients.values())):
+        raise ValueError("the loss or a gradient is not finite")
+    if not any(gradient.any() for gradient in gradients.values()):
+        raise ValueError("every gradient is zero")
+    return Step(loss.detach(), gradients)
+
+
+def difference(stock, other):
+    """The largest relative difference of two steps; infinite if other parameters have a gradient."""
+    if stock.gradients.keys() != other.gradients.keys():
+        return float("inf")
+    total = torch.stack([gradient.norm() for gradient in stock.gradients.values()]).norm()
+    errors = [float((other.loss - stock.loss).abs() / stock.loss.abs())]
+    for name, gradient in stock.gradients.items():
+        scale = max(gradient.norm(), 1e-3 * total)
+        errors.append(float((other.gradients[name] - gradient).norm() / scale))
+    return max(errors) if all(error == error for error in errors) else float("inf")
+
+
+def examine(name):
+    """The :class:`Row` of the class ``name``."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    try:
+        model = census_models.build(name)
+    except Exception as error:
+        return Row(name, "not built", reason=first_line(error))
+    return compare(name, model, census_models.batches(model))
+
+
+def compare(name, model, batches):
+    """The :class:`Row` of ``model``, on the first of ``batches`` on which its own loss runs."""
+    reason = "no batch"
+    for batch, inputs in batches:
+        try:
+            stock = step(copy.deepcopy(model), inputs)
+            break
+        except Exception as error:
+            reason = first_line(error)
+    else:
+        return Row(name, "no loss", reason=reason)
+    # Copies, because a forward may replace modules and buffers.
+    again = difference(stock, step(copy.deepcopy(model), inputs))
+    patched = copy.deepcopy(model)
+    del model
+    with notes() as said:
+        try:
+            patch(patched, log_materialised=True)
+        except (TypeError, ValueError) as error:
+            return Row(name, "refused", batch=batch, reason=first_line(error))
+        try:
+            found = step(patched, inputs)
+        except Exception as error:
+            return Row(name, "failed", "DIFFERENT", batch, reason=first_line(error))
+    counts = head_counts(patched)
+    verdict = "materialised" if counts.materialised else "fused" if counts.fused else "unused"
+    error = difference(stock, found)
+    agrees = "equal" if error <= TOLERANCE else "stock varies" if again > TOLERANCE else "DIFFERENT"
+    return Row(name, verdict, agrees, batch, error, "; ".join(dict.fromkeys(said)))
+
+
+@contextlib.contextmanager
+def notes():
+    """Collects the messages of the patch: the operations that need real logits, and warnings."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage().replace(f"{MODELING}/", ""))
+    logger = logging.getLogger("sft_kernels.integrations")
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield said
+        said += [str(warning.message) for warning in caught if str(warning.message).startswith("patch")]
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate
+
+
+def first_line(error):
+    lines = str(error).strip().splitlines()
+    # A strict configuration says first that it is invalid, then why.
+    line = lines[1].strip() if len(lines) > 1 and lines[0].startswith("Class validation error") else (lines or [""])[0]
+    return f"{type(error).__name__}: {line}"[:200]
