@@ -11,9 +11,12 @@ import torch
 import triton
 from triton.runtime import interpreter
 
+from sft_kernels._budget import compare
 from sft_kernels.ops.softmax_grad import triton_impl
 from sft_kernels.ops.softmax_grad.options import LossOptions
 from sft_kernels.verify import _ATTENTION_FAMILIES, _LOSS_FAMILIES, _attention_case, _loss_case, _row
+
+from .per_token import OPTIONS, Case
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("Triton does not interpret here", allow_module_level=True)
@@ -73,6 +76,15 @@ def test_three_quarters_of_the_budget_suffice(approximate, op, case, families, f
     row = _row((op, "triton", "float32", family), case, torch.float32, "cpu", families[family])
     assert row.verdict == "ok"
     assert row.ratio <= 0.75, row
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 6.0}, OPTIONS], ids=["plain", "softcap", "every option"])
+def test_three_quarters_suffice_for_gradients_by_coefficients(approximate, options):
+    v = 307
+    case = Case(4 * torch.randn(64, v), torch.randint(0, v, (64,)), **options)
+    triton_impl.softmax_grad(found := case.logits.clone(), case.target, case.options, **case.given)
+    compared = compare(found, case.oracle(), case.autograd())
+    assert compared.error <= 0.75 * compared.allowed, compared
 
 
 def test_a_sure_token_keeps_the_digits_of_its_gradient(approximate):

@@ -150,7 +150,17 @@ def test_the_operators_keep_what_their_schemas_and_fakes_say(name, smoothing, im
     x, y, scale, keep = torch.randn(9, V), torch.randint(0, V, (9,)), torch.rand(9), torch.rand(9) < 0.5
     out = [torch.randn(9, V)] if name == "softmax_grad_out" else []
     rest = (None if name == "softmax_stats" else scale, None, keep, V, smoothing, None, logit_scale, 0.0, True)
-    torch.library.opcheck(getattr(operators, name).default, (x, *out, y, *rest))
+    more = (None, True) if impl == "triton" else ()  # no coefficients, predictions
+    torch.library.opcheck(getattr(operators, name).default, (x, *out, y, *rest, *more))
+
+
+@pytest.mark.parametrize("out", [False, True])
+def test_gradients_by_coefficients_keep_what_the_schemas_and_fakes_say(out):
+    resolve("softmax_grad", "triton")
+    operator = torch.ops.sft_kernels.softmax_grad_out if out else torch.ops.sft_kernels.softmax_grad_
+    x, y, lse = torch.randn(9, V), torch.randint(0, V, (9,)), torch.full((9,), 5.0, dtype=torch.float64)
+    rest = (None, lse, None, V, 0.0, None, 0.5, 0.0, False, torch.randn(9, 4), False)
+    torch.library.opcheck(operator.default, (x, *([torch.randn(9, V)] if out else []), y, *rest))
 
 
 def test_the_scaling_operator_keeps_what_its_schema_says():

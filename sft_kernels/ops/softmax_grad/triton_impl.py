@@ -179,7 +179,8 @@ def _softmax_grad_kernel(
         base = row_lse.to(tl.float32)
         total = tl.exp(row_lse - base.to(tl.float64))
         below_y = u_y.to(tl.float64) - row_lse
-        minus = (tl.exp(below_y) - 1.0).to(tl.float32)  # p_y − 1
+        minus_y = tl.exp(below_y) - 1.0  # p_y − 1
+        minus = minus_y.to(tl.float32)
         tl.debug_barrier()  # x_y is read before any thread writes there
     else:
         # Per group: maximum m, s = Σ exp(u − m) and t = Σ exp(u − m)(u − m), both without the target: where the model
@@ -284,15 +285,16 @@ def _softmax_grad_kernel(
         of_y = tl.load(p_k + 1, mask=live, other=0.0)
         of_spread = tl.load(p_k + 2, mask=live, other=0.0)
         flat = tl.load(p_k + 3, mask=live, other=0.0)
-        of_both = of_p + of_y  # before all products: 0 if B = −A, with an fma too
+        # In fp64: where p_y is near 1 the sum is much smaller than A if B = −A, where it is near 0 if B = 0.
+        spread = (minus_y + 1.0) * tl.maximum(below_y, _NIL)  # p_y (u_y − lse)
+        at_y = of_p.to(tl.float64) + of_y + of_p * minus_y - of_spread * spread - flat
+        at_y = at_y.to(tl.float32)
         if SCALED:
-            of_p, of_both = of_p * logit_scale, of_both * logit_scale
-            of_spread, flat = of_spread * logit_scale, flat * logit_scale
+            of_p, of_spread = of_p * logit_scale, of_spread * logit_scale
+            flat, at_y = flat * logit_scale, at_y * logit_scale
         left = (row_lse - base.to(tl.float64)).to(tl.float32)
-        bend = of_spread / total.to(tl.float32)
         factor = (of_p + of_spread * left) / total.to(tl.float32)
-        spread = (minus + 1.0) * tl.maximum(below_y.to(tl.float32), _NIL)  # p_y (u_y − lse)
-        at_y = of_both + of_p * minus - of_spread * spread - flat
+        bend = of_spread / total.to(tl.float32)
     if HAS_SCALE:
         # ∂loss/∂u_v = (1 + 2 ζ lse) p_v − (1 − ε) [v = y] − ε / V
         a = tl.load(scale + o_n, mask=live, other=0.0)
