@@ -139,7 +139,7 @@ def cross_entropy(
     Raises:
         ValueError, TypeError: an argument of a wrong shape, dtype or device, or out of range, by name.
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1`` (elsewhere the loss
-            is NaN).
+            is NaN, and so are the token's logprob, lse and entropy).
     """
     check_floating("input", input)
     if input.dim() == 0 or input.shape[min(1, input.dim() - 1)] == 0:
