@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft_kernels import KeptTokens, LinearCrossEntropyLoss, TokenStats, cross_entropy, linear_cross_entropy
+from sft_kernels import (
+    CrossEntropyLoss,
+    KeptTokens,
+    LinearCrossEntropyLoss,
+    TokenStats,
+    cross_entropy,
+    linear_cross_entropy,
+)
 from sft_kernels._backend import Unavailable
 from sft_kernels._budget import check
 from sft_kernels.ops.linear_cross_entropy import function
@@ -299,6 +306,16 @@ def test_a_half_precision_loss_keeps_fp32_values():
     value, found = cross_entropy(logits, y, return_stats="tokens")
     assert value.dtype == torch.bfloat16
     assert {t.dtype for t in found[:3]} == {torch.float32}
+
+
+def test_the_modules_return_them_too():
+    logits, hidden, y = torch.randn(N, V), torch.randn(N, D), labels()
+    module = LinearCrossEntropyLoss(D, V, return_stats="tokens", reduction="none")
+    expected = linear_cross_entropy(hidden, module.linear.weight, y, return_stats="tokens", reduction="none")
+    assert same_bits(module(hidden, y), expected)
+    assert same_bits(
+        CrossEntropyLoss(return_stats="tokens")(logits, y), cross_entropy(logits, y, return_stats="tokens")
+    )
 
 
 # ---- fp16 products, as on a GPU

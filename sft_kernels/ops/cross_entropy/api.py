@@ -140,7 +140,7 @@ def cross_entropy(
     Raises:
         ValueError, TypeError: an argument of a wrong shape, dtype or device, or out of range, by name.
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1`` (elsewhere the loss
-            is NaN).
+            is NaN, and so are the token's logprob, lse and entropy).
     """
     if has_torch_function_unary(input):  # a tensor subclass that knows better, as torch's own functions ask
         return handle_torch_function(

@@ -89,7 +89,8 @@ def linear_cross_entropy(
             rank's.
         return_stats: True also returns :class:`LossStats`, detached, of the scaled and capped logits. ``"tokens"``
             returns :class:`TokenStats` instead, of the shape of the labels, through which gradients flow; with
-            ``shift`` they stand at t.
+            ``shift`` they stand at t. If only they enter your loss, say ``reduction="none"``: a reduced loss may make
+            its gradients in the forward.
         impl: ``"auto"`` or an implementation's name.
 
     Returns:
@@ -107,7 +108,7 @@ def linear_cross_entropy(
     Raises:
         ValueError, TypeError: an argument of a wrong shape, dtype or device, or out of range, by name.
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1``; elsewhere the loss
-            is NaN.
+            is NaN, and so are the token's logprob, lse and entropy.
     """
     check_floating("linear_weight", linear_weight)
     shards = None if process_group is None else Shards.of(linear_weight, process_group)
@@ -182,8 +183,8 @@ def linear_cross_entropy(
             )  # fmt: skip
             options = Options(
                 partial(core.softmax_grad, options=loss_options),
-                {"stats": True, "predict": True} if per_token else {"stats": return_stats},
                 core.scale_,
+                {"stats": True, "predict": True} if per_token else {"stats": return_stats},
                 loss_options,
                 plan,
                 dtype,

@@ -44,8 +44,8 @@ class Dtypes(NamedTuple):
 
 class Options(NamedTuple):
     core: Any  # the implementation of softmax_grad, with the loss's options
-    statistics: dict  # the core's arguments that ask for statistics
     scale_: Any  # and its way to multiply a gradient
+    statistics: dict  # the core's arguments that ask for statistics
     loss: LossOptions
     plan: Plan
     dtype: torch.dtype  # of the products
