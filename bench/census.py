@@ -91,14 +91,15 @@ def page(rows):
     rows = sorted(rows, key=lambda row: row.name.lower())
     commit, changed = code_state()
     found = versions()
+    code = f"commit {(commit or 'unknown')[:12]}{' with changes' if changed else ''}, torch {found['torch']}"
     lines = [
         f"# Census of transformers {found['transformers']}",
         "",
         f"{summary(rows)}.",
         "",
-        f"Written by `python -m bench.census` at commit {(commit or 'unknown')[:12]}{' with changes' if changed else ''},",
-        f"torch {found['torch']}, CPU, fp32. Small random models, two rows of {census_models.TOKENS} tokens, dropout off.",
-        f"Equal: the loss and each gradient within {TOLERANCE:g} of its norm (or of a thousandth of all gradients' norm).",
+        f"Written by `python -m bench.census` at {code}, CPU, fp32.",
+        f"Small random models, two rows of {census_models.TOKENS} tokens, dropout off.",
+        f"Equal: the loss and each gradient within {TOLERANCE:g} of its norm, or of a thousandth of the norm of all.",
         "Fused: no logits were computed. Materialised: an operation needed them; the note names it, and its line.",
         "",
     ]

@@ -209,21 +209,25 @@ def _fields(config_class, overrides, special):
         found["num_key_value_heads"] = found["num_attention_heads"]
     for name, spec in nested.items():
         given = overrides.get(name, {})
-        found[name] = _nested(spec, given, special) if isinstance(given, dict) else given
+        if isinstance(given, dict):
+            model_type = given.get("model_type") or getattr(spec, "model_type", None)
+            model_type = (
+                model_type or getattr(config_class(), name).model_type
+            )  # transformers 5.17 says it nowhere else
+            given = _nested(spec, model_type, given, special)
+        found[name] = given
     return {**found, **{name: value for name, value in overrides.items() if name not in nested}}
 
 
-def _nested(spec, overrides, special):
+def _nested(spec, model_type, overrides, special):
     """The fields of a nested configuration; ``spec`` is its class, or what says its class and first fields."""
     config_class = getattr(spec, "config_class", spec)
-    model_type = overrides.get("model_type") or getattr(spec, "model_type", None)
     if not dataclasses.is_dataclass(config_class):  # AutoConfig
         config_class = CONFIG_MAPPING[model_type]
     given = dict(getattr(spec, "init_kwargs", {}))
     small = {name: _small(name, value, special) for name, value in given.items()}
     given.update({name: value for name, value in small.items() if value is not None})
-    fields = _fields(config_class, {**given, **overrides}, special)
-    return {**fields, "model_type": model_type or config_class.model_type}
+    return {**_fields(config_class, {**given, **overrides}, special), "model_type": model_type}
 
 
 def _default(field):
