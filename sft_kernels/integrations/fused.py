@@ -65,7 +65,7 @@ def _loss(x, target, *, dtype=None, return_stats=False, **options):
     hidden, weight, bias = _inputs(head, _history(x))
     ignore_index = options["ignore_index"]
     check_once(x, target, ignore_index)
-    remember = head.state.statistics_wanted and not return_stats
+    remember = head.remembers and not return_stats
     if remember:  # where the kept tokens stand
         options["kept"] = kept = KeptTokens.from_labels(target, options.pop("ignore_index"))
     with _as_called(head):
@@ -395,7 +395,8 @@ def check_once(x, target=None, ignore_index=-100):
         return
     state.checked = True
     try:
-        problem = _difference(x, target, ignore_index)
+        with _out_of_checkpoints():
+            problem = _difference(x, target, ignore_index)
     except Exception:
         _any_rank(True, head)  # the others wait for this rank's answer
         raise
@@ -404,6 +405,13 @@ def check_once(x, target=None, ignore_index=-100):
             f"patch: the fused loss of {state.name} is not that of the unpatched model:"
             f" {problem or 'seen on another rank'}. The model does something else to its logits; call unpatch(model)"
         )
+
+
+def _out_of_checkpoints():
+    """Around what runs in a first pass only: activation checkpointing counts the tensors that each pass saves."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _difference(x, target, ignore_index):

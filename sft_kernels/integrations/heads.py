@@ -37,6 +37,9 @@ class HeadCall:
             self.autocast = torch.get_autocast_dtype(device)
         self.dtype = self.autocast or hidden.dtype
         self.eps = torch.finfo(self.dtype).eps  # of the coarsest rounding on the unpatched head's way
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs again, and must do what it did before
+            state.remembers = state.statistics_wanted
+        self.remembers = state.remembers
         self.ranks = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
         self._tensors = hidden, weight, bias
         self._versions = self._current_versions()
@@ -90,7 +93,7 @@ class JoinedHead:
         self.divisor = divisor  # 1 / f, one number
         first = calls[0][0]
         self.state, self.hidden, self.classes, self.ranks = first.state, first.hidden, first.classes, first.ranks
-        self.autocast = first.autocast
+        self.autocast, self.remembers = first.autocast, first.remembers
         self.dtype = first.dtype
         for head, _ in calls:
             self.dtype = torch.promote_types(self.dtype, head.dtype)
