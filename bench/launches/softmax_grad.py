@@ -67,12 +67,13 @@ _CORES = {
     "training, all options": ({"V": 128256, "stats": True, **_EVERY}, _CAPPED, 97, 100),
     "odd vocabulary": ({"V": 50257}, _NEED, 31, 33),
     "odd vocabulary, all options": ({"V": 50257, "stats": True, **_EVERY}, _CAPPED, 101, 104),
-    "slice, given lse": ({"V": 16384, "lse": True}, _NEED, 12.5, 12),
+    "slice, given lse": ({"V": 16384, "lse": True}, _NEED, 12, 12),
     "given logits": ({"V": 128256, "keep": True, "out": True}, _NEED, 31, 37),
     "short rows": ({"V": 1024}, _SHORT, 28, 32),
     "statistics, prediction": ({"V": 128256, **_PREDICTION}, _NEED, 18.5, 23.5),
     "given lse, coefficients": ({"V": 128256, **_COEFFICIENTS}, _NEED, 14.5, 14.5),
     "odd V, prediction, softcap": ({"V": 50257, **_PREDICTION, "softcap": 30.0}, _CAPPED, 48.5, 51.5),
+    "odd V, given lse, softcap": ({"V": 50257, "lse": True, "softcap": 30.0}, _CAPPED, 46.5, 47.5),
     "odd V, coefficients, softcap": ({"V": 50257, **_COEFFICIENTS, "softcap": 30.0}, _CAPPED, 48.5, 49.5),
 }
 CASES = {

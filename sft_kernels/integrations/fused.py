@@ -190,6 +190,9 @@ def _statistics(x, labels=None):
 
     ``logprob`` means something only if ``labels`` say of which class.
     """
+    if torch.is_inference_mode_enabled():  # what is kept may be used outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            return _statistics(x, labels)
     key = x.source.shaping
     history = _history(x)
     if labels is not None:
@@ -333,7 +336,7 @@ def _reduced(field, x, keepdim, dtype=None):
 def _logsumexp(input, dim, keepdim=False, **others):
     if others or not _is_lazy(input, LOGITS) or not _over_classes(input, dim):
         return NotImplemented
-    return _reduced(_statistics(input).lse, input, keepdim)
+    return _reduced(_statistics(input).lse.clone(), input, keepdim)  # what is kept is nobody's to write to
 
 
 def _argmax(input, dim=None, keepdim=False, **others):
@@ -342,7 +345,7 @@ def _argmax(input, dim=None, keepdim=False, **others):
     if input.source.factor <= 0:
         return NotImplemented
     with torch.no_grad():
-        return _reduced(_statistics(input).prediction, input, keepdim)
+        return _reduced(_statistics(input).prediction.clone(), input, keepdim)
 
 
 def _sum(input, dim=None, keepdim=False, *, dtype=None, **others):
@@ -395,8 +398,7 @@ def check_once(x, target=None, ignore_index=-100):
         return
     state.checked = True
     try:
-        with _out_of_checkpoints():
-            problem = _difference(x, target, ignore_index)
+        problem = _difference(x, target, ignore_index)
     except Exception:
         _any_rank(True, head)  # the others wait for this rank's answer
         raise
@@ -405,13 +407,6 @@ def check_once(x, target=None, ignore_index=-100):
             f"patch: the fused loss of {state.name} is not that of the unpatched model:"
             f" {problem or 'seen on another rank'}. The model does something else to its logits; call unpatch(model)"
         )
-
-
-def _out_of_checkpoints():
-    """Around what runs in a first pass only: activation checkpointing counts the tensors that each pass saves."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
-        return contextlib.nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _difference(x, target, ignore_index):
@@ -430,7 +425,7 @@ def _difference(x, target, ignore_index):
         return rows[-1]
 
     logit_scale, softcap = values.shaping
-    with torch.enable_grad(), _as_called(head):
+    with torch.enable_grad(), _saving_alone(), _as_called(head):
         logits = stock_rows(values, select).reshape(len(at), -1)
         stock = torch_cross_entropy(logits.float(), labels, reduction="none")
         same_rows = isinstance(head, HeadCall)
@@ -457,6 +452,11 @@ def _difference(x, target, ignore_index):
         if not distance <= allowed * size + 1e-12:
             return f"{name} of {len(at)} rows differ by up to {float(distance):.3g} of {float(size):.3g}"
     return None
+
+
+def _saving_alone():
+    """Keeps what the comparison saves for its backward from the hooks of a checkpoint around the model."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor)
 
 
 def _some_rows(x, target, ignore_index, classes):

@@ -46,11 +46,15 @@ class LazyHead(torch.nn.Linear):
 
     def forward(self, input):
         """The logits of ``input`` [..., D]: lazy if a gradient may follow, else real ones."""
+        training = self.training and torch.is_grad_enabled() and not torch.compiler.is_exporting()
         if torch.compiler.is_compiling():
-            return _outside_of_graphs(self, input)
+            return _outside_of_graphs(self, input) if training else super().forward(input)
+        return self._logits(input, training)
+
+    def _logits(self, input, training):
         state = self._sft_kernels
         state.seen += self.training
-        if self.training and torch.is_grad_enabled():
+        if training:
             weight, bias = self.weight, self.bias
             if _may_be_lazy(input, weight, state.joined):
                 state.calls += 1
@@ -90,7 +94,7 @@ class HeadCalled(torch.autograd.Function):
 @torch.compiler.disable
 def _outside_of_graphs(head, input):
     """What ``torch.compile`` sees of a head: a graph ends here. What follows from lazy logits runs as it is written."""
-    return head.forward(input)
+    return head._logits(input, True)
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

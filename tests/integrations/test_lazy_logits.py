@@ -319,3 +319,53 @@ def test_a_change_of_shape_in_place_is_an_error(change):
 def test_setting_data_is_an_error():
     with pytest.raises(NotImplementedError, match="copy_"):
         patch(Model())(IDS).data = torch.ones(B, S, V)
+
+
+def test_a_statistic_that_is_written_to_does_not_come_back():
+    def function(x):
+        lse, prediction = x.detach().logsumexp(-1), x.argmax(-1)
+        lse.mul_(2)
+        prediction[KEPT] = -100
+        return x.detach().logsumexp(-1), x.argmax(-1), x.logsumexp(-1)
+
+    same(function, (2, 0))
+
+
+def test_statistics_of_inference_mode_serve_a_later_loss():
+    def function(x):
+        with torch.inference_mode():
+            first = (x.argmax(-1), x.logsumexp(-1))
+        return *(t.clone() for t in first), F.cross_entropy(flat(x), LABELS.view(-1)), x.logsumexp(-1)
+
+    same(function, None)
+
+
+def test_a_checkpoint_around_head_and_loss():
+    def function(x):
+        return F.cross_entropy(flat(x), LABELS.view(-1))
+
+    gradients = []
+    for model in (Model(), patch(Model())):
+        loss = torch.utils.checkpoint.checkpoint(
+            lambda ids, model=model: function(model(ids)), IDS, use_reentrant=False
+        )
+        loss.backward()
+        gradients.append(model.lm_head.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_other_parameters_by_functional_call():
+    model = patch(Model())
+    other = {"lm_head.weight": torch.randn(V, D, requires_grad=True)}
+    logits = torch.func.functional_call(model, other, (IDS,))
+    stock = F.linear(model.embed(IDS).tanh(), other["lm_head.weight"])
+    for x, grads in ((logits, []), (stock, [])):
+        grads += torch.autograd.grad(F.cross_entropy(flat(x), LABELS.view(-1)), other["lm_head.weight"])
+    torch.testing.assert_close(logits.logsumexp(-1), stock.logsumexp(-1))
+
+
+def test_a_patched_model_in_evaluation_is_one_graph():
+    model = patch(Model()).eval()
+    torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(IDS), model(IDS))
+    exported = torch.export.export(model, (IDS,), strict=False)
+    torch.testing.assert_close(exported.module()(IDS), model(IDS))

@@ -228,8 +228,7 @@ def _softmax_grad_kernel(
         if PREDICT:
             # The first of the groups that attain the maximum is read again; none attains a NaN.
             o_g = at * GROUPS + o_0
-            attains = (m == tl.max(m, 1)[:, None]) & (o_g < groups[:, None])
-            g = tl.min(tl.where(attains, o_g, groups[:, None]), 1)  # [ROWS]
+            g = tl.min(tl.where(m == tl.max(m, 1)[:, None], o_g, groups[:, None]), 1)  # [ROWS]
             m_a = (live & (g < groups))[:, None]
             o_a = g[:, None] * _VEC + tl.arange(0, _VEC)[None, :]  # [ROWS, _VEC]
             x_a = tl.load(logits + first[:, None] + o_a, mask=m_a, other=float("-inf")).to(tl.float32)
