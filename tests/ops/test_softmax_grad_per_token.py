@@ -60,6 +60,15 @@ def test_each_term_by_itself(core, options, g):
     hold(c, x)
 
 
+@pytest.mark.parametrize("g", [LOGPROB, ENTROPY], ids=["logprob", "entropy"])
+@pytest.mark.parametrize("offset", [40, 1000, -3000])
+def test_digits_hold_wherever_the_logits_stand(core, offset, g):
+    """fp32 holds an lse of 1000 to 3e-5 alone."""
+    c = Case(rising(9, 61, torch.float32) + offset, borders(61, 9), g[:, None].expand(4, 9))
+    core(x := c.logits.clone(), c.target, c.options, **c.given)
+    hold(c, x)
+
+
 def test_without_upstream_gradients_of_its_own_it_is_the_gradient_of_the_loss(core):
     c = case(g=LOSS[:, None].expand(4, 9), **OPTIONS)
     core(x := c.logits.clone(), c.target, c.options, **c.given)
