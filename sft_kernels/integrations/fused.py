@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from .. import KeptTokens, TokenStats, cross_entropy, linear_cross_entropy
 from ..ops.softmax_grad.composed import torch_cross_entropy
 from .heads import HeadCall
+from .heads import history as history_key
 from .lazy import CAUGHT, LOG_PROBS, LOGITS, PLOGP, PROBS, PX, LazyLogits, RealTensor, coarsest, stock_rows
 
 _NEVER = -(1 << 62)  # a label that nothing has: every label is one
@@ -24,7 +25,7 @@ def _is_lazy(x, *kinds):
     """Returns True if ``x`` is lazy, of one of ``kinds``, and a gradient by it, if any, is one by its head."""
     if not isinstance(x, LazyLogits) or x.source.written is not None or x.source.kind not in kinds:
         return False
-    return not (x.cut and x.requires_grad)
+    return not (x.cut and _history(x))
 
 
 def _history(x):
@@ -65,7 +66,7 @@ def _loss(x, target, *, dtype=None, return_stats=False, **options):
     hidden, weight, bias = _inputs(head, _history(x))
     ignore_index = options["ignore_index"]
     check_once(x, target, ignore_index)
-    remember = head.state.statistics_wanted and not return_stats
+    remember = head.remembers and not return_stats
     if remember:  # where the kept tokens stand
         options["kept"] = kept = KeptTokens.from_labels(target, options.pop("ignore_index"))
     with _as_called(head):
@@ -217,9 +218,10 @@ def _with_tie(stats, x):
 def _found(x, key, history):
     """The statistics that a view before ``x`` has already, as ``x`` shows them; None without any."""
     view = x.rows
+    keys = {history_key(True), history_key(history)}
     while view is not None:
-        for with_history in (True,) if history else (True, False):
-            if stats := x.source.head.stats.get((view, key, with_history)):
+        for history_of in keys:
+            if stats := x.source.head.stats.get((view, key, history_of)):
                 stats = (field.unsqueeze(view.axis) for field in stats)
                 stats = (x.rows.of(field, view).squeeze(x.rows.axis) for field in stats)
                 return TokenStats(*(field if history else field.detach() for field in stats))
@@ -249,7 +251,7 @@ def _of_every_token(x, view, labels, history):
             return_stats="tokens",
         )
     head.state.fused += 1
-    head.stats[view, x.source.shaping, history] = found
+    head.stats[view, x.source.shaping, history_key(history)] = found
     return found
 
 

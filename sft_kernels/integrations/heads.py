@@ -1,7 +1,21 @@
 """Where lazy logits come from: one call of an output head, or what a model makes of it."""
 
+import weakref
+
 import torch
 import torch.nn.functional as F
+
+
+def history(enabled):
+    """A key for what is computed with a history, or without (None).
+
+    A checkpoint must save the same tensors in both of its passes. So neither may use what was kept outside of it, or in
+    the other one.
+    """
+    if not enabled:
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return "history" if hooks is None else weakref.ref(hooks[0])
 
 
 class Noted:
@@ -37,6 +51,9 @@ class HeadCall:
             self.autocast = torch.get_autocast_dtype(device)
         self.dtype = self.autocast or hidden.dtype
         self.eps = torch.finfo(self.dtype).eps  # of the coarsest rounding on the unpatched head's way
+        if torch._C._current_graph_task_id() == -1:  # else a checkpoint runs again, and must do what it did before
+            state.remembers = state.statistics_wanted
+        self.remembers = state.remembers
         self.ranks = torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
         self._tensors = hidden, weight, bias
         self._versions = self._current_versions()
@@ -90,21 +107,21 @@ class JoinedHead:
         self.divisor = divisor  # 1 / f, one number
         first = calls[0][0]
         self.state, self.hidden, self.classes, self.ranks = first.state, first.hidden, first.classes, first.ranks
-        self.autocast = first.autocast
+        self.autocast, self.remembers = first.autocast, first.remembers
         self.dtype = first.dtype
         for head, _ in calls:
             self.dtype = torch.promote_types(self.dtype, head.dtype)
         self.eps = max(head.eps for head, _ in calls)
         self.known, self.stats = {}, {}
         self.hooked = any(head.hooked for head, _ in calls)
-        self._joined = {}  # by whether there is a history
+        self._joined = {}  # by the key of the history
 
     def tensors(self):
         """Returns ``(hidden, weight, bias)`` of one head, through which all of its parts get their gradients."""
-        history = torch.is_grad_enabled()
-        if history not in self._joined:
-            self._joined[history] = self._join()
-        return self._joined[history]
+        key = history(torch.is_grad_enabled())
+        if key not in self._joined:
+            self._joined[key] = self._join()
+        return self._joined[key]
 
     def _join(self):
         hidden, weight, bias = zip(*(head.tensors() for head, _ in self.calls), strict=True)

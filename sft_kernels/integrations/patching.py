@@ -1,13 +1,12 @@
 """``patch(model)``: a Hugging Face causal LM whose logits, in training, are lazy."""
 
 import types
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
-from . import fused, recorded  # noqa: F401  (what lazy logits do)
+from . import fused, recorded, watch  # noqa: F401  (what lazy logits do)
 from .heads import HeadCall
 from .lazy import LazyLogits
 
@@ -26,12 +25,13 @@ class HeadState:
 
     name: str
     log: bool
-    seen: int = 0  # calls of any kind
+    seen: int = 0  # calls in training mode, also of real logits
     calls: int = 0
     fused: int = 0
     materialised: int = 0
     checked: bool = False  # whether the first result was compared with the unpatched head's
     statistics_wanted: bool = False  # whether a trainer asks for more than the loss
+    remembers: bool = False  # whether losses leave their statistics behind
     joined: bool = False  # whether the model may add another layer's result to this one's
 
 
@@ -53,7 +53,7 @@ class LazyHead(torch.nn.Linear):
 
     def _logits(self, input, training):
         state = self._sft_kernels
-        state.seen += 1
+        state.seen += self.training
         if training:
             weight, bias = self.weight, self.bias
             if _may_be_lazy(input, weight, state.joined):
@@ -170,8 +170,7 @@ def patch(model, *, log_materialised=False):
             _set_class(layer, _lazy_class(type(layer)))
         layer._sft_kernels.log = log_materialised
         layer._sft_kernels.joined = len(layers) > 1
-    _remove_watch(model)
-    model.register_forward_hook(_Watch([layer._sft_kernels for layer in layers.values()]))
+    watch.start(model, layers.values())
     return model
 
 
@@ -181,7 +180,7 @@ def unpatch(model):
     for layer in _patched(model):
         _set_class(layer, _stock_class(type(layer)))
         del layer._sft_kernels
-    _remove_watch(model)
+    watch.stop(model)
     return model
 
 
@@ -264,32 +263,3 @@ def _set_class(layer, kind):
     layer.__class__ = kind
     if "_old_forward" in vars(layer):  # accelerate's hooks call the forward that they found
         layer._old_forward = types.MethodType(kind.forward, layer)
-
-
-class _Watch:
-    """Called after each forward of a model: warns once if a training forward has not called the head."""
-
-    def __init__(self, states):
-        self.states = states
-        self.seen = [state.seen for state in states]
-        self.warned = False
-
-    def __call__(self, model, args, output):
-        if torch.compiler.is_compiling() or not (model.training and torch.is_grad_enabled()):
-            return
-        seen = [state.seen for state in self.states]
-        if seen == self.seen and not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"patch: {self.states[0].name} was not called in a training forward of its model: the trainer"
-                " multiplies by its weight itself, or the head was replaced. Nothing is fused; switch that off in the"
-                " trainer, or call patch(model) after it was built",
-                stacklevel=2,
-            )
-        self.seen = seen
-
-
-def _remove_watch(model):
-    for key, hook in list(model._forward_hooks.items()):
-        if isinstance(hook, _Watch):
-            del model._forward_hooks[key]

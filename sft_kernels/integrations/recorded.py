@@ -305,7 +305,7 @@ def _for_each_class(x, other):
 
 
 def _joined(x, function, other, calls, **rest):
-    dtype = torch.result_type(x.fake, other)
+    dtype = torch.result_type(x.fake, other.fake if isinstance(other, LazyLogits) else other)
     if not other.is_floating_point() or dtype.itemsize > max(4, x.dtype.itemsize):
         return NotImplemented
     if isinstance(other, LazyLogits) and other.cut != x.cut:
