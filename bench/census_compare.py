@@ -87,17 +87,17 @@ def examine(name):
 
 def compare(name, model, batches):
     """The :class:`Row` of ``model``, on the first of ``batches`` on which its own loss runs."""
-    reason = "no batch"
+    reason = ""
     for candidate in batches:
         batch, inputs = candidate
         try:
             stock = step(copy.deepcopy(model), inputs)
         except Exception as error:
-            reason = first_line(error)
+            reason = reason or first_line(error)  # of the simplest batch
         else:
             break
     else:
-        return Row(name, "no loss", reason=reason)
+        return Row(name, "no loss", reason=reason or "its forward takes none of the batches")
     # Copies, because a forward may replace modules and buffers.
     again = difference(stock, step(copy.deepcopy(model), inputs))
     patched = copy.deepcopy(model)

@@ -147,7 +147,7 @@ OVERRIDES = {
     "MuseSparkForConditionalGeneration": {"audio_config": {"num_hidden_layers": 4}},
     "MusicgenForConditionalGeneration": {"decoder": {"decoder_start_token_id": 2}},
     "MusicgenMelodyForConditionalGeneration": {"decoder": {"decoder_start_token_id": 2}},
-    "NemotronH_Omni_Reasoning_V3": {"audio_config": {"projection_hidden_size": 64}},
+    "NemotronH_Omni_Reasoning_V3": {"audio_config": {"projection_hidden_size": 64, "projection_bias": True}},
     "PaddleOCRVLForConditionalGeneration": {"text_config": _mrope(2, 3, 3)},
     "Qwen2_5_VLForConditionalGeneration": {"text_config": _mrope(2, 3, 3)},
     "Qwen2_5OmniThinkerForConditionalGeneration": {"text_config": _mrope(2, 3, 3), "vision_start_token_id": 98},
