@@ -5,7 +5,7 @@ BIN := .venv/bin
 PYTHON312 ?= PYENV_VERSION=3.12 python3.12
 TORCH211 := .venv-torch211
 
-.PHONY: install demo test test-torch211 compile-report-torch211 lint verify bench cuda
+.PHONY: install demo test test-torch211 compile-report-torch211 lint verify bench census cuda
 
 install: .venv/installed
 
@@ -50,3 +50,7 @@ verify: install
 
 bench: install
 	$(BIN)/python -m pytest bench/bench_*.py -q -rfE --benchmark-quiet
+
+# patch() on a small model of every class of transformers that predicts tokens; writes a page into bench/results.
+census: install
+	$(BIN)/python -m bench.census

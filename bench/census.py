@@ -8,12 +8,15 @@ exit status is 1 if a patched model differs or fails, 2 for a wrong call.
 
 import argparse
 import collections
+import logging
 import multiprocessing
 import sys
 import time
+import warnings
 from multiprocessing.connection import wait
 from pathlib import Path
 
+import torch
 import transformers
 
 from . import census_models
@@ -61,6 +64,9 @@ def _received(name, process, receiver, time_limit):
 
 
 def _child(examine, name, sender):
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity(logging.CRITICAL)
+    warnings.simplefilter("ignore")
     try:
         row = examine(name)
     except Exception as error:
@@ -85,14 +91,16 @@ def page(rows):
     rows = sorted(rows, key=lambda row: row.name.lower())
     commit, changed = code_state()
     found = versions()
+    code = f"commit {(commit or 'unknown')[:12]}{' with changes' if changed else ''}, torch {found['torch']}"
     lines = [
         f"# Census of transformers {found['transformers']}",
         "",
-        summary(rows) + ".",
+        f"{summary(rows)}.",
         "",
-        f"Written by `python -m bench.census` at commit {(commit or 'unknown')[:12]}{' with changes' if changed else ''}, torch"
-        f" {found['torch']}, CPU, fp32. Small random models, two rows of {census_models.TOKENS} tokens, dropout off. Equal: the loss"
-        f" and each gradient within {TOLERANCE:g} of its norm (or of a thousandth of all gradients' norm).",
+        f"Written by `python -m bench.census` at {code}, CPU, fp32.",
+        f"Small random models, two rows of {census_models.TOKENS} tokens, dropout off.",
+        f"Equal: the loss and each gradient within {TOLERANCE:g} of its norm, or of a thousandth of the norm of all.",
+        "Fused: no logits were computed. Materialised: an operation needed them; the note names it, and its line.",
         "",
     ]
     measured = [row for row in rows if row.verdict in RUNS]
@@ -117,7 +125,7 @@ def _cell(text):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m bench.census", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: bench/results, if all classes run)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: in bench/results, of all classes)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes; the page is printed without --out")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time (2)")
     arguments = parser.parse_args(argv)
@@ -140,7 +148,7 @@ def main(argv=None):
     else:
         replace(out, page(found))
     print(summary(found), file=sys.stderr)
-    return int(any(row.agrees == "DIFFERENT" for row in found))
+    return int(any(row.agrees == "DIFFERENT" or row.verdict == "failed" for row in found))
 
 
 if __name__ == "__main__":
