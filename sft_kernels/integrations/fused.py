@@ -25,7 +25,7 @@ def _is_lazy(x, *kinds):
     """Returns True if ``x`` is lazy, of one of ``kinds``, and a gradient by it, if any, is one by its head."""
     if not isinstance(x, LazyLogits) or x.source.written is not None or x.source.kind not in kinds:
         return False
-    return not (x.cut and _history(x))
+    return not _history(x) or _way_back(x) is not None
 
 
 def _history(x):
@@ -87,7 +87,8 @@ def _loss(x, target, *, dtype=None, return_stats=False, **options):
     if remember:
         _remember(x, kept.rows, stats)
     if dtype is None:
-        dtype = torch.float32 if torch.is_autocast_enabled(x.device.type) else x.dtype
+        lowered = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        dtype = torch.float32 if lowered else x.dtype
     loss = _tied(loss.to(dtype), x)
     return (loss, _with_tie(stats, x)) if return_stats else loss
 
@@ -161,26 +162,42 @@ class _Tie(torch.autograd.Function):
 
 
 def _tied(result, x):
-    """``result``, computed past ``x``, and tied to it if somebody else's node or a hook waits for its backward.
+    """``result``, computed past ``x``, and tied to it if a hook, or somebody's node, waits for its backward.
 
     Such are the hooks that wrappers of distributed training put on a model's outputs.
     """
-    if not result.requires_grad or not (x.source.head.hooked or _others_behind(x.grad_fn)):
+    if not result.requires_grad or not (x.source.head.hooked or _way_back(x)):
         return result
     return _Tie.apply(result, x)
 
 
-def _others_behind(node):
-    """Returns True if a node that is neither torch's own nor a head's stands between a tensor and its head."""
-    nodes = [node]
+# Nodes that hand their gradient on as it is, and wait for their backward.
+_SINKS = ("_DDPSinkBackward",)
+
+
+def _way_back(x):
+    """How the gradient of ``x`` comes to its heads: True past somebody's node that must run, False past none.
+
+    Returns None if it does not come to all of them, or if a node on the way may change it: ``x`` was detached, or went
+    through somebody's own ``autograd.Function``. The fused op must then not compute past it.
+    """
+    tokens, ends = set(), set()
+    x.source.head.add_to(tokens, ends)
+    sink, nodes = False, [x.grad_fn]
     while nodes:
         node = nodes.pop()
+        if node is None or node in ends:
+            continue
         if isinstance(node, torch.autograd.function.BackwardCFunction):
-            if not type(node).__name__.startswith("HeadCalled"):
-                return True
-        elif node is not None:
-            nodes += [following for following, _ in node.next_functions]
-    return False
+            kind = type(node).__name__
+            if kind == "HeadCalledBackward":
+                tokens.discard(node.token)
+                continue
+            if kind not in _SINKS:
+                return None
+            sink = True
+        nodes += [following for following, _ in node.next_functions]
+    return None if tokens else sink
 
 
 # ---- statistics of each token
@@ -258,10 +275,10 @@ def _of_every_token(x, view, labels, history):
 class _Known:
     """Statistics of some of the rows of a head's logits, without a history."""
 
-    def __init__(self, rows, device):
+    def __init__(self, rows, dtype, device):
         self.here = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.lse = torch.zeros(rows, device=device)
-        self.entropy = torch.zeros(rows, device=device)
+        self.lse = torch.zeros(rows, dtype=dtype, device=device)
+        self.entropy = torch.zeros(rows, dtype=dtype, device=device)
         self.prediction = torch.zeros(rows, dtype=torch.int64, device=device)
 
     def put(self, rows, stats):
@@ -282,7 +299,7 @@ def _known_rows(x):
     known = head.known.get(x.source.shaping)
     if known is None:
         rows = math.prod(head.hidden.shape[:-1])
-        known = head.known[x.source.shaping] = _Known(rows, x.device)
+        known = head.known[x.source.shaping] = _Known(rows, torch.promote_types(head.dtype, torch.float32), x.device)
     return known
 
 
@@ -445,14 +462,17 @@ def _difference(x, target, ignore_index):
         pairs = [(stock, fused)]
         if same_rows:
             pairs.append(tuple(torch.autograd.grad(loss.sum(), ours)[0].float() for loss in (stock, fused)))
-    # The unpatched head rounds its logits, and their gradient.
-    allowed = 4 * max(coarsest(values), torch.finfo(logits.dtype).eps, 1e-5)
+    largest = 1 + logits.detach().abs().max()
+    if not largest.isfinite():
+        return None  # nothing to compare: the loss is not finite either
+    # The unpatched head rounds its logits, and a rounding of z changes the gradient's p by as much of itself.
+    allowed = 4 * max(coarsest(values), torch.finfo(logits.dtype).eps, 1e-5) * largest
     for name, (theirs, found) in zip(("losses", "gradients"), pairs, strict=False):
         theirs, found = theirs.detach(), found.detach()
-        distance = (theirs - found).abs().where(theirs.isfinite(), 0).max()
-        size = 1 + logits.detach().abs().max() if name == "losses" else theirs.abs().max()
+        size = 1 if name == "losses" else theirs.abs().max()
+        distance = (theirs - found).abs().max()
         if not distance <= allowed * size + 1e-12:
-            return f"{name} of {len(at)} rows differ by up to {float(distance):.3g} of {float(size):.3g}"
+            return f"{name} of {len(at)} rows differ by up to {float(distance):.3g}"
     return None
 
 

@@ -23,6 +23,7 @@ class Noted:
 
     def __init__(self, tensor):
         self._tensor, self._version = tensor, tensor._version
+        self.node = tensor.grad_fn
 
     @property
     def tensor(self):
@@ -39,6 +40,7 @@ class HeadCall:
 
     def __init__(self, state, hidden, weight, bias):
         self.state = state  # of the patched head: its counts
+        self.token = object()  # by which the call's node is known
         self.hidden = hidden  # [..., D]
         self.classes = weight.shape[0]
         self.known = {}  # statistics of rows, by scale and softcap (``fused.py``)
@@ -84,9 +86,13 @@ class HeadCall:
         """The unpatched head's logits ``[K, V]`` of the rows that ``select`` takes from hidden states."""
         return F.linear(select(self.hidden), *self.tensors()[1:])
 
+    def add_to(self, tokens, ends):
+        """Adds to ``tokens`` the calls to which a gradient flows, and to ``ends`` the nodes of what else they have."""
+        if any(t is not None and t.requires_grad for t in self._tensors):
+            tokens.add(self.token)
+
     def _current_versions(self):
-        hidden, weight, _ = self._tensors
-        return hidden._version, weight._version
+        return [None if t is None else t._version for t in self._tensors]
 
 
 class JoinedHead:
@@ -122,6 +128,12 @@ class JoinedHead:
         if key not in self._joined:
             self._joined[key] = self._join()
         return self._joined[key]
+
+    def add_to(self, tokens, ends):
+        """As :meth:`HeadCall.add_to`."""
+        for head, _ in self.calls:
+            head.add_to(tokens, ends)
+        ends.update(noted.node for noted in (self.bias, self.factor, self.divisor) if noted is not None)
 
     def _join(self):
         hidden, weight, bias = zip(*(head.tensors() for head, _ in self.calls), strict=True)

@@ -99,7 +99,8 @@ def stock_rows(values, select):
     """``values`` of the rows ``[K, V]`` that ``select`` takes from hidden states, as unpatched code computes them."""
     if values.op is not None and values.op[0] in (aten.index.Tensor, aten.index_select.default):
         return stock_rows(values.op[1][0].values, select)  # ``select`` has taken them already
-    return _evaluate(values, lambda head: head.stock_rows(select), lambda values, view: stock_rows(values, select))
+    found = _evaluate(values, lambda head: head.stock_rows(select), lambda values, view: stock_rows(values, select))
+    return found.reshape(-1, found.shape[-1])  # a bias may have brought more dimensions
 
 
 def _evaluate(values, of_head, of_input):
@@ -163,12 +164,12 @@ class LazyLogits(torch.Tensor):
         return f"LazyLogits(shape={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
 
     def __reduce_ex__(self, protocol):
-        return self.real().detach().__reduce_ex__(protocol)
+        return self.materialise().detach().__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo):
-        return memo.setdefault(id(self), self.real().detach().clone())
+        return memo.setdefault(id(self), self.materialise().detach().clone())
 
-    def real(self):
+    def materialise(self):
         """The real tensor, with the gradient that the logits have."""
         with torch._C.DisableTorchFunctionSubclass():
             return RealTensor.apply(self, False)
@@ -228,13 +229,30 @@ def _on_memory(function, written):
 
 for _name in ("tolist", "item", "__format__", "__contains__", "__bool__", "__float__", "__int__"):
     CAUGHT[getattr(torch.Tensor, _name)] = _on_memory(getattr(torch.Tensor, _name), False)
-for _name in ("numpy", "data_ptr", "untyped_storage", "__array__", "__dlpack__", "share_memory_", "pin_memory"):
+for _name in (
+    "numpy",
+    "data_ptr",
+    "untyped_storage",
+    "__array__",
+    "__dlpack__",
+    "share_memory_",
+    "pin_memory",
+    "apply_",
+    "map_",
+    "map2_",
+):
     CAUGHT[getattr(torch.Tensor, _name)] = _on_memory(getattr(torch.Tensor, _name), True)
 
 
 def _register_hook(x, *args, **kwargs):
-    """The hook is called with None if the fused op computes past the logits: there is no gradient by them."""
-    x.source.head.hooked = True  # its node must run in the backward (``fused.py``)
+    """A hook of torch's own (wrappers of distributed training have such) only waits for the backward: the fused op
+    runs it, with None for the gradient. Any other hook wants the gradient: the logits must be real.
+    """
+    hook = args[0] if args else kwargs.get("hook")
+    if (getattr(getattr(hook, "func", hook), "__module__", None) or "").split(".")[0] == "torch":
+        x.source.head.hooked = True
+    else:
+        _exposed(x)
     return NotImplemented
 
 

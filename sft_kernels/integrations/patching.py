@@ -71,21 +71,21 @@ class HeadCalled(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, call):
         ctx.set_materialize_grads(False)
-        ctx.call = call
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.dtype, ctx.token = call.dtype, call.token
         return LazyLogits.of(call)
 
     @staticmethod
     def backward(ctx, grad):
         if grad is None:  # the fused op has computed past the logits
             return None, None, None, None
-        hidden, weight, bias = ctx.call.tensors()
-        dtype = ctx.call.dtype
-        grad = grad.to(dtype)
+        hidden, weight, bias = ctx.saved_tensors
+        grad = grad.to(ctx.dtype)
         rows, flat = hidden.reshape(-1, hidden.shape[-1]), grad.reshape(-1, grad.shape[-1])
         need_hidden, need_weight, need_bias, _ = ctx.needs_input_grad
         return (
-            (grad @ weight.to(dtype)).to(hidden.dtype) if need_hidden else None,
-            (flat.T @ rows.to(dtype)).to(weight.dtype) if need_weight else None,
+            (grad @ weight.to(ctx.dtype)).to(hidden.dtype) if need_hidden else None,
+            (flat.T @ rows.to(ctx.dtype)).to(weight.dtype) if need_weight else None,
             flat.sum(0).to(bias.dtype) if need_bias else None,
             None,
         )

@@ -13,6 +13,8 @@ from .heads import JoinedHead, Noted
 from .lazy import LOG_PROBS, LOGITS, PLOGP, PROBS, PX, RECORDED, LazyLogits, Origin, Values
 
 aten = torch.ops.aten
+_FP32 = torch.finfo(torch.float32)
+_FORMATS = (torch.preserve_format, torch.contiguous_format)
 
 
 def _records(*operators):
@@ -78,6 +80,8 @@ def _view(x, shape):
         lead = list(shape[:-1])
         if -1 in lead:
             lead[lead.index(-1)] = x.numel() // (V * -math.prod(lead)) if x.numel() else 0
+        if math.prod(lead) * V != x.numel():
+            return NotImplemented  # torch says what is wrong
         strides, shape = None, (*lead, V)
     else:
         fake = x.fake.view(shape)
@@ -147,7 +151,7 @@ def _split(x, size, dim=0):
 @_records(aten.split_with_sizes.default)
 def _split_with_sizes(x, sizes, dim=0):
     dim = _dim(x, dim)
-    if dim == x.rows.axis or not sizes:
+    if dim == x.rows.axis or not sizes or sum(sizes) != x.shape[dim] or min(sizes) < 0:
         return NotImplemented
     starts = itertools.accumulate(sizes, initial=0)
     return [
@@ -197,6 +201,8 @@ def _index_select(x, dim, index):
 @_records(aten.clone.default)
 def _clone(x, **kwargs):
     memory_format = kwargs.get("memory_format") or torch.preserve_format
+    if memory_format not in _FORMATS:
+        return NotImplemented
     return _copied(x, _recorded(aten.clone.default, x, **kwargs), memory_format=memory_format)
 
 
@@ -209,6 +215,8 @@ def _to_copy(x, *, dtype=None, layout=None, device=None, pin_memory=None, non_bl
     if dtype.itemsize < 2 or (dtype.itemsize > 4 and x.source.head.dtype != dtype):
         return NotImplemented
     memory_format = memory_format or torch.preserve_format
+    if memory_format not in _FORMATS:
+        return NotImplemented
     op = _recorded(aten._to_copy.default, x, dtype=dtype, memory_format=memory_format)
     return _copied(x, op, dtype, memory_format)
 
@@ -253,11 +261,11 @@ def _scaled(function, x, other, by):
     op = _recorded(function, x, other.item() if isinstance(other, torch.Tensor) else other)
     if x.source.kind != LOGITS:
         return _copied(x, op, factor=x.source.factor * by)
-    if by <= 0:
-        return NotImplemented
-    if x.source.cap is not None:
-        return _copied(x, op, cap=x.source.cap * by)
-    return _copied(x, op, scale=x.source.scale * by)
+    name = "scale" if x.source.cap is None else "cap"
+    changed = getattr(x.source, name) * by
+    if not _FP32.tiny <= changed <= _FP32.max:
+        return NotImplemented  # the fused op takes positive numbers that fp32 can hold
+    return _copied(x, op, **{name: changed})
 
 
 @_records(aten.tanh.default)
@@ -301,6 +309,8 @@ def _for_each_class(x, other):
     if not isinstance(other, torch.Tensor) or isinstance(other, LazyLogits) or not _last(x):
         return False
     V = x.shape[-1]
+    if other.dim() == 0:
+        return False
     return other.numel() == V == other.shape[-1] and V > 1 and other.dim() <= x.dim() and other.device == x.device
 
 

@@ -1,5 +1,7 @@
 """Lazy logits are logits: whatever is done to them has the value and the gradients that it has on real ones."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -218,6 +220,27 @@ def reshaped_copy_written(x):
     return F.cross_entropy(copy, IDS[:, 1:].flatten()) + F.cross_entropy(flat(x), IDS.view(-1))
 
 
+class Halved(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / 2
+
+
+def seen_under_no_grad(x):
+    with torch.no_grad():
+        view = x[1:]
+    return F.cross_entropy(flat(view), LABELS[1]), x.sum()
+
+
+def hooked(x):
+    x.register_hook(lambda grad: grad * 3)
+    return F.cross_entropy(flat(x), LABELS.view(-1))
+
+
 def only_the_bias_learns(x):
     bias = torch.zeros(V, requires_grad=True)
     (by_bias,) = torch.autograd.grad(F.cross_entropy(flat(x.detach() + bias), LABELS.view(-1)), bias)
@@ -238,6 +261,11 @@ def smoothed_as_in_transformers(x):
 MATERIALISED = {
     "smoothed as in transformers": smoothed_as_in_transformers,
     "only the bias learns": only_the_bias_learns,
+    "somebody's own backward": lambda x: F.cross_entropy(flat(Halved.apply(x)), LABELS.view(-1)),
+    "seen under no_grad": seen_under_no_grad,
+    "hooked": hooked,
+    "plus a constant copy": lambda x: F.cross_entropy(flat(x + (x * 2).detach()), LABELS.view(-1)),
+    "scale that fp32 cannot hold": lambda x: F.cross_entropy(flat(x * 1e-30 * 1e-30), LABELS.view(-1)),
     "detached leaf": detached_leaf,
     "entropy of constant probabilities": lambda x: (x.softmax(-1).detach() * x.log_softmax(-1)).sum(-1),
     "mean of constant logits": lambda x: (x.softmax(-1) * x.detach()).sum(-1),
@@ -369,3 +397,38 @@ def test_a_patched_model_in_evaluation_is_one_graph():
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(IDS), model(IDS))
     exported = torch.export.export(model, (IDS,), strict=False)
     torch.testing.assert_close(exported.module()(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("std", [5.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_first_comparison_raises_no_false_alarm(dtype, std):
+    for seed in range(20):
+        torch.manual_seed(seed)
+        head = patch(Model().to(dtype)).lm_head
+        hidden = (torch.randn(8, D) * std / D**0.5).to(dtype).requires_grad_()
+        head.weight.data.normal_()
+        F.cross_entropy(head(hidden), torch.randint(0, V, (8,)))
+
+
+def test_the_first_comparison_leaves_infinite_logits_to_the_loss():
+    head = patch(Model()).lm_head
+    hidden = torch.full((3, D), float("inf"), requires_grad=True)
+    assert not F.cross_entropy(head(hidden), IDS[0, :3]).isfinite()
+
+
+def test_the_first_comparison_finds_a_wrong_record(monkeypatch):
+    from sft_kernels.integrations.lazy import Values
+
+    monkeypatch.setattr(Values, "shaping", property(lambda self: (2.0, None)))
+    with pytest.raises(RuntimeError, match=r"Model\.lm_head is not that of the unpatched model: losses"):
+        F.cross_entropy(flat(patch(Model())(IDS)), LABELS.view(-1))
+
+
+def test_hidden_states_are_freed_by_the_backward_of_real_logits():
+    model = patch(Model())
+    hidden = model.embed(IDS).tanh()
+    loss = model.lm_head(hidden).square().mean()
+    freed = weakref.ref(hidden)
+    del hidden
+    loss.backward()
+    assert freed() is None
