@@ -260,6 +260,8 @@ def _check_layer(name, layer):
 
 
 def _set_class(layer, kind):
-    layer.__class__ = kind
-    if "_old_forward" in vars(layer):  # accelerate's hooks call the forward that they found
-        layer._old_forward = types.MethodType(kind.forward, layer)
+    before, layer.__class__ = type(layer).forward, kind
+    for name in ("_old_forward", "forward"):  # accelerate keeps the forward that it found, and puts it back as it was
+        method = vars(layer).get(name)
+        if isinstance(method, types.MethodType) and method.__func__ is before:
+            setattr(layer, name, types.MethodType(kind.forward, layer))
