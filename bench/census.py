@@ -100,7 +100,7 @@ def page(rows):
         f"Written by `python -m bench.census` at {code}, CPU, fp32.",
         f"Small random models, two rows of {census_models.TOKENS} tokens, dropout off.",
         f"Equal: the loss and each gradient within {TOLERANCE:g} of its norm, or of a thousandth of the norm of all.",
-        "Fused: only the loss was computed. Materialised: an operation needed them; the note names it and its line.",
+        "Fused: only the loss was computed. Materialised: an operation, which the note names, needed all logits.",
         "",
     ]
     measured = [row for row in rows if row.verdict in RUNS]

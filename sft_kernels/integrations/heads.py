@@ -162,3 +162,23 @@ class JoinedHead:
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))  # the number may have more digits
         wide = wide / self.divisor.tensor.reshape(()) if self.factor is None else wide * self.factor.tensor.reshape(())
         return wide.to(tensor.dtype)
+
+
+class FirstClasses:
+    """The first ``classes`` of a head's logits: the others only pad its vocabulary."""
+
+    def __init__(self, head, classes):
+        self.head, self.classes = head, classes
+        self.state, self.hidden, self.ranks = head.state, head.hidden, head.ranks
+        self.autocast, self.remembers = head.autocast, head.remembers
+        self.dtype, self.eps, self.hooked = head.dtype, head.eps, head.hooked
+        self.known, self.stats = {}, {}
+
+    def tensors(self):
+        """Returns ``(hidden, weight, bias)``, the latter two of the first classes."""
+        hidden, weight, bias = self.head.tensors()
+        return hidden, weight[: self.classes], None if bias is None else bias[: self.classes]
+
+    def add_to(self, tokens, ends):
+        """As :meth:`HeadCall.add_to`."""
+        self.head.add_to(tokens, ends)

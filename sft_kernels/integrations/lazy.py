@@ -56,9 +56,9 @@ class View:
 class Values:
     """What a family of views shares: how their values come from the head's logits, and the values if they exist."""
 
-    __slots__ = ("base", "cap", "factor", "head", "kind", "op", "real", "scale", "written")
+    __slots__ = ("_written", "base", "cap", "factor", "head", "kind", "op", "real", "scale", "whole")
 
-    def __init__(self, head, base, kind=LOGITS, scale=1.0, cap=None, factor=1.0, op=None):
+    def __init__(self, head, base, kind=LOGITS, scale=1.0, cap=None, factor=1.0, op=None, whole=None):
         self.head = head
         self.base = base  # the view that ``real`` is laid out as
         self.kind = kind
@@ -66,8 +66,14 @@ class Values:
         self.cap = cap  # x = cap · tanh(scale · logit)
         self.factor = factor  # of ``kind``, which is no longer logits
         self.op = op  # (function, inputs, kwargs); None for the head's own logits
+        self.whole = whole  # the values of which these are the first classes, in the same memory
         self.real = None
-        self.written = None  # the values since somebody may have written to them: nothing is lazy any more
+        self._written = None
+
+    @property
+    def written(self):
+        """The values since somebody may have written to them: nothing is lazy any more. None before that."""
+        return self._written if self.whole is None else self.whole.written
 
     @property
     def shaping(self):
@@ -85,18 +91,28 @@ class Origin(NamedTuple):
 
 def realize(values, view):
     """The real tensor behind ``values``, as ``view`` shows it."""
+    if values.whole is not None:
+        return view.of(_first_classes(values, realize(values.whole, values.base)), values.base)
     return _unwritten(values, view) if values.written is None else view.of(values.written, values.base)
 
 
 def _unwritten(values, view):
     """The same as it was before anybody wrote to it, which is what earlier copies are made of."""
+    if values.whole is not None:
+        return view.of(_first_classes(values, _unwritten(values.whole, values.base)), values.base)
     if values.real is None:
         values.real = _evaluate(values, lambda head: head.compute(), _unwritten)
     return view.of(values.real, values.base)
 
 
+def _first_classes(values, tensor):
+    return tensor.narrow(values.base.axis, 0, values.head.classes)
+
+
 def stock_rows(values, select):
     """``values`` of the rows ``[K, V]`` that ``select`` takes from hidden states, as unpatched code computes them."""
+    if values.whole is not None:
+        return stock_rows(values.whole, select)[:, : values.head.classes]
     if values.op is not None and values.op[0] in (aten.index.Tensor, aten.index_select.default):
         return stock_rows(values.op[1][0].values, select)  # ``select`` has taken them already
     found = _evaluate(values, lambda head: head.stock_rows(select), lambda values, view: stock_rows(values, select))
@@ -118,7 +134,7 @@ def _input(x, of_input):
 
 def coarsest(values):
     """The epsilon of the coarsest dtype to which ``values`` were rounded on their way."""
-    if values.op is None:
+    if values.op is None:  # also of the first classes
         return values.head.eps
     _, inputs, kwargs = values.op
     found = [coarsest(x.values) for x in inputs if isinstance(x, Origin)]
@@ -299,10 +315,12 @@ def _on_real(func, args, kwargs):
 def _exposed(x):
     """The real tensor behind ``x``, given to somebody who may write to it: from now on nothing of it is lazy."""
     values = x.source
+    while values.whole is not None:
+        values = values.whole
     if values.written is None:
         realize(values, values.base)
-        values.written, values.real = values.real, None
-    return x.rows.of(values.written, values.base)
+        values._written, values.real = values.real, None
+    return realize(x.source, x.rows)
 
 
 def _log(func, x):

@@ -1,10 +1,13 @@
 """``patch(model)``: a Hugging Face causal LM whose logits, in training, are lazy."""
 
+import functools
 import types
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from . import fused, recorded, watch  # noqa: F401  (what lazy logits do)
 from .heads import HeadCall
@@ -114,14 +117,44 @@ def _may_be_lazy(input, weight, joined):
     )
 
 
+class _OwnProduct(TorchFunctionMode):
+    """Inside it, ``F.linear`` with a head's weight is that head's call."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and len(args) > 1 and args[1] is self.head.weight and args[2:] == (self.head.bias,):
+            return self.head._logits(args[0], self.head.training and torch.is_grad_enabled())
+        return func(*args, **(kwargs or {}))
+
+
+def _around(forward):
+    """The ``forward`` of a class of the model's, which may multiply by the weight without its parent's ``forward``."""
+
+    @functools.wraps(forward)
+    def lazy_forward(self, *args, **kwargs):
+        if torch.compiler.is_compiling():
+            return forward(self, *args, **kwargs)
+        with _OwnProduct(self):
+            return forward(self, *args, **kwargs)
+
+    return lazy_forward
+
+
 _CLASSES = {}
 
 
 def _lazy_class(stock):
     """The class of a patched head whose class was ``stock``."""
     if stock not in _CLASSES:
-        bases = (LazyHead,) if stock is torch.nn.Linear else (stock, LazyHead)
-        _CLASSES[stock] = type(f"Lazy{stock.__name__}", bases, {"stock": stock})
+        bases, fields = (stock, LazyHead), {"stock": stock}
+        if stock is torch.nn.Linear:
+            bases = (LazyHead,)
+        elif stock.forward is not torch.nn.Linear.forward:
+            fields["forward"] = _around(stock.forward)
+        _CLASSES[stock] = type(f"Lazy{stock.__name__}", bases, fields)
     return _CLASSES[stock]
 
 
@@ -207,35 +240,43 @@ def _patched(model):
 
 
 def _linear_layers(model):
-    """The linear layers of the output head that give logits, by name: one, or those that an adapter adds up."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"model: {type(model).__name__} has no output head")
-    names = {id(module): name for name, module in model.named_modules()}
-    layers = {
-        names.get(id(module), type(module).__name__): module
-        for module in head.modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    if not layers and isinstance(
-        getattr(head, "weight", None), torch.nn.Parameter
-    ):  # it names what the head is tied to
-        layers = {
-            name: module
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and module.weight is head.weight
-        }
+    """The linear layers of the output head that give logits, by name: one, or those that an adapter adds up.
+
+    A model that names no head, or names one without a linear layer (an embedding that is tied to it), has those of the
+    models inside it, or all its linear layers with as many outputs as the vocabulary has words.
+    """
+    heads = _named_heads(model)
+    layers = [module for head in heads for module in head.modules() if isinstance(module, torch.nn.Linear)]
     if not layers:
+        sizes = [len(head.weight) for head in heads if isinstance(getattr(head, "weight", None), torch.Tensor)]
+        sizes = sizes or [getattr(getattr(model, "config", None), "vocab_size", None)]
+        linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        layers = [module for module in linear if len(module.weight) in sizes]
+    if not layers:
+        found = ", ".join(f"a {type(head).__module__}.{type(head).__qualname__}" for head in heads)
+        if not found:
+            raise ValueError(f"model: {type(model).__name__} has no output head")
         raise TypeError(
-            f"model: the output head of {type(model).__name__} is a {type(head).__module__}.{type(head).__qualname__},"
-            " not a torch.nn.Linear;"
+            f"model: the output head of {type(model).__name__} is {found}, not a torch.nn.Linear;"
             " call sft_kernels.cross_entropy on its logits instead"
         )
+    names = {id(module): name for name, module in model.named_modules()}
+    layers = {names.get(id(layer), type(layer).__name__): layer for layer in layers}
     for name, layer in layers.items():
         if not _is_fully_sharded(model, layer.weight):
             _check_layer(name, layer)
     classes = max(layer.weight.shape[0] for layer in layers.values())  # out_features may say something else
     return {name: layer for name, layer in layers.items() if layer.weight.shape[0] == classes}
+
+
+def _named_heads(model):
+    """What ``get_output_embeddings`` gives: of the model, or if that is None of the models inside."""
+    head = model.get_output_embeddings()
+    if head is not None:
+        return [head]
+    inside = [module for module in model.modules() if hasattr(module, "get_output_embeddings")]
+    heads = {id(head): head for head in (module.get_output_embeddings() for module in inside) if head is not None}
+    return list(heads.values())
 
 
 def _is_fully_sharded(model, weight):
@@ -260,6 +301,8 @@ def _check_layer(name, layer):
 
 
 def _set_class(layer, kind):
-    layer.__class__ = kind
-    if "_old_forward" in vars(layer):  # accelerate's hooks call the forward that they found
-        layer._old_forward = types.MethodType(kind.forward, layer)
+    before, layer.__class__ = type(layer).forward, kind
+    for name in ("_old_forward", "forward"):  # accelerate keeps the forward that it found, and puts it back as it was
+        method = vars(layer).get(name)
+        if isinstance(method, types.MethodType) and method.__func__ is before:
+            setattr(layer, name, types.MethodType(kind.forward, layer))

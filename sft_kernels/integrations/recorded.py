@@ -9,7 +9,7 @@ import math
 
 import torch
 
-from .heads import JoinedHead, Noted
+from .heads import FirstClasses, JoinedHead, Noted
 from .lazy import LOG_PROBS, LOGITS, PLOGP, PROBS, PX, RECORDED, LazyLogits, Origin, Values
 
 aten = torch.ops.aten
@@ -97,8 +97,16 @@ def _slice(x, dim=0, start=None, end=None, step=1):
     dim = _dim(x, dim)
     if dim != x.rows.axis:
         return _viewed(x, aten.slice.Tensor, dim, start, end, step)
-    whole = (start or 0) == 0 and (end is None or end >= x.shape[dim]) and step == 1
-    return _alias(x) if whole else NotImplemented
+    if (start or 0) != 0 or step != 1:
+        return NotImplemented
+    fake = x.fake.narrow(dim, 0, len(range(*slice(start, end).indices(x.shape[dim]))))
+    old = x.source
+    if fake.shape[dim] == x.shape[dim]:
+        return _alias(x)
+    if old.kind != LOGITS or fake.shape[dim] == 0:
+        return NotImplemented
+    head = FirstClasses(old.head, fake.shape[dim])
+    return LazyLogits.like(fake, Values(head, x.rows, old.kind, old.scale, old.cap, whole=old), x.rows)
 
 
 @_records(aten.select.int)

@@ -1,4 +1,4 @@
-"""What the tests of ``patch`` share: tiny models, and a patched one held to itself unpatched."""
+"""Tiny models for the tests of ``patch``, and how a patched one is held to itself unpatched."""
 
 import copy
 

@@ -166,6 +166,11 @@ FUSED = {
         2,
         lambda x: F.cross_entropy(flat(x.detach() + torch.arange(V) / V), LABELS.view(-1)) + 0 * x.logsumexp(-1).sum(),
     ),
+    "first classes": (1, lambda x: F.cross_entropy((x[..., :21] / 0.7)[..., :20].flatten(0, 1), IDS.view(-1) % 20)),
+    "first classes, softcapped, then statistics": (
+        2,
+        lambda x: (x[..., :9].float().tanh()[0].logsumexp(-1), x[0].logsumexp(-1)),
+    ),
     "squeezed": (1, lambda x: F.cross_entropy(x.unsqueeze(0).squeeze(0)[0:1].squeeze(0), LABELS[0])),
     "split": (2, lambda x: sum(F.cross_entropy(part.flatten(0, 1), IDS[:1].flatten()) for part in x.split(1))),
     "unbound": (B, lambda x: tuple(F.cross_entropy(row, y) for row, y in zip(x, LABELS, strict=True))),
@@ -258,7 +263,21 @@ def smoothed_as_in_transformers(x):
     return log_probs.gather(-1, IDS[..., None]), log_probs.sum(-1, keepdim=True, dtype=torch.float32)
 
 
+def written_to_the_first_classes(x):
+    first = x[..., :9]
+    first[0] = 1.0
+    return F.cross_entropy(flat(x), IDS.view(-1)) + F.cross_entropy(first.flatten(0, 1), IDS.view(-1) % 9)
+
+
+def written_below_the_first_classes(x):
+    first = x[..., :9]
+    x[0] = 1.0
+    return F.cross_entropy(first.flatten(0, 1), IDS.view(-1) % 9)
+
+
 MATERIALISED = {
+    "written to the first classes": written_to_the_first_classes,
+    "written below the first classes": written_below_the_first_classes,
     "smoothed as in transformers": smoothed_as_in_transformers,
     "only the bias learns": only_the_bias_learns,
     "somebody's own backward": lambda x: F.cross_entropy(flat(Halved.apply(x)), LABELS.view(-1)),

@@ -81,7 +81,7 @@ def test_three_quarters_of_the_budget_suffice(approximate, op, case, families, f
 @pytest.mark.parametrize("options", [{}, {"softcap": 6.0}, OPTIONS], ids=["plain", "softcap", "every option"])
 def test_three_quarters_suffice_for_gradients_by_coefficients(approximate, options):
     v = 307
-    case = Case(4 * torch.randn(64, v), torch.randint(0, v, (64,)), **options)
+    case = Case(4 * torch.randn(24, v), torch.randint(0, v, (24,)), **options)
     triton_impl.softmax_grad(found := case.logits.clone(), case.target, case.options, **case.given)
     compared = compare(found, case.oracle(), case.autograd())
     assert compared.error <= 0.75 * compared.allowed, compared

@@ -60,6 +60,15 @@ def test_each_term_by_itself(core, options, g):
     hold(c, x)
 
 
+@pytest.mark.parametrize("g", [LOGPROB, ENTROPY], ids=["logprob", "entropy"])
+@pytest.mark.parametrize("offset", [40, 1000, -3000])
+def test_digits_hold_wherever_the_logits_stand(core, offset, g):
+    """fp32 holds an lse of 1000 to 3e-5 alone."""
+    c = Case(rising(9, 61, torch.float32) + offset, borders(61, 9), g[:, None].expand(4, 9))
+    core(x := c.logits.clone(), c.target, c.options, **c.given)
+    hold(c, x)
+
+
 def test_without_upstream_gradients_of_its_own_it_is_the_gradient_of_the_loss(core):
     c = case(g=LOSS[:, None].expand(4, 9), **OPTIONS)
     core(x := c.logits.clone(), c.target, c.options, **c.given)
@@ -67,8 +76,7 @@ def test_without_upstream_gradients_of_its_own_it_is_the_gradient_of_the_loss(co
     check("dlogits", x, c.oracle(), y)
 
 
-@pytest.mark.parametrize("offset", [0, 3])
-@pytest.mark.parametrize("padding", [0, 1, 5, 8])
+@pytest.mark.parametrize(("padding", "offset"), [(0, 0), (1, 0), (5, 3), (8, 3)])
 @pytest.mark.parametrize("v", [1, 9, 64, 61, TILE + 13])
 def test_any_stride_from_any_address(core, v, padding, offset):
     c = case(torch.bfloat16, 5, v)
@@ -135,8 +143,7 @@ def test_a_target_of_minus_infinity_gets_its_own_share_alone(core):
     assert torch.equal(x.gather(1, c.target[:, None])[:, 0], expected)
 
 
-@pytest.mark.parametrize("v", [40, TILE + 5])
-@pytest.mark.parametrize("margin", [12.0, 16.0, 20.0])
+@pytest.mark.parametrize(("v", "margin"), [(40, 12.0), (40, 16.0), (40, 20.0), (TILE + 5, 20.0)])
 @pytest.mark.parametrize("scaled", [None, 0.3])
 def test_a_sure_token_keeps_the_digits_of_each_entry(core, margin, v, scaled):
     """p − 1 taken from a p near 1 would have none left at a margin of 20; nor would A + B, if each were multiplied."""
@@ -197,11 +204,16 @@ def first(u):
 
 
 @pytest.mark.parametrize("v", [1, 7, 8, 9, 17, 64, 200, TILE - 1, TILE + 1, 2 * TILE + 8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_the_largest_logit_wherever_it_stands(core, dtype, v):
-    logits, places = rising(12, v, dtype), borders(v, 12)
+def test_the_largest_logit_wherever_it_stands(core, v):
+    logits, places = rising(12, v, torch.bfloat16), borders(v, 12)
     logits[torch.arange(12), places] = 20.0
     assert prediction(core, logits, places.flip(0)) == places.tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_the_largest_logit_in_any_dtype(core, dtype):
+    logits = rising(9, 61, dtype)
+    assert prediction(core, logits) == first(logits)
 
 
 @pytest.mark.parametrize("padding", [0, 5])
@@ -246,8 +258,7 @@ def test_smallest_of_infinite_logits_and_something_in_range_of_nan(core):
         assert all(0 <= column < v for column in found)
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "every option"])
-@pytest.mark.parametrize("v", [61, TILE + 3])
+@pytest.mark.parametrize(("v", "options"), [(61, {}), (64, {}), (61, OPTIONS), (TILE + 3, {})])
 def test_rows_that_are_not_kept_have_0_and_the_rest_is_the_same_to_the_bit(core, v, options):
     logits, target, options = rising(9, v, torch.bfloat16), borders(v, 9), LossOptions(v, **options)
     keep = torch.tensor([True, False, True, True, False, False, True, False, True])

@@ -22,7 +22,7 @@ ASKED = {"loss": [0], "a statistic": [1], "two": [2, 3], "all": [0, 1, 2, 3]}
 @pytest.fixture(autouse=True)
 def _poison_unwritten_memory(monkeypatch):
     """Off: it writes. The plain core works in small blocks, so that what it takes for one is not seen."""
-    monkeypatch.setitem(torch_impl._BLOCK_BYTES, "cpu", 1 << 14)
+    monkeypatch.setitem(torch_impl._BLOCK_BYTES, "cpu", 1 << 11)
 
 
 def leaves(n=N, v=V, d=D, needs=(True, True)):
@@ -111,7 +111,7 @@ def test_no_storage_exceeds_the_bound_on_logits(loop, reduction_):
 @pytest.mark.parametrize("reduction_", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_over_given_logits_one_gradient_is_all_the_memory(impl, dtype, reduction_):
-    n, v = 16, 1024
+    n, v = 32, 512
     logits, y = torch.randn(n, v).to(dtype).requires_grad_(), labels(n, v)
     with Held([logits, y]) as held:
         value, found = cross_entropy(logits, y, reduction=reduction_, return_stats="tokens", impl=impl)
