@@ -1,4 +1,4 @@
-"""The census of transformers' models: twenty odd ones of it, and whether it would tell."""
+"""The census of transformers' models: odd ones of it, and whether it would tell."""
 
 import os
 import time
@@ -28,6 +28,8 @@ ODD = {
     "GitForCausalLM": "rows of image tokens cut off",
     "GraniteMoeForCausalLM": "logits divided by a scale, mixture of experts",
     "GraniteSpeechForConditionalGeneration": "rows chosen by a boolean mask",
+    "IdeficsForVisionText2Text": "a head that is a class of its own and multiplies by itself",
+    "InklingForCausalLM": "a padded vocabulary, cut off behind the head",
     "MambaForCausalLM": "a state-space model that casts its logits",
     "MoshiForConditionalGeneration": "two models with a loss each",
     "MuseGlimmerForConditionalGeneration": "a scale, then a softcap",
