@@ -125,9 +125,12 @@ class _OwnProduct(TorchFunctionMode):
         self.head = head
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is F.linear and len(args) > 1 and args[1] is self.head.weight and args[2:] == (self.head.bias,):
-            return self.head._logits(args[0], self.head.training and torch.is_grad_enabled())
-        return func(*args, **(kwargs or {}))
+        head, kwargs = self.head, kwargs or {}
+        if func is F.linear and len(args) > 1 and args[1] is head.weight:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            if bias is head.bias:
+                return head._logits(args[0], head.training and torch.is_grad_enabled())
+        return func(*args, **kwargs)
 
 
 def _around(forward):

@@ -108,6 +108,29 @@ def drawn(model):
 # ---- heads
 
 
+class OwnProduct(torch.nn.Linear):
+    """A head that multiplies by its weight itself, and once by its weight and another bias."""
+
+    def forward(self, input):
+        other = F.linear(input.detach(), self.weight.detach(), torch.ones(self.out_features)).mean()
+        return F.linear(input, self.weight, bias=self.bias) + 0 * other
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_subclass_of_linear_that_multiplies_by_itself(bias):
+    def model():
+        model = llama()
+        model.lm_head = OwnProduct(16, V, bias=bias)
+        with torch.no_grad():
+            for parameter in model.lm_head.parameters():
+                parameter.fill_(0.1).add_(torch.linspace(0, 1, parameter.numel()).view_as(parameter))
+        return model
+
+    patched = patch(model())
+    assert_alike(train(patched), train(model()))
+    assert head_counts(patched).calls == 3
+
+
 class Scaled(torch.nn.Linear):
     """Has a forward of its own around that of ``torch.nn.Linear``."""
 
