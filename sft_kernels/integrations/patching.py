@@ -49,7 +49,8 @@ class LazyHead(torch.nn.Linear):
 
     def forward(self, input):
         """The logits of ``input`` [..., D]: lazy if a gradient may follow, else real ones."""
-        training = self.training and torch.is_grad_enabled() and not torch.compiler.is_exporting()
+        exporting = torch.compiler._is_exporting_flag  # up to torch 2.12 Dynamo takes is_exporting() for True
+        training = self.training and torch.is_grad_enabled() and not exporting
         if torch.compiler.is_compiling():
             return _outside_of_graphs(self, input) if training else super().forward(input)
         return self._logits(input, training)
