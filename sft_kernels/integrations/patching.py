@@ -187,6 +187,9 @@ def patch(model, *, log_materialised=False):
     The first result is compared with the unpatched head's on a few rows. A model that is trained without its head being
     called gets a warning, once: its trainer multiplies by the head's weight itself.
 
+    Under ``torch.compile`` a graph ends at the head, and losses run as they are written. Under ``fully_shard`` the
+    head's weight must be there when the loss is computed: ``reshard_after_forward=False``, as accelerate has it.
+
     Args:
         model: anything with ``get_output_embeddings()``, perhaps inside DistributedDataParallel, ``torch.compile`` or a
             PEFT model. Adapters on the head are part of it: patch after they are there. A second call patches what has
