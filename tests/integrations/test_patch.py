@@ -151,10 +151,10 @@ class Mixed(Scaled):
 
 
 class Alone(Scaled):
-    """Multiplies without the forward of ``torch.nn.Linear``."""
+    """Multiplies by something that is not its weight."""
 
     def forward(self, hidden):
-        return F.linear(hidden, self.weight) * self.scale
+        return F.linear(hidden, self.weight * self.scale)
 
 
 def with_head(kind, **options):
