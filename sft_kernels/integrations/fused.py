@@ -108,14 +108,8 @@ def _cross_entropy(
         return NotImplemented
     if size_average is not None or reduce is not None:
         return NotImplemented
-    return _loss(
-        input,
-        target,
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
+    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    return _loss(input, target, weight=weight, **options)
 
 
 def _our_cross_entropy(
