@@ -20,6 +20,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# torch.device as a context looks up torch's allocators once: before tests of ops put others into their place.
+with torch.device("cpu"):
+    torch.empty(0)
+
 # What Inductor compiles is kept here, a folder for each torch and kind of CPU, which its cache does not tell apart: in
 # one folder torch 2.13 ran C++ that torch 2.11 had compiled, and freed memory that was not its own.
 _INDUCTOR = f"inductor-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"

@@ -142,7 +142,8 @@ def cross_entropy(
         IndexError: a label outside ``[0, V)`` on the CPU, or anywhere under ``SFT_KERNELS_CHECK=1`` (elsewhere the loss
             is NaN, and so are the token's logprob, lse and entropy).
     """
-    if has_torch_function_unary(input):  # a tensor subclass that knows better, as torch's own functions ask
+    # A tensor subclass that knows better, as torch's own functions ask. A mode would also say yes.
+    if type(input) not in (torch.Tensor, torch.nn.Parameter) and has_torch_function_unary(input):
         return handle_torch_function(
             cross_entropy, (input,), input, target, weight,
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, num_items=num_items,
