@@ -1,4 +1,4 @@
-"""Where lazy logits come from: one call of an output head, or what a model makes of it."""
+"""The sources of lazy logits: one call of an output head, or a combination that a model makes of it."""
 
 import weakref
 

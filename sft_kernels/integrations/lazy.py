@@ -54,7 +54,7 @@ class View:
 
 
 class Values:
-    """What a family of views shares: how their values come from the head's logits, and the values if they exist."""
+    """The values that a family of views shares: how they come from the logits, and they themselves once computed."""
 
     __slots__ = ("_written", "base", "cap", "factor", "head", "kind", "op", "real", "scale", "whole")
 

@@ -15,7 +15,7 @@ from .lazy import LazyLogits
 
 
 class HeadCounts(NamedTuple):
-    """What happened to the patched heads of a model since :func:`patch`."""
+    """Counts of the events at the patched heads of a model since :func:`patch`."""
 
     calls: int  # of a head, in training
     fused: int  # losses and statistics that the fused op computed
@@ -24,7 +24,7 @@ class HeadCounts(NamedTuple):
 
 @dataclass
 class HeadState:
-    """What a patched head knows beside its parameters; copied and pickled with it."""
+    """The state of a patched head beside its parameters; copied and pickled with it."""
 
     name: str
     log: bool
@@ -97,7 +97,7 @@ class HeadCalled(torch.autograd.Function):
 
 @torch.compiler.disable
 def _outside_of_graphs(head, input):
-    """What ``torch.compile`` sees of a head: a graph ends here. What follows from lazy logits runs as it is written."""
+    """The head as ``torch.compile`` sees it: a graph ends here, and the code behind it runs as it is written."""
     return head._logits(input, True)
 
 
@@ -277,7 +277,7 @@ def _linear_layers(model):
 
 
 def _named_heads(model):
-    """What ``get_output_embeddings`` gives: of the model, or if that is None of the models inside."""
+    """Returns the results of ``get_output_embeddings``: of the model, or if that is None of the models inside."""
     head = model.get_output_embeddings()
     if head is not None:
         return [head]

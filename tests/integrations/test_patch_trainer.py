@@ -26,7 +26,7 @@ class Examples(torch.utils.data.Dataset):
 
 
 def trained(model, folder, **options):
-    """What a Trainer logs over three steps, and the parameters after."""
+    """Returns the Trainer's logs of three steps, and the parameters after."""
     arguments = transformers.TrainingArguments(
         output_dir=str(folder), max_steps=3, per_device_train_batch_size=2, learning_rate=0.1, optim="sgd",
         logging_steps=1, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, seed=0, **options,

@@ -383,7 +383,7 @@ def test_values_of_each_token_are_those_of_the_whole_head(ranks, loop, dtype, op
 
 
 def predictions():
-    """Of five rows, of which three have several largest logits, in one slice or in both."""
+    """Five rows, three of which have several largest logits, in one slice or in both."""
     logits = torch.zeros(5, 8)
     logits[1, 6] = logits[2, 5] = logits[2, 2] = logits[3, 4] = 1
     logits[4, :4] = -1

@@ -150,7 +150,7 @@ def test_of_several_largest_logits_the_smallest_class_is_the_prediction(any_loss
 @pytest.mark.parametrize("asked", [a for a in itertools.product([0, 1], repeat=4) if any(a)], ids=str)
 @pytest.mark.parametrize("reduction_", ["mean", "none"])
 def test_any_of_them_may_have_a_gradient(loss, asked, reduction_):
-    """What nothing flows through is None to the backward, and adds nothing."""
+    """A statistic without a gradient is None to the backward, and adds nothing."""
     y, tensors = labels(), loss.tensors(torch.float64)
     leaves = [t.requires_grad_() for t in tensors]
     value, found = per_token(loss, *leaves, y, reduction=reduction_, **EVERY)

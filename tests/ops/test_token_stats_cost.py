@@ -40,7 +40,7 @@ def backward(outputs, asked, inputs, **options):
 @pytest.mark.parametrize("reduction_", ["mean", "none"])
 @pytest.mark.parametrize("loop", [*LOOPS])
 def test_products(loop, reduction_, asked):
-    """Of one chunk the logits are kept, so that three products are all, whatever has a gradient."""
+    """The logits of a single chunk are kept, so that three products are all, whatever has a gradient."""
     y, pair = labels(v=V), leaves()
     product = 2 * int((y != -100).sum()) * D * V
     with Watch() as forward:

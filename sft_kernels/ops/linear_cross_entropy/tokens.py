@@ -60,7 +60,7 @@ def loss_and_gradients(core, x, weight, bias, targets, factors, plan, needs, dty
 
 
 def is_one_chunk(plan, K):
-    """Whether a chunk of the token loop holds all ``K`` rows."""
+    """Returns True if a chunk of the token loop holds all ``K`` rows."""
     return plan.loop == "tokens" and plan.chunk >= K
 
 

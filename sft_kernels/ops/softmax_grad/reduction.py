@@ -1,4 +1,4 @@
-"""What the losses on the core share: checks of arguments and labels, the scale of each row, the reduction."""
+"""Checks of arguments and labels, the scale of each row, the reduction: shared by the losses on the core."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""What the core says of each row of logits, in a form that adds up over slices of the vocabulary, and what it takes."""
+"""The core's statistics of each row of logits, which add up over slices of the vocabulary, and its arguments."""
 
 from typing import NamedTuple
 
@@ -95,7 +95,7 @@ class RowStats(NamedTuple):
 
 
 class RowFactors(NamedTuple):
-    """What the gradient of each row is made of, ``[N]`` or ``[N, 4]``: the core's arguments of the same names."""
+    """The parts of each row's gradient, ``[N]`` or ``[N, 4]``: the core's arguments of the same names."""
 
     scale: torch.Tensor | None = None
     coefficients: torch.Tensor | None = None

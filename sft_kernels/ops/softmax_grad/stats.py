@@ -1,4 +1,4 @@
-"""What the losses report beside their value: sums over a call, or one value for each token."""
+"""The reports of the losses beside their value: sums over a call, or one value for each token."""
 
 from typing import NamedTuple
 
