@@ -56,30 +56,29 @@ def _as_called(head):
     return torch.autocast(device, dtype=head.autocast, enabled=head.autocast is not None)
 
 
+def _op(x, hidden, matrix, labels, **options):
+    """:func:`linear_cross_entropy` of some hidden states, scaled and capped as ``x``; ``matrix`` is weight and bias."""
+    weight, bias = matrix
+    logit_scale, softcap = x.source.shaping
+    with _as_called(x.source.head):
+        return linear_cross_entropy(
+            hidden, weight, labels, linear_bias=bias, logit_scale=logit_scale, softcap=softcap, **options
+        )
+
+
 # ---- the loss
 
 
 def _loss(x, target, *, dtype=None, return_stats=False, **options):
     """:func:`linear_cross_entropy` of the hidden states behind ``x``, in the dtype that torch returns or ``dtype``."""
     head = x.source.head
-    logit_scale, softcap = x.source.shaping
-    hidden, weight, bias = _inputs(head, _history(x))
+    hidden, *matrix = _inputs(head, _history(x))
     ignore_index = options["ignore_index"]
     check_once(x, target, ignore_index)
     remember = head.remembers and not return_stats
     if remember:  # where the kept tokens stand
         options["kept"] = kept = KeptTokens.from_labels(target, options.pop("ignore_index"))
-    with _as_called(head):
-        loss = linear_cross_entropy(
-            _rows(x, hidden),
-            weight,
-            target,
-            linear_bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            return_stats="tokens" if remember else return_stats,
-            **options,
-        )
+    loss = _op(x, _rows(x, hidden), matrix, target, return_stats="tokens" if remember else return_stats, **options)
     head.state.fused += 1
     stats = None
     if remember or return_stats:
@@ -243,24 +242,12 @@ def _found(x, key, history):
 def _of_every_token(x, view, labels, history):
     """Computes, and keeps with ``view``, the statistics of all its tokens."""
     head = x.source.head
-    logit_scale, softcap = x.source.shaping
-    hidden, weight, bias = _inputs(head, history)
+    hidden, *matrix = _inputs(head, history)
     hidden = _classes_last(view.of(hidden), view)
     if labels is None:
         labels = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     check_once(x)
-    with _as_called(head):
-        _, found = linear_cross_entropy(
-            hidden,
-            weight,
-            labels,
-            linear_bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            reduction="none",
-            ignore_index=_NEVER,
-            return_stats="tokens",
-        )
+    _, found = _op(x, hidden, matrix, labels, reduction="none", ignore_index=_NEVER, return_stats="tokens")
     head.state.fused += 1
     head.stats[view, x.source.shaping, history_key(history)] = found
     return found
@@ -313,18 +300,10 @@ def _known(x):
     if missing.numel():
         wanted = rows if x.rows.pieces is None else _row_numbers(x, x.rows.pieces)
         wanted = wanted[~known.here[wanted]]
-        logit_scale, softcap = x.source.shaping
-        hidden, weight, bias = _inputs(head, history=False)
-        with _as_called(head), torch.no_grad():
-            _, found = linear_cross_entropy(
-                hidden.reshape(-1, hidden.shape[-1])[wanted],
-                weight,
-                torch.zeros_like(wanted),
-                linear_bias=bias,
-                logit_scale=logit_scale,
-                softcap=softcap,
-                return_stats="tokens",
-            )
+        hidden, *matrix = _inputs(head, history=False)
+        hidden = hidden.reshape(-1, hidden.shape[-1])[wanted]
+        with torch.no_grad():
+            _, found = _op(x, hidden, matrix, torch.zeros_like(wanted), return_stats="tokens")
         head.state.fused += 1
         known.put(wanted, found)
     lse = known.lse[rows]
@@ -427,8 +406,8 @@ def _difference(x, target, ignore_index):
     values, head = x.source, x.source.head
     while values.kind != LOGITS:
         values = values.op[1][0].values
-    hidden, weight, bias = _inputs(head, history=False)
-    at, labels = _some_rows(x, target, ignore_index, weight.shape[0])
+    hidden, *matrix = _inputs(head, history=False)
+    at, labels = _some_rows(x, target, ignore_index, head.classes)
     if at is None:
         return None
     rows = []
@@ -437,22 +416,12 @@ def _difference(x, target, ignore_index):
         rows.append(_rows(x, hidden.detach()).reshape(-1, hidden.shape[-1])[at].requires_grad_())
         return rows[-1]
 
-    logit_scale, softcap = values.shaping
     with torch.enable_grad(), _saving_alone(), _as_called(head):
         logits = stock_rows(values, select).reshape(len(at), -1)
         stock = torch_cross_entropy(logits.float(), labels, reduction="none")
         same_rows = isinstance(head, HeadCall)
         ours = rows[0] if same_rows else select(hidden)
-        fused = linear_cross_entropy(
-            ours,
-            weight,
-            labels,
-            linear_bias=bias,
-            logit_scale=logit_scale,
-            softcap=softcap,
-            reduction="none",
-            ignore_index=_NEVER,
-        )
+        fused = _op(x, ours, matrix, labels, reduction="none", ignore_index=_NEVER)
         pairs = [(stock, fused)]
         if same_rows:
             pairs.append(tuple(torch.autograd.grad(loss.sum(), ours)[0].float() for loss in (stock, fused)))
