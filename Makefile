@@ -13,7 +13,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt 'setuptools>=77' torch
-	$(BIN)/pip install --constraint constraints.txt --no-build-isolation --editable '.[train,dev]'
+	$(BIN)/pip install --constraint constraints.txt --no-build-isolation --editable '.[train,integration,dev]'
 	touch $@
 
 # The same library again, in place; without nvcc an error.
