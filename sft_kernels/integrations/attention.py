@@ -88,8 +88,8 @@ def attention_forward(
     if not described and (attention_mask is not None or cu_seq_lens_q is None):
         if cu_seq_lens_q is not None:
             raise ValueError(
-                f"cu_seq_lens_q: attn_implementation={NAME!r} takes one packed row, without cache (use_cache=False) and "
-                f"without padding; got query {tuple(query.shape)} and key {tuple(key.shape)}"
+                f"cu_seq_lens_q: attn_implementation={NAME!r} takes one packed row, without cache (use_cache=False) "
+                f"and without padding; got query {tuple(query.shape)} and key {tuple(key.shape)}"
             )
         return _stock(module, query, key, value, attention_mask, stock)
     if not one_row:
@@ -98,7 +98,7 @@ def attention_forward(
             f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
         )
     if cu_seq_lens_q is None:
-        cu_seq_lens_q, max_length_q = _boundaries(attention_mask.segments, position_ids, query.shape[2]), None
+        cu_seq_lens_q, max_length_q = _boundaries(attention_mask, position_ids, query.shape[2]), None
     if reason := _unsupported(attention_mask, dropout, kwargs):
         if described and len(cu_seq_lens_q) <= 2:
             return _stock(module, query, key, value, attention_mask.real(), stock)
@@ -193,26 +193,23 @@ def _capturing():
         return False
 
 
-def _boundaries(segments, position_ids, T):
+def _boundaries(mask, position_ids, T):
     """``[B + 1]`` int32 of one row of ``T`` tokens, from transformers' segment numbers or from positions."""
     if torch.compiler.is_compiling():
         raise ValueError(
             f"cu_seq_lens_q: attn_implementation={NAME!r} needs the packed examples' boundaries under torch.compile, "
             "where position_ids do not do instead"
         )
-    if segments is not None:
-        return _boundaries_of(segments, 0)
-    if position_ids is None:
+    if mask.segments is not None:
+        return _boundaries_of(mask.segments, 0)
+    if position_ids is not None and position_ids.shape == (1, T):
+        return _boundaries_of(position_ids)
+    if mask.restarts:
         raise ValueError(
-            f"cu_seq_lens_q: attn_implementation={NAME!r} needs the packed examples' boundaries, which either the "
-            "caller or the model's layers did not pass on"
+            f"cu_seq_lens_q: attn_implementation={NAME!r} needs the packed examples' boundaries; "
+            "this model's layers do not receive position_ids of one row"
         )
-    if position_ids.shape != (1, T):
-        raise ValueError(
-            f"position_ids: expected shape [1, {T}] of one packed row, got {tuple(position_ids.shape)}; "
-            "the boundaries can be passed as cu_seq_lens_q"
-        )
-    return _boundaries_of(position_ids)
+    return mask.one_example()
 
 
 @once_a_forward

@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from .masks import NAME
+from .masks import NAME, current_call
 
 _models = weakref.WeakValueDictionary()  # by id, which a graph may hold as a constant
 _refusals = weakref.WeakKeyDictionary()  # of each model, by the kind of call
@@ -40,8 +40,8 @@ def watch_models():
 
 def _check_class(model_class, config):
     """Refuse a class whose attention never asks for ours, or that carries a state over the row."""
-    if not _is_text(config):
-        return  # the model of the text, inside, is asked itself
+    if not _is_text(config) or "text" not in model_class.input_modalities:
+        return  # the model of the text, inside or beside it, is asked itself
     name = model_class.__name__
     if not model_class._can_set_attn_implementation():
         raise ValueError(
@@ -77,21 +77,36 @@ def _before(model, args, kwargs):
         _check_mask(kwargs.get("attention_mask"))
     if kwargs.get("output_attentions"):
         refuse_output_attentions()
-    positions, boundaries = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
-    if positions is None and boundaries is None:
+    mask, positions, boundaries = (kwargs.get(n) for n in ("attention_mask", "position_ids", "cu_seq_lens_q"))
+    restarts = not compiling and boundaries is None and _restarts(model, positions, mask)
+    if not compiling:
+        current_call.restarts = restarts
+    if boundaries is None and not restarts:
         return
     if message := _refusal(id(model), positions is not None, boundaries is not None):
         raise ValueError(message)
     if compiling:
-        if any(kwargs.get(name) is not None for name in ("token_type_ids", "mm_token_type_ids")):
-            if not _is_text(model.config):
-                raise ValueError(
-                    f"token_type_ids: attn_implementation={NAME!r} cannot see under torch.compile what mask they make"
-                )
+        types = (kwargs.get(name) for name in ("token_type_ids", "mm_token_type_ids"))
+        if not _is_text(model.config) and any(given is not None for given in types):
+            raise ValueError(
+                f"token_type_ids: attn_implementation={NAME!r} cannot see under torch.compile what mask they make"
+            )
     elif positions is not None and (first := _first_position(model)) and positions.min() < first:
         raise ValueError(
             f"position_ids: {type(model).__name__} counts positions from {first}, got {int(positions.min())}"
         )
+
+
+def _restarts(model, positions, mask):
+    """Returns True if the positions of a row restart; waits for the device."""
+    if positions is None:
+        return False
+    if positions.dim() == 2:
+        if positions.shape[1] == 1 or (mask is not None and len(positions) > 1):  # decoding, or positions of padding
+            return False
+        return bool((positions.diff() != 1).any())
+    # Positions of images and words, which the model around the text's expands from those that it is given.
+    return _is_text(model.config) and current_call.restarts
 
 
 @functools.cache
@@ -129,11 +144,11 @@ def _find_refusal(model, positions, boundaries):
     if not _is_text(model.config):
         return None
     name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        return f"attn_implementation={NAME!r} does not support packed encoder-decoders" if boundaries else None
-    if "position_ids" not in _arguments(type(model)):
+    if model.config.is_encoder_decoder and boundaries:
+        return f"cu_seq_lens_q: attn_implementation={NAME!r} does not support encoder-decoders"
+    if not any("position_ids" in _arguments(type(m)) for m in model.modules() if hasattr(m, "config")):
         return f"position_ids: {name} takes none, so that positions would not restart with each packed example"
-    if boundaries and not positions and _learned_positions(model):
+    if boundaries and not positions and _position_tables(model):
         return f"position_ids: {name} needs them beside cu_seq_lens_q, restarting with each packed example"
     if layer := _layer_without_attention(model):
         return (
@@ -157,13 +172,17 @@ def _layer_without_attention(model):
     return None
 
 
-def _learned_positions(model):
+def _position_tables(model):
     """Returns the modules of ``model`` that look positions up in a table."""
     name = re.compile(r"(wpe|position_embeddings?|embed_positions)$")
-    return [m for path, m in model.named_modules() if isinstance(m, torch.nn.Embedding) and name.search(path)]
+    return [m for path, m in model.named_modules() if name.search(path) and _is_table(m)]
+
+
+def _is_table(module):
+    return isinstance(module, torch.nn.Embedding) or hasattr(module, "padding_idx")
 
 
 def _first_position(model):
     """Returns the first position that ``model`` has an embedding for."""
-    paddings = [m.padding_idx for m in _learned_positions(model)]
+    paddings = [getattr(m, "padding_idx", None) for m in _position_tables(model)]
     return max((padding + 1 for padding in paddings if padding is not None), default=0)

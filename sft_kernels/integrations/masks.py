@@ -4,11 +4,21 @@ transformers describes a mask as a function of positions before it builds one. A
 :class:`PackedMask` instead of a tensor. A model that reads its mask itself meets an error, not a mask of None.
 """
 
+import threading
 from typing import NamedTuple
 
 import torch
 
 NAME = "sft_kernels"
+
+
+class _Call(threading.local):
+    """Facts of the model's call that is being computed."""
+
+    restarts = False  # True if position_ids restart and the call has no cu_seq_lens_q
+
+
+current_call = _Call()
 
 
 class UnreadableMask(AttributeError, ValueError):
@@ -25,21 +35,35 @@ def _refuse(*args, **kwargs):
 class PackedMask:
     """The mask of a row without padding, as a description.
 
+    ``shape`` and ``ndim`` are those of the mask that it describes. Anything else that a model asks of it raises.
+
     Attributes:
         causal: True if no token sees later ones.
         window: None, or the distance at which the last visible token stands: to the left, and without ``causal`` to
             the right too.
         segments: [1, T] segment numbers that transformers found in ``position_ids``, or None.
         reason: None, or what the mask says that packed attention does not compute.
+        restarts: True if the model's call has position_ids that restart, and no cu_seq_lens_q.
         real: a function that builds transformers' own mask.
     """
 
-    def __init__(self, causal, window, segments, reason, real):
+    ndim = 4
+
+    def __init__(self, T, causal, window, segments, reason, real):
+        self.shape = (1, 1, T, T)
         self.causal = causal
         self.window = window
         self.segments = segments
         self.reason = reason
         self.real = real
+        self._one_example = None
+        self.restarts = not torch.compiler.is_compiling() and current_call.restarts
+
+    def one_example(self):
+        """Returns the boundaries [0, T] of a row that is one example."""
+        if self._one_example is None:
+            self._one_example = torch.tensor([0, self.shape[-1]], dtype=torch.int32)
+        return self._one_example
 
     def __getattr__(self, name):
         _refuse()
@@ -73,7 +97,11 @@ _KNOWN = {
     "sliding_window_bidirectional_overlay": ("sliding_window",),
     "packed_sequence_mask_function": ("packed_sequence_mask",),
 }
-_COMBINE = {"and_masks": "mask_functions", "remap_positions_for_packed_sequence": "mask_function"}
+_COMBINE = {
+    "and_masks": "mask_functions",
+    "or_masks": "mask_functions",
+    "remap_positions_for_packed_sequence": "mask_function",
+}
 
 
 def _parts(function):
@@ -84,12 +112,25 @@ def _parts(function):
     held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     if name in _COMBINE:
         inner = held[_COMBINE[name]].cell_contents
-        found = [_parts(f) for f in (inner if isinstance(inner, tuple) else (inner,))]
+        inner = inner if isinstance(inner, tuple) else (inner,)
+        if name == "or_masks":
+            inner = [f for f in inner if not _allows_nothing(f)]
+            if len(inner) > 1:
+                return _Parts({}, (name,))
+        found = [_parts(f) for f in inner]
         merged = {key: value for part in found for key, value in part.held.items()} | {name: []}
         return _Parts(merged, tuple(unknown for part in found for unknown in part.unknown))
     if name not in _KNOWN:
         return _Parts({}, (name,))
     return _Parts({name: [held[variable].cell_contents for variable in _KNOWN[name]]}, ())
+
+
+def _allows_nothing(function):
+    """Returns True for the mask of blocks (images, for example) of a row that has none; waits for the device."""
+    if not function.__qualname__.startswith("blockwise_overlay."):
+        return False
+    held = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
+    return not bool((held["block_sequence_ids"].cell_contents >= 0).any())
 
 
 def packed_mask(
@@ -113,6 +154,8 @@ def packed_mask(
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+    if isinstance(attention_mask, PackedMask):  # a model that hands the mask to the model inside
+        return attention_mask
     mask_function = causal_mask_function if mask_function is None else mask_function
     described = {
         "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
@@ -128,7 +171,7 @@ def packed_mask(
         return sdpa_mask(**{**described, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
     if compiling:  # a mask function cannot be taken apart in a graph, but its description tells
-        return _by_description(local_size, use_vmap, config, "allow_is_bidirectional_skip" in options, real)
+        return _by_description(q_length, local_size, use_vmap, config, "allow_is_bidirectional_skip" in options, real)
     parts = _parts(mask_function)
     causal = "causal_mask_function" in parts.held
     (window,) = parts.held.get("sliding_window_overlay", [None])
@@ -142,7 +185,7 @@ def packed_mask(
         unknown.append("sliding_window_overlay without a causal mask")
     if segments is not None and "remap_positions_for_packed_sequence" not in parts.held:
         unknown.append("segment numbers of the model's own")  # which may come back to an earlier segment
-    return PackedMask(causal, window, segments, ", ".join(unknown) or None, real)
+    return PackedMask(q_length, causal, window, segments, ", ".join(unknown) or None, real)
 
 
 def _is_padded(attention_mask, kv_length):
@@ -150,10 +193,10 @@ def _is_padded(attention_mask, kv_length):
     return attention_mask.shape[-1] != kv_length or not bool(attention_mask.all())
 
 
-def _by_description(local_size, use_vmap, config, bidirectional, real):
+def _by_description(T, local_size, use_vmap, config, bidirectional, real):
     """The mask of a row by the keywords that transformers passes beside the mask function."""
     reason = "a function that the model adds" if use_vmap else None
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
         reason = "chunked_overlay"
     window = local_size if local_size is None or bidirectional else local_size - 1
-    return PackedMask(not bidirectional, window, None, reason, real)
+    return PackedMask(T, not bidirectional, window, None, reason, real)
