@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..ops.packed_attention.api import packed_attention
 from ..ops.packed_attention.tiles import AttentionTiles
 from . import calls
-from .masks import NAME, PackedMask, packed_mask
+from .masks import GIVEN, NAME, PackedMask, packed_mask
 
 OLDEST = (5, 17)  # of transformers: its mask functions are described by keywords that packed_mask reads
 
@@ -44,6 +44,7 @@ def register():
 
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, packed_mask)
+    AttentionInterface.register(GIVEN, _attention_of_boundaries)
     calls.watch_models()
 
 
@@ -125,6 +126,13 @@ def attention_forward(
         softcap=softcap,
     )
     return out[None, ..., : features[1]], None
+
+
+def _attention_of_boundaries(module, query, key, value, attention_mask, *, cu_seq_lens_q=None, **kwargs):
+    """:func:`attention_forward` without a mask, whose windows are the layers' ``sliding_window``."""
+    if cu_seq_lens_q is None:
+        raise ValueError(f"cu_seq_lens_q: attn_implementation={GIVEN!r} needs them in each call")
+    return attention_forward(module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
 
 
 def _unsupported(mask, dropout, kwargs):

@@ -7,7 +7,7 @@ import weakref
 
 import torch
 
-from .masks import NAME, current_call
+from .masks import GIVEN, NAME, current_call
 
 _models = weakref.WeakValueDictionary()  # by id, which a graph may hold as a constant
 _refusals = weakref.WeakKeyDictionary()  # of each model, by the kind of call
@@ -27,7 +27,7 @@ def watch_models():
 
     @functools.wraps(accept)
     def checked(self, requested_attention, *args, **kwargs):
-        if requested_attention == NAME:
+        if requested_attention in (NAME, GIVEN):
             _check_class(type(self), self.config)
             _models[id(self)] = self
             if _before not in self._forward_pre_hooks.values():
@@ -68,7 +68,7 @@ def refuse_output_attentions():
 
 def _before(model, args, kwargs):
     """Refuse a call that our attention cannot see to be wrong."""
-    if model.config._attn_implementation != NAME:
+    if model.config._attn_implementation not in (NAME, GIVEN):
         return
     compiling = torch.compiler.is_compiling()
     if not compiling:
