@@ -4,11 +4,11 @@ this makes known to transformers."""
 import warnings
 from importlib.util import find_spec
 
-from .attention import register, too_old
+from .attention import NAME, register, too_old
 from .leak import assert_no_leak
 from .patching import HeadCounts, head_counts, patch, unpatch
 
-__all__ = ["HeadCounts", "assert_no_leak", "head_counts", "patch", "register", "unpatch"]
+__all__ = ["NAME", "HeadCounts", "assert_no_leak", "head_counts", "patch", "register", "unpatch"]
 
 if find_spec("transformers") is not None:
     if message := too_old():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..ops.packed_attention.api import packed_attention
 from ..ops.packed_attention.tiles import AttentionTiles
 from . import calls
-from .masks import GIVEN, NAME, PackedMask, packed_mask
+from .masks import GIVEN, NAME, PackedMask, current_call, packed_mask
 
 OLDEST = (5, 17)  # of transformers: its mask functions are described by keywords that packed_mask reads
 
@@ -91,6 +91,11 @@ def attention_forward(
             raise ValueError(
                 f"cu_seq_lens_q: attn_implementation={NAME!r} takes one packed row, without cache (use_cache=False) "
                 f"and without padding; got query {tuple(query.shape)} and key {tuple(key.shape)}"
+            )
+        if attention_mask is not None and current_call.restarts and (current_call.masked or len(query) == 1):
+            raise ValueError(
+                f"position_ids: attn_implementation={NAME!r} cannot keep packed examples apart by positions that "
+                "restart beside a mask; leave padding out, or pass a 4-D attention_mask"
             )
         return _stock(module, query, key, value, attention_mask, stock)
     if not one_row:

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import re
+import sys
 import weakref
 
 import torch
@@ -11,6 +12,10 @@ from .masks import GIVEN, NAME, current_call
 
 _models = weakref.WeakValueDictionary()  # by id, which a graph may hold as a constant
 _refusals = weakref.WeakKeyDictionary()  # of each model, by the kind of call
+
+
+# Models that join neighbouring tokens outside their layers.
+_MIXES = {"mobilebert": "its embedding of a token holds both neighbours', also those of another packed example"}
 
 
 def watch_models():
@@ -40,19 +45,32 @@ def watch_models():
 
 def _check_class(model_class, config):
     """Refuse a class whose attention never asks for ours, or that carries a state over the row."""
+    name = model_class.__name__
+    other = (
+        f"attn_implementation={NAME!r} does not support {name}, which computes its attention itself; "
+        "use attn_implementation='eager'"
+    )
+    if _has_a_table_of_attentions(model_class):
+        raise ValueError(other)
     if not _is_text(config) or "text" not in model_class.input_modalities:
         return  # the model of the text, inside or beside it, is asked itself
-    name = model_class.__name__
     if not model_class._can_set_attn_implementation():
-        raise ValueError(
-            f"attn_implementation={NAME!r} does not support {name}, which computes its attention itself; "
-            "use attn_implementation='eager'"
-        )
+        raise ValueError(other)
     if model_class._is_stateful:
         raise ValueError(
             f"attn_implementation={NAME!r} does not support {name}: its layers carry a state from one packed example "
             "into the next; use attn_implementation='sdpa' and one example a row"
         )
+
+
+@functools.cache
+def _has_a_table_of_attentions(model_class):
+    """Returns True if the class's file looks attention classes up by their name, where ours would be a KeyError."""
+    try:
+        source = inspect.getsource(sys.modules[model_class.__module__])
+    except (KeyError, OSError, TypeError):
+        return False
+    return re.search(r"_CLASSES\[\w*\.?_attn_implementation\]", source) is not None
 
 
 def _is_text(config):
@@ -80,7 +98,7 @@ def _before(model, args, kwargs):
     mask, positions, boundaries = (kwargs.get(n) for n in ("attention_mask", "position_ids", "cu_seq_lens_q"))
     restarts = not compiling and boundaries is None and _restarts(model, positions, mask)
     if not compiling:
-        current_call.restarts = restarts
+        current_call.restarts, current_call.masked = restarts, mask is not None
     if boundaries is None and not restarts:
         return
     if message := _refusal(id(model), positions is not None, boundaries is not None):
@@ -91,20 +109,24 @@ def _before(model, args, kwargs):
             raise ValueError(
                 f"token_type_ids: attn_implementation={NAME!r} cannot see under torch.compile what mask they make"
             )
-    elif positions is not None and (first := _first_position(model)) and positions.min() < first:
+    elif positions is not None and (first := first_position(model)) and positions.min() < first:
         raise ValueError(
             f"position_ids: {type(model).__name__} counts positions from {first}, got {int(positions.min())}"
         )
 
 
 def _restarts(model, positions, mask):
-    """Returns True if the positions of a row restart; waits for the device."""
-    if positions is None:
+    """Returns True if the positions of a row restart between tokens that ``mask`` keeps; waits for the device."""
+    if positions is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4):
         return False
     if positions.dim() == 2:
-        if positions.shape[1] == 1 or (mask is not None and len(positions) > 1):  # decoding, or positions of padding
+        if positions.shape[1] == 1:  # decoding
             return False
-        return bool((positions.diff() != 1).any())
+        jumps = positions.diff() != 1
+        if isinstance(mask, torch.Tensor) and mask.shape[-1] == positions.shape[1]:
+            kept = mask.bool()
+            jumps = jumps & kept[:, 1:] & kept[:, :-1]
+        return bool(jumps.any())
     # Positions of images and words, which the model around the text's expands from those that it is given.
     return _is_text(model.config) and current_call.restarts
 
@@ -150,6 +172,8 @@ def _find_refusal(model, positions, boundaries):
         return f"position_ids: {name} takes none, so that positions would not restart with each packed example"
     if boundaries and not positions and _position_tables(model):
         return f"position_ids: {name} needs them beside cu_seq_lens_q, restarting with each packed example"
+    if model.config.model_type in _MIXES:
+        return f"attn_implementation={NAME!r} does not support {name}: {_MIXES[model.config.model_type]}"
     if layer := _layer_without_attention(model):
         return (
             f"attn_implementation={NAME!r} does not support {name}: {layer} mixes tokens without attention, "
@@ -182,7 +206,7 @@ def _is_table(module):
     return isinstance(module, torch.nn.Embedding) or hasattr(module, "padding_idx")
 
 
-def _first_position(model):
+def first_position(model):
     """Returns the first position that ``model`` has an embedding for."""
     paddings = [getattr(m, "padding_idx", None) for m in _position_tables(model)]
     return max((padding + 1 for padding in paddings if padding is not None), default=0)

@@ -17,6 +17,7 @@ class _Call(threading.local):
     """Facts of the model's call that is being computed."""
 
     restarts = False  # True if position_ids restart and the call has no cu_seq_lens_q
+    masked = False  # True if the call has an attention_mask
 
 
 current_call = _Call()
