@@ -1,8 +1,9 @@
 """TRL's SFTTrainer with its head and loss by our fused op, and our AdamW.
 
-TRL multiplies by the head's weight itself, so ``patch(model)`` has nothing to do here. Pass the learning
-rate to the optimizer: the trainer does not hand its own to an optimizer class. The trainer goes on clipping:
-it computes the norm for its log even with ``max_grad_norm=0``, so AdamW's own would not save that.
+TRL multiplies by the head's weight itself, so ``patch(model)`` has nothing to do here. Pass the
+learning rate to the optimizer: the trainer does not hand its own to an optimizer class. The trainer
+goes on clipping: it computes the norm for its log even with ``max_grad_norm=0``, so AdamW's own
+clipping would save nothing.
 """
 
 import tempfile

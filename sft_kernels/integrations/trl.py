@@ -1,4 +1,4 @@
-"""``patch_trl()``: TRL's trainers compute log-probabilities and entropies by ``linear_cross_entropy``.
+"""``patch_trl()``: TRL's SFTTrainer computes the head and its loss by ``linear_cross_entropy``.
 
 Since 1.15 TRL's trainers do not call a model's head. Their forward hands the hidden states and the
 head's weight to ``_ChunkedLogProbFunction`` in ``trl.trainer.utils``, which is looked up there at
@@ -32,7 +32,7 @@ _PARAMETERS = [
 ]
 # What a call may ask for beside the log-probability, in the order in which it is returned.
 _OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_OURS = {"log_probs", "entropy", "is_top1"}
+_SFT = {"log_probs", "entropy", "is_top1"}  # what SFTTrainer asks for
 
 
 class LogProbs:
@@ -53,26 +53,25 @@ class LogProbs:
         logit_scale=1.0,
         outputs=_OUTPUTS,
     ):
-        """Compute the label's log-probability, and what ``outputs`` names, of each row of ``hidden``.
+        """Compute the label's log-probability, the entropy and if the label is the prediction.
 
         The logits are ``softcap(logit_scale · (hidden Wᵀ + b)) / temperature``. Outside of autocast
         the weight is cast as a whole if its dtype is not that of ``hidden``. Gradients flow through
         the log-probability and the entropy.
 
         Args:
-            hidden, weight, bias, targets: ``[N, D]``, ``[V, D]``, ``[V]`` or None, ``[N]``. All rows
-                carry loss.
+            hidden, weight, bias: ``[N, D]``, ``[V, D]``, ``[V]`` or None.
+            targets: ``[N]``, labels of which each carries loss.
             chunk_size: the width of TRL's tiles. It is not used: ``linear_cross_entropy`` plans its
                 own chunks.
-            outputs: names. A call that names ``"log_sum_sq_probs"`` or ``"mean_logits"``, as those of
-                DPO and KTO do, goes to TRL's own function as a whole.
+            outputs: names. A call that asks for anything but SFTTrainer's three goes to TRL's own
+                function. The other trainers' calls do, so that a policy and its reference are not
+                computed by different kernels.
 
         Returns:
-            ``(log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1)``, ``[N]`` each: bool for
-            ``is_top1``, else fp32; None for an output that was not asked for. The log-probability is
-            always there.
+            ``(log_probs, entropy, None, None, is_top1)``, ``[N]`` each: fp32, fp32 and bool.
         """
-        if not _OURS.issuperset(outputs):
+        if set(outputs) != _SFT:
             return cls.stock.apply(
                 hidden,
                 weight,
@@ -88,30 +87,31 @@ class LogProbs:
         if not torch.is_autocast_enabled(hidden.device.type):
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
+        if final_logit_softcapping is not None:
+            final_logit_softcapping = final_logit_softcapping / temperature
         N, scale = len(hidden), logit_scale / temperature
-        rows = torch.arange(N, device=targets.device)  # all of them: nothing to count, hence no sync
+        rows = torch.arange(N, device=targets.device)  # all of them: counting would be a sync
         _, tokens = linear_cross_entropy(
             hidden,
             weight,
             linear_bias=bias,
             kept=KeptTokens(rows, targets, count=N, size=N, shift=0),
             reduction="none",
-            softcap=None if final_logit_softcapping is None else final_logit_softcapping / temperature,
+            softcap=final_logit_softcapping,
             logit_scale=None if scale == 1 else scale,
             return_stats="tokens",
         )
-        entropy = tokens.entropy.float() if "entropy" in outputs else None
-        is_top1 = tokens.prediction == targets if "is_top1" in outputs else None
-        return tokens.logprob.float(), entropy, None, None, is_top1
+        is_top1 = tokens.prediction == targets
+        return tokens.logprob.float(), tokens.entropy.float(), None, None, is_top1
 
 
 def patch_trl():
-    """Make TRL's trainers compute the head's log-probabilities and entropies by ``linear_cross_entropy``.
+    """Make TRL's SFTTrainer compute the head and its loss by ``linear_cross_entropy``.
 
-    Call it once, anywhere before ``trainer.train()``. ``SFTTrainer`` is served with
-    ``loss_type="nll"`` (``"chunked_nll"`` is an alias of it) and ``"dft"``, in training and in
-    evaluation, with the metrics that it logs; so are GRPO and RLOO. DPO and KTO ask for statistics
-    that ours does not compute: TRL's own function serves them as before. Models need no ``patch``.
+    Call it once, anywhere before ``trainer.train()``. It serves ``loss_type="nll"``
+    (``"chunked_nll"`` is an alias of it) and ``"dft"``, in training and in evaluation, with the
+    entropy and the token accuracy that the trainer logs. Models need no ``patch``. TRL's other
+    trainers go on as before.
 
     A label outside the vocabulary raises ``IndexError`` on the CPU; elsewhere its loss is NaN.
 
@@ -128,9 +128,7 @@ def patch_trl():
         return
     stock = _known_stock()
     if found is not stock:
-        raise RuntimeError(
-            f"patch_trl: {_MODULE}.{_NAME} was replaced by {found!r} already; undo that first, or leave out patch_trl()"
-        )
+        raise RuntimeError(f"patch_trl: {_MODULE}.{_NAME} was replaced by {found!r} already; undo that first")
     LogProbs.stock = stock
     setattr(utils, _NAME, LogProbs)
 
@@ -153,7 +151,7 @@ def unpatch_trl():
 
 
 def _trl_utils():
-    """Returns ``trl.trainer.utils``; raises ``ImportError`` by name if TRL or its function is missing."""
+    """Returns ``trl.trainer.utils``; raises ``ImportError`` if TRL or its function is missing."""
     if importlib.util.find_spec("trl") is None:
         raise ImportError(f"patch_trl: trl is not installed; {_KNOWN}")
     utils = importlib.import_module(_MODULE)
@@ -165,7 +163,7 @@ def _trl_utils():
 
 
 def _known_stock():
-    """Returns TRL's own function; raises ``RuntimeError`` if it takes or returns other things than ours."""
+    """Returns TRL's own function; raises ``RuntimeError`` if it is not the one that we know."""
     try:
         kernels = importlib.import_module("trl.kernels.chunked_logprob")
         stock, outputs = kernels.ChunkedLogProbFunction, list(kernels.OPTIONAL_OUTPUTS)
@@ -187,7 +185,7 @@ def _version():
 
 
 def _refuse_zero3():
-    """Raise under DeepSpeed ZeRO-3, which partitions the head's weight again before the backward reads it."""
+    """Raise under DeepSpeed ZeRO-3, which frees the head's weight before the backward."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     if is_deepspeed_zero3_enabled():

@@ -22,7 +22,7 @@ PACKED = {"packing": True, "packing_strategy": "bfd", "max_length": 128}
 
 @pytest.fixture(autouse=True)
 def undone(monkeypatch):
-    """Undoes ``patch_trl`` after each run of an example, so that the next may be the stock program."""
+    """Undoes ``patch_trl`` after each run of an example: the next may be the stock program."""
     run = harness.run
 
     def run_and_undo(*args, **options):
@@ -74,7 +74,7 @@ def test_it_trains_as_stock_in_each_mode(mode, calls):
 
 def test_it_trains_as_stock_on_packed_rows(calls):
     def build():
-        """Our attention in our program, else torch's, for which transformers makes a mask from the positions."""
+        """Our attention in our program, else torch's with transformers' mask."""
         ours = utils._ChunkedLogProbFunction is trl.LogProbs
         return model(attn_implementation="sft_kernels" if ours else "sdpa")
 
@@ -101,7 +101,7 @@ def test_the_logs_are_those_of_stock(mode):
     assert sum("eval_mean_token_accuracy" in log and "eval_entropy" in log for log in ours) == 2
 
 
-LEARNT = {  # what carries loss: how the text of a row begins and ends, and how many ends of a turn it has
+LEARNT = {  # options; how the text that carries loss begins and ends, its ends of a turn
     "everything": ({}, "user\n", "<|im_end|>\n", 2),  # the first token has nothing before it
     "completions": ({"rows": ASKED}, "", "<|im_end|>\n", 1),
     "assistant": ({"assistant_only_loss": True}, "", "<|im_end|>", 1),
@@ -123,7 +123,7 @@ def test_the_end_of_the_turn_is_learnt(mode):
         rows = list(zip(ids, labels, strict=True))
     assert len(rows) >= 4
     for row, of_row in rows:
-        carried = of_row[1:] != -100  # the model shifts: the first label of an example is never used
+        carried = of_row[1:] != -100  # the first label is never used
         text = tokenizer().decode(row[1:][carried])
         assert torch.equal(row[1:][carried], of_row[1:][carried])
         assert text.startswith(begins)

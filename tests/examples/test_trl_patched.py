@@ -21,7 +21,7 @@ def test_it_trains_as_stock():
 
 
 def test_an_adapter_on_the_head_is_trained():
-    """TRL refuses a PEFT model with one, since its own loss would leave it out. In the model itself it is not seen."""
+    """TRL refuses PEFT models with one, which its own loss would leave out; it does not see this."""
     peft = pytest.importorskip("peft", reason="it makes the adapter")
 
     def build():

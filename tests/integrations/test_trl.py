@@ -1,4 +1,4 @@
-"""``patch_trl``: TRL's fused head gives the same losses, gradients and metrics by ``linear_cross_entropy``."""
+"""``patch_trl``: the same losses, gradients and metrics as TRL's own fused head."""
 
 import subprocess
 import sys
@@ -14,10 +14,9 @@ from ..ops.helpers import Watch
 from .models import IDS, LABELS, V, llama
 
 pytest.importorskip("trl", reason="patch_trl patches it")
-peft = pytest.importorskip("peft")
 
-from trl.kernels import chunked_logprob  # noqa: E402
-from trl.trainer import utils  # noqa: E402
+from trl.kernels import chunked_logprob
+from trl.trainer import utils
 
 STOCK = chunked_logprob.ChunkedLogProbFunction
 SFT = ("log_probs", "entropy", "is_top1")  # what SFTTrainer asks for
@@ -39,7 +38,7 @@ def calls(monkeypatch):
 
 
 def head(dtype=torch.float32, weight_dtype=None, bias=False, N=21, D=16, classes=V):
-    """Returns ``(hidden, weight, bias)``, and targets of which every other has the largest logit."""
+    """Returns ``(hidden, weight, bias)``, and targets; every other has the largest logit."""
     make = torch.Generator().manual_seed(3)
     hidden, weight, offset = (torch.randn(*shape, generator=make) for shape in ((N, D), (classes, D), (classes,)))
     weight_dtype = weight_dtype or dtype
@@ -58,7 +57,7 @@ def by_definition(hidden, weight, bias, targets, temperature, _, softcap=None, s
 
 
 def values(apply, leaves, targets, *options, upstream):
-    """The outputs of ``apply``, then the gradients of a weighted sum of log-probabilities and entropies."""
+    """Returns outputs and the gradients of a weighted sum of them, and which are predicted."""
     leaves = [None if t is None else t.clone().requires_grad_() for t in leaves]
     out = apply(*leaves, targets, *options, SFT)
     sum((g * x).sum() for g, x in zip(upstream, out, strict=False)).backward()
@@ -209,6 +208,7 @@ def test_a_frozen_head_has_no_gradient():
 
 
 def test_a_head_among_modules_to_save_is_trained(calls):
+    peft = pytest.importorskip("peft", reason="it makes the copy of the head")
     base = llama()
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, config)
@@ -219,14 +219,23 @@ def test_a_head_among_modules_to_save_is_trained(calls):
     assert base.lm_head.original_module.weight.grad is None
 
 
-@pytest.mark.parametrize("extra", ["mean_logits", "log_sum_sq_probs"])
-def test_statistics_that_ours_does_not_compute_are_trls(extra, calls):
-    leaves, targets = head()
-    arguments = (*leaves, targets, 1.0, 16, None, 1.0, ("log_probs", extra))
+OTHERS = {  # what TRL's other trainers ask for
+    "a reference model": ("log_probs",),
+    "GRPO, RLOO": ("log_probs", "entropy"),
+    "DPO": ("log_probs", "entropy", "mean_logits", "is_top1"),
+    "DPO, weighted": ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs"),
+    "KTO": ("log_probs", "entropy", "mean_logits"),
+}
+
+
+@pytest.mark.parametrize("trainer", OTHERS)
+def test_other_trainers_go_on_as_before(trainer, calls):
+    leaves, targets = head(bias=True)
+    arguments = (*leaves, targets, 0.7, 16, 3.0, 2.0, OTHERS[trainer])
     patch_trl()
     found, theirs = utils._ChunkedLogProbFunction.apply(*arguments), STOCK.apply(*arguments)
-    assert [x is None for x in found] == [x is None for x in theirs]
-    assert all(torch.equal(mine, other) for mine, other in zip(found, theirs, strict=True) if mine is not None)
+    for mine, other in zip(found, theirs, strict=True):
+        assert (mine is None and other is None) or torch.equal(mine, other)
     assert not calls
 
 
