@@ -117,7 +117,8 @@ def _before(model, args, kwargs):
 
 def _restarts(model, positions, mask):
     """Returns True if the positions of a row restart between tokens that ``mask`` keeps; waits for the device."""
-    if positions is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4):
+    prepared = isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
+    if positions is None or prepared:
         return False
     if positions.dim() == 2:
         if positions.shape[1] == 1:  # decoding
