@@ -9,10 +9,8 @@ from .leak import assert_no_leak
 from .patching import HeadCounts, head_counts, patch, unpatch
 from .trl import patch_trl, unpatch_trl
 
-<<<<<<< HEAD
-__all__ = ["NAME", "HeadCounts", "assert_no_leak", "head_counts", "patch", "register", "unpatch"]
-=======
 __all__ = [
+    "NAME",
     "HeadCounts",
     "assert_no_leak",
     "head_counts",
@@ -22,7 +20,6 @@ __all__ = [
     "unpatch",
     "unpatch_trl",
 ]
->>>>>>> h/trl
 
 if find_spec("transformers") is not None:
     if message := too_old():
