@@ -1,8 +1,8 @@
-"""Stand-ins for other libraries: their signatures over plain PyTorch formulas, to hold ``examples/migration.md`` to.
+"""Stand-ins for the libraries of ``examples/migration.md``: their signatures over plain PyTorch.
 
-Each says where its signature and its formula were read. They are for batches in which something is kept; what the
-libraries do otherwise, and what their kernels get wrong, is not modelled. The signatures of FlashAttention are those of
-``tests/ops/flash_signatures.py``.
+Each names the file and function that it was read from. They are right for batches that keep at
+least one token. They do not copy what the libraries do without one, nor their mistakes. The
+signatures of FlashAttention are those of ``tests/ops/flash_signatures.py``.
 """
 
 import inspect
@@ -46,8 +46,8 @@ class CrossEntropyOutput(NamedTuple):
 
 
 def _liger(logits, target, ce_weight, a):
-    """liger_kernel/ops/cross_entropy.py, liger_cross_entropy_kernel: the z-loss has no class weight, and the number of
-    kept tokens for its divisor."""
+    """liger_kernel/ops/cross_entropy.py, liger_cross_entropy_kernel: the z-loss has no class
+    weight, and the number of kept tokens for its divisor."""
     u = _shape(logits, softcap=a.softcap)
     kept = target != a.ignore_index
     options = {"ignore_index": a.ignore_index, "label_smoothing": a.label_smoothing}
@@ -63,7 +63,8 @@ def _liger(logits, target, ce_weight, a):
         loss = losses.sum() + penalty
         if a.reduction == "mean":
             penalty = penalty / kept.sum()
-            loss = losses.sum() / (kept.sum() if ce_weight is None else ce_weight[target[kept]].sum()) + penalty
+            divisor = kept.sum() if ce_weight is None else ce_weight[target[kept]].sum()
+            loss = losses.sum() / divisor + penalty
     if not (a.return_z_loss or a.return_token_accuracy or a.return_predicted_tokens):
         return loss
     accuracy = (predicted == target)[kept].to(u.dtype).mean()
@@ -74,11 +75,11 @@ class LigerFusedLinearCrossEntropyLoss:
     """liger_kernel/transformers/fused_linear_cross_entropy.py."""
 
     def __init__(
-        self, ce_weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, reduction="mean",
-        softcap=None, return_z_loss=False, accum_dtype=None, use_token_scaling=False, return_token_accuracy=False,
-        return_predicted_tokens=False,
+        self, ce_weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
+        reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
+        use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False,
     ):  # fmt: skip
-        self.a = SimpleNamespace(**{name: value for name, value in locals().items() if name != "self"})
+        self.a = SimpleNamespace(**locals())
 
     def forward(self, lin_weight, _input, target, bias=None):
         assert _input.dim() == 2
@@ -91,10 +92,11 @@ class LigerCrossEntropyLoss:
     """liger_kernel/transformers/cross_entropy.py."""
 
     def __init__(
-        self, weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0, reduction="mean", softcap=None,
-        return_z_loss=False, return_token_accuracy=False, return_predicted_tokens=False,
+        self, weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
+        reduction="mean", softcap=None, return_z_loss=False, return_token_accuracy=False,
+        return_predicted_tokens=False,
     ):  # fmt: skip
-        self.a = SimpleNamespace(**{name: value for name, value in locals().items() if name != "self"})
+        self.a = SimpleNamespace(**locals())
 
     def forward(self, _input, target):
         return _liger(_input, target, self.a.weight, self.a)
@@ -103,9 +105,10 @@ class LigerCrossEntropyLoss:
 
 
 def liger_fused_linear_cross_entropy(
-    input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0, label_smoothing=0.0,
-    reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None, use_token_scaling=False,
-    return_token_accuracy=False, return_predicted_tokens=False, chunk_mem_const=1,
+    input, weight, target, bias=None, ce_weight=None, ignore_index=-100, lse_square_scale=0.0,
+    label_smoothing=0.0, reduction="mean", softcap=None, return_z_loss=False, accum_dtype=None,
+    use_token_scaling=False, return_token_accuracy=False, return_predicted_tokens=False,
+    chunk_mem_const=1,
 ):  # fmt: skip
     """liger_kernel/transformers/functional.py."""
     a = SimpleNamespace(**locals())
@@ -113,15 +116,17 @@ def liger_fused_linear_cross_entropy(
 
 
 def LigerForCausalLMLoss(
-    hidden_states, lm_head_weight, labels, hidden_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None,
-    final_logit_softcapping=None, return_token_accuracy=False, return_predicted_tokens=False, **kwargs,
+    hidden_states, lm_head_weight, labels, hidden_size, num_items_in_batch=None, ignore_index=-100,
+    shift_labels=None, final_logit_softcapping=None, return_token_accuracy=False,
+    return_predicted_tokens=False, **kwargs,
 ):  # fmt: skip
-    """liger_kernel/transformers/model/loss_utils.py: the sum over ``num_items_in_batch``, or else the mean."""
+    """liger_kernel/transformers/model/loss_utils.py: the sum over the given number, or the mean."""
     if shift_labels is None:
         shift_labels = _shifted(labels, 1, ignore_index)
     loss = liger_fused_linear_cross_entropy(
-        hidden_states.view(-1, hidden_size), lm_head_weight, shift_labels.view(-1), ignore_index=ignore_index,
-        reduction="mean" if num_items_in_batch is None else "sum", softcap=final_logit_softcapping,
+        hidden_states.view(-1, hidden_size), lm_head_weight, shift_labels.view(-1),
+        ignore_index=ignore_index, reduction="mean" if num_items_in_batch is None else "sum",
+        softcap=final_logit_softcapping,
     )  # fmt: skip
     return loss if num_items_in_batch is None else loss / num_items_in_batch
 
@@ -143,22 +148,24 @@ class VocabParallelOptions(NamedTuple):
 
 
 def cce_linear_cross_entropy(
-    e, c, targets, bias=None, ignore_index=-100, softcap=None, reduction="mean", shift=0, return_lse=False,
-    filter_eps="auto", accum_e_fp32=False, accum_c_fp32=False, filter_e_grad=True, filter_c_grad=True, impl="cce",
-    vocab_parallel_options=None,
+    e, c, targets, bias=None, ignore_index=-100, softcap=None, reduction="mean", shift=0,
+    return_lse=False, filter_eps="auto", accum_e_fp32=False, accum_c_fp32=False, filter_e_grad=True,
+    filter_c_grad=True, impl="cce", vocab_parallel_options=None,
 ):  # fmt: skip
-    """cut_cross_entropy/linear_cross_entropy.py and cce.py, without the filter; per-token results begin at ``shift``."""
+    """cut_cross_entropy/linear_cross_entropy.py and cce.py, without the filter of gradients."""
     assert impl in ("cce", "cce_exact", "torch_compile")
     u = _shape(F.linear(e, c, bias), softcap=softcap)
     labels = _shifted(targets, int(shift), ignore_index)
     losses, kept = _losses(u, labels, ignore_index=ignore_index), labels != ignore_index
     end = targets.shape[-1] - int(shift)
-    loss = {"mean": losses.sum() / kept.sum(), "sum": losses.sum(), "none": losses[..., :end]}[reduction]
+    total = losses.sum()
+    loss = {"mean": total / kept.sum(), "sum": total, "none": losses[..., :end]}[reduction]
     return (loss, (u.logsumexp(-1) * kept)[..., :end]) if return_lse else loss
 
 
 def cce_25_1_1(
-    e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False, filter_eps="high", impl="cce",
+    e, c, targets, ignore_index=-100, softcap=None, reduction="mean", shift=False,
+    filter_eps="high", impl="cce",
 ):  # fmt: skip
     """cut-cross-entropy 25.1.1, cut_cross_entropy/linear_cross_entropy.py: the signature."""
 
@@ -166,15 +173,16 @@ def cce_25_1_1(
 # unsloth_zoo 2026.10.9
 
 UNSLOTH_KWARGS = {  # unsloth_zoo/fused_losses/cross_entropy_loss.py, compute_fused_ce_loss
-    "logit_scale_multiply", "logit_scale_divide", "logit_softcapping", "ignore_index", "label_smoothing", "logits_bias",
+    "logit_scale_multiply", "logit_scale_divide", "logit_softcapping", "ignore_index",
+    "label_smoothing", "logits_bias",
 }  # fmt: skip
 
 
 def unsloth_fused_ce_loss(
-    trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mask=None, n_items=None, scaling=None, target_gb=None,
-    torch_compile=True, overwrite=False, shift_labels=True, **kwargs,
+    trainer, hidden_states, lm_head_weight, lm_head_bias, labels, mask=None, n_items=None,
+    scaling=None, target_gb=None, torch_compile=True, overwrite=False, shift_labels=True, **kwargs,
 ):  # fmt: skip
-    """unsloth_zoo/fused_losses/cross_entropy_loss.py: a divisor of 0 counts as 1, other keywords are ignored."""
+    """unsloth_zoo/fused_losses/cross_entropy_loss.py. A divisor of 0 counts as 1."""
     assert trainer is None
     if mask is not None:
         labels = labels.masked_fill(mask == 0, -100)
@@ -195,16 +203,17 @@ def unsloth_masked_logprobs(hidden_states, lm_head, labels, mask=None, ignore_in
 
 
 class FusedAdam:
-    """apex/optimizers/fused_adam.py: moments in fp32, and masters of fp16 and fp32 parameters alone."""
+    """apex/optimizers/fused_adam.py: fp32 moments; masters only of fp16 and fp32 parameters."""
 
     def __init__(
-        self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True, weight_decay=0.0,
-        amsgrad=False, set_grad_none=True, capturable=False, master_weights=False,
+        self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, adam_w_mode=True,
+        weight_decay=0.0, amsgrad=False, set_grad_none=True, capturable=False, master_weights=False,
     ):  # fmt: skip
-        assert bias_correction and adam_w_mode and not amsgrad
+        assert (bias_correction, adam_w_mode, amsgrad) == (True, True, False)
         assert capturable or not master_weights
         self.params, self.master_weights = params, master_weights
-        self.wide = [p.detach().clone() if p.dtype == torch.float64 else p.detach().float() for p in params]
+        dtypes = [torch.promote_types(p.dtype, torch.float32) for p in params]
+        self.wide = [p.detach().to(t, copy=True) for p, t in zip(params, dtypes, strict=True)]
         self.inner = torch.optim.AdamW(self.wide, lr, betas, eps, weight_decay)
 
     @torch.no_grad()
@@ -222,13 +231,13 @@ class FusedAdam:
 
 
 def _attend(q, k, v, bounds, causal, window_size, scale, softcap):
-    """Returns ``(out, lse)`` [T, Hq, D], [Hq, T] of each segment by itself; a bound of -1 or None is none."""
+    """Returns ``(out, lse)``, [T, Hq, D] and [Hq, T]. A bound of -1 or None bounds nothing."""
     outs, lses = [], []
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
     left, right = window_size
     for start, end in pairwise(bounds.tolist()):
-        scores = torch.einsum("ihd,jhd->hij", q[start:end], k[start:end]) * (scale or q.shape[2] ** -0.5)
-        scores = _shape(scores, softcap=softcap)
+        scores = torch.einsum("ihd,jhd->hij", q[start:end], k[start:end])
+        scores = _shape(scores, scale or q.shape[2] ** -0.5, softcap)
         ahead = torch.arange(end - start) - torch.arange(end - start)[:, None]  # j − i
         hidden = (ahead > 0) & causal
         if left not in (-1, None):
@@ -242,7 +251,7 @@ def _attend(q, k, v, bounds, causal, window_size, scale, softcap):
 
 
 def _varlen(record, result):
-    """Returns a function of the signature of ``record``; ``result(arguments, out, lse)`` is what it returns."""
+    """Returns a function of the signature of ``record``; it returns ``result(a, out, lse)``."""
     signature = inspect.signature(record)
 
     def function(*args, **kwargs):
@@ -250,43 +259,46 @@ def _varlen(record, result):
         assert bound.arguments.keys() <= flash_signatures.MODELLED
         bound.apply_defaults()
         a = SimpleNamespace(**bound.arguments)
-        cu = getattr(a, "cu_seqlens_q", None)
-        names = ("q", "k", "v") if cu is not None else ("query", "key", "value")
-        scale = a.softmax_scale if cu is not None else a.scale
-        out, lse = _attend(
-            *(getattr(a, name) for name in names), a.cu_seq_q if cu is None else cu, getattr(a, "causal", False),
-            a.window_size, scale, getattr(a, "softcap", None),
-        )  # fmt: skip
-        return result(a, out, lse)
+        if "cu_seqlens_q" in signature.parameters:
+            qkv, bounds = (a.q, a.k, a.v), a.cu_seqlens_q
+            causal, scale, softcap = a.causal, a.softmax_scale, a.softcap
+        else:
+            qkv, bounds = (a.query, a.key, a.value), a.cu_seq_q
+            causal, scale, softcap = False, a.scale, None
+        return result(a, *_attend(*qkv, bounds, causal, a.window_size, scale, softcap))
 
     return function
 
 
 # v2.8.3, flash_attn/flash_attn_interface.py
 flash_attn_2 = _varlen(
-    flash_signatures.flash_attn_2, lambda a, out, lse: (out, lse, None) if a.return_attn_probs else out
+    flash_signatures.flash_attn_2,
+    lambda a, out, lse: (out, lse, None) if a.return_attn_probs else out,
 )
 # 4.0.0b36, flash_attn/cute/interface.py
 flash_attn_4 = _varlen(
-    flash_signatures.flash_attn_4, lambda a, out, lse: (out, lse if a.return_lse or out.requires_grad else None)
+    flash_signatures.flash_attn_4,
+    lambda a, out, lse: (out, lse if a.return_lse or out.requires_grad else None),
 )
 # torch 2.12 and 2.13, torch/nn/attention/varlen.py
 varlen_attn = _varlen(
-    flash_signatures.varlen_attn_2_12, lambda a, out, lse: (out, lse) if a.return_aux and a.return_aux.lse else out
+    flash_signatures.varlen_attn_2_12,
+    lambda a, out, lse: (out, lse) if a.return_aux and a.return_aux.lse else out,
 )
 
 
 def flash_attn_varlen_qkvpacked_func(
-    qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-    alibi_slopes=None, deterministic=False, return_attn_probs=False,
+    qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+    return_attn_probs=False,
 ):  # fmt: skip
     """v2.8.3, flash_attn/flash_attn_interface.py."""
     return _attend(*qkv.unbind(1), cu_seqlens, causal, window_size, softmax_scale, softcap)[0]
 
 
 def flash_attn_func(
-    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-    deterministic=False, return_attn_probs=False,
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
     """v2.8.3, flash_attn/flash_attn_interface.py: [B, S, H, D]."""
     bounds = torch.arange(len(q) + 1) * q.shape[1]
@@ -307,7 +319,10 @@ OF_SECTION = {  # of the page: the names of the left column
         "linear_cross_entropy": cce_linear_cross_entropy,
         "VocabParallelOptions": VocabParallelOptions,
     },
-    "unsloth": {"fused_ce": unsloth_fused_ce_loss, "unsloth_masked_logprobs": unsloth_masked_logprobs},
+    "unsloth": {
+        "fused_ce": unsloth_fused_ce_loss,
+        "unsloth_masked_logprobs": unsloth_masked_logprobs,
+    },
     "apex": {"FusedAdam": FusedAdam},
     "flash-attn 2 and 3": {
         "varlen": flash_attn_2,

@@ -21,7 +21,7 @@ def library(module, reason):
 
 
 def parameters(function):
-    """Returns the names and defaults of ``function``; an implementation's default is left out, which may be an enum."""
+    """Returns names, defaults and kinds; without the default of ``impl``, which may be an enum."""
     signature = inspect.signature(function).parameters.values()
     return [(p.name, None if p.name == "impl" else p.default, p.kind) for p in signature]
 
@@ -73,11 +73,11 @@ def test_signatures_of_apex():
     hold(library("apex.optimizers", "apex is not installed").FusedAdam, stand_ins.FusedAdam)
 
 
-@pytest.mark.parametrize("theirs", [theirs for section, theirs, _ in ROWS if section == "Liger"], ids=str)
+@pytest.mark.parametrize("theirs", [row[1] for row in ROWS if row[0] == "Liger"], ids=str)
 def test_liger_computes_the_formula(theirs, monkeypatch):
     real = real_liger()
     if not torch.cuda.is_available() and ("softcap" in theirs[0] or "class_weight" in theirs[0]):
-        pytest.skip("its kernel calls a method of a number, which is a Python float in Triton's interpreter")
+        pytest.skip("Triton's interpreter hands its kernel a Python float, which has no .to()")
     expected, gradients = found("Liger", theirs, True, None)
     monkeypatch.setitem(stand_ins.OF_SECTION, "Liger", real)
     values, their_gradients = found("Liger", theirs, True, None)
@@ -91,7 +91,8 @@ def liger():
     """``(loss module, x, weight, labels)``; a third is masked."""
     loss = real_liger()["FLCE"]()
     labels = torch.randint(V, (N,)).index_fill(0, torch.arange(0, N, 3), -100)
-    return loss, torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True), labels
+    x, weight = (torch.randn(rows, D, requires_grad=True) for rows in (N, V))
+    return loss, x, weight, labels
 
 
 def test_liger_has_no_loss_where_nothing_is_kept(liger):
