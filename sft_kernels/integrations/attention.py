@@ -110,11 +110,11 @@ def attention_forward(
             return _stock(module, query, key, value, attention_mask.real(), stock)
         raise ValueError(reason)
     if described:
-        causal, window = attention_mask.causal, attention_mask.window
+        left, right = attention_mask.left, attention_mask.right
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        window = None if sliding_window is None else sliding_window - 1
-    window = -1 if window is None else window
+        left = None if sliding_window is None else sliding_window - 1
+        right = 0 if causal else left
     if torch.compiler.is_compiling():
         max_length_q = None  # an int that changes would compile anew
     features = query.shape[-1], value.shape[-1]
@@ -125,9 +125,9 @@ def attention_forward(
         cu_seq_lens_q,
         max_length_q,
         tiles=_tiles(cu_seq_lens_q, query.shape[2], query.device) if _takes_tiles(query.device) else None,
-        causal=causal,
+        causal=right == 0,
         scale=scaling,
-        window_size=(window, -1 if causal else window),
+        window_size=(-1 if left is None else left, -1 if right is None else right),
         softcap=softcap,
     )
     return out[None, ..., : features[1]], None

@@ -4,7 +4,9 @@ transformers describes a mask as a function of positions before it builds one. A
 :class:`PackedMask` instead of a tensor. A model that reads its mask itself meets an error, not a mask of None.
 """
 
+import functools
 import threading
+import types
 from typing import NamedTuple
 
 import torch
@@ -40,23 +42,20 @@ class PackedMask:
     ``shape`` and ``ndim`` are those of the mask that it describes. Anything else that a model asks of it raises.
 
     Attributes:
-        causal: True if no token sees later ones.
-        window: None, or the distance at which the last visible token stands: to the left, and without ``causal`` to
-            the right too.
+        left, right: how many tokens before and after a token it sees, None for all.
         segments: [1, T] segment numbers that transformers found in ``position_ids``, or None.
-        reason: None, or what the mask says that packed attention does not compute.
         restarts: True if the model's call has position_ids that restart, and no cu_seq_lens_q.
+        reason: None, or what the mask says that packed attention does not compute.
         real: a function that builds transformers' own mask.
     """
 
     ndim = 4
 
-    def __init__(self, T, causal, window, segments, reason, real):
+    def __init__(self, T, pattern, real):
         self.shape = (1, 1, T, T)
-        self.causal = causal
-        self.window = window
-        self.segments = segments
-        self.reason = reason
+        self.left, self.right = pattern.left, pattern.right
+        self.segments = pattern.segments
+        self.reason = pattern.reason
         self.real = real
         self._one_example = None
         self.restarts = not torch.compiler.is_compiling() and current_call.restarts
@@ -84,55 +83,87 @@ for _name in _NAMES:
 PackedMask.__hash__ = object.__hash__  # setting __eq__ afterwards leaves it, this says so
 
 
-class _Parts(NamedTuple):
-    """The pieces that transformers combined into a mask function, by their names, with the values they hold."""
+class _Pattern(NamedTuple):
+    """Keys that a query sees: from ``left`` before it to ``right`` after it, None for all, within its segment."""
 
-    held: dict
-    unknown: tuple
+    left: int | None = None
+    right: int | None = None
+    segments: torch.Tensor | None = None
+    remapped: bool = False  # True if distances are between positions that restart with each segment
+    reason: str | None = None  # if it is not such a pattern
 
 
-# Factories of transformers.masking_utils whose masks packed attention computes, and what is read of each.
-_KNOWN = {
-    "causal_mask_function": (),
-    "bidirectional_mask_function": (),
-    "sliding_window_overlay": ("sliding_window",),
-    "sliding_window_bidirectional_overlay": ("sliding_window",),
-    "packed_sequence_mask_function": ("packed_sequence_mask",),
+# What the factories of transformers make of their argument. Gemma 3 and Step 3.7 have one of their own.
+_PATTERNS = {
+    "causal_mask_function": lambda: _Pattern(right=0),
+    "bidirectional_mask_function": lambda: _Pattern(),
+    "sliding_window_overlay": lambda sliding_window: _Pattern(left=sliding_window - 1),  # which counts the token itself
+    "sliding_window_bidirectional_overlay": lambda sliding_window: _Pattern(sliding_window, sliding_window),
+    "_bidirectional_window_overlay": lambda sliding_window: _Pattern(sliding_window - 1, sliding_window - 1),
+    "packed_sequence_mask_function": lambda packed_sequence_mask: _Pattern(segments=packed_sequence_mask),
 }
-_COMBINE = {
-    "and_masks": "mask_functions",
-    "or_masks": "mask_functions",
-    "remap_positions_for_packed_sequence": "mask_function",
-}
 
 
-def _parts(function):
-    """Takes a mask function of transformers apart."""
-    name = function.__qualname__.partition(".")[0]
-    if function.__module__ != "transformers.masking_utils":
-        return _Parts({}, (function.__qualname__,))
-    held = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-    if name in _COMBINE:
-        inner = held[_COMBINE[name]].cell_contents
-        inner = inner if isinstance(inner, tuple) else (inner,)
-        if name == "or_masks":
-            inner = [f for f in inner if not _allows_nothing(f)]
-            if len(inner) > 1:
-                return _Parts({}, (name,))
-        found = [_parts(f) for f in inner]
-        merged = {key: value for part in found for key, value in part.held.items()} | {name: []}
-        return _Parts(merged, tuple(unknown for part in found for unknown in part.unknown))
-    if name not in _KNOWN:
-        return _Parts({}, (name,))
-    return _Parts({name: [held[variable].cell_contents for variable in _KNOWN[name]]}, ())
+def _pattern(function):
+    """Returns the :class:`_Pattern` of a mask function of transformers, from the values that it holds."""
+    if not isinstance(function, types.FunctionType):
+        return _Pattern(reason=repr(function))
+    held = dict(zip(function.__code__.co_freevars, (c.cell_contents for c in function.__closure__ or ()), strict=True))
+    factory = function.__qualname__.partition(".")[0]
+    if function.__module__.startswith("transformers."):
+        if factory in _PATTERNS:
+            return _PATTERNS[factory](**held)
+        if factory == "and_masks":
+            return functools.reduce(_both, map(_pattern, held["mask_functions"]))
+        if factory == "or_masks":
+            return functools.reduce(_either, map(_pattern, filter(_allows_some, held["mask_functions"])))
+        if factory == "remap_positions_for_packed_sequence":
+            return _pattern(held["mask_function"])._replace(remapped=True)
+    if _allows_all(function):
+        return _Pattern()
+    return _Pattern(reason=factory if function.__module__ == "transformers.masking_utils" else function.__qualname__)
 
 
-def _allows_nothing(function):
-    """Returns True for the mask of blocks (images, for example) of a row that has none; waits for the device."""
+def _both(a, b):
+    if a.segments is not None and b.segments is not None:
+        return _Pattern(reason="two kinds of segments")
+    return _Pattern(
+        _least(a.left, b.left),
+        _least(a.right, b.right),
+        b.segments if a.segments is None else a.segments,
+        a.remapped or b.remapped,
+        a.reason or b.reason,
+    )
+
+
+def _either(a, b):
+    """Both patterns hold the query itself, so that together they are one again."""
+    reason = (
+        a.reason or b.reason or ("segments in a union" if a.segments is not None or b.segments is not None else None)
+    )
+    left = None if None in (a.left, b.left) else max(a.left, b.left)
+    right = None if None in (a.right, b.right) else max(a.right, b.right)
+    return _Pattern(left, right, None, a.remapped or b.remapped, reason)
+
+
+def _least(a, b):
+    return min((x for x in (a, b) if x is not None), default=None)
+
+
+def _allows_some(function):
+    """Returns False for the mask of blocks (images, for example) of a row that has none; waits for the device."""
     if not function.__qualname__.startswith("blockwise_overlay."):
-        return False
+        return True
     held = dict(zip(function.__code__.co_freevars, function.__closure__, strict=True))
-    return not bool((held["block_sequence_ids"].cell_contents >= 0).any())
+    return bool((held["block_sequence_ids"].cell_contents >= 0).any())
+
+
+def _allows_all(function):
+    """Returns True for a function that is True without looking at its arguments."""
+    try:
+        return bool(function(None, None, None, None))
+    except Exception:
+        return False
 
 
 def packed_mask(
@@ -174,20 +205,10 @@ def packed_mask(
 
     if compiling:  # a mask function cannot be taken apart in a graph, but its description tells
         return _by_description(q_length, local_size, use_vmap, config, "allow_is_bidirectional_skip" in options, real)
-    parts = _parts(mask_function)
-    causal = "causal_mask_function" in parts.held
-    (window,) = parts.held.get("sliding_window_overlay", [None])
-    if window is not None:
-        window -= 1  # transformers counts the token itself
-    else:
-        (window,) = parts.held.get("sliding_window_bidirectional_overlay", [None])
-    (segments,) = parts.held.get("packed_sequence_mask_function", [None])
-    unknown = list(parts.unknown)
-    if "sliding_window_overlay" in parts.held and not causal:
-        unknown.append("sliding_window_overlay without a causal mask")
-    if segments is not None and "remap_positions_for_packed_sequence" not in parts.held:
-        unknown.append("segment numbers of the model's own")  # which may come back to an earlier segment
-    return PackedMask(q_length, causal, window, segments, ", ".join(unknown) or None, real)
+    pattern = _pattern(mask_function)
+    if pattern.segments is not None and not pattern.remapped:  # the model's own, which may come back to one
+        pattern = pattern._replace(reason=pattern.reason or "segment numbers of the model's own")
+    return PackedMask(q_length, pattern, real)
 
 
 def _is_padded(attention_mask, kv_length):
@@ -200,5 +221,6 @@ def _by_description(T, local_size, use_vmap, config, bidirectional, real):
     reason = "a function that the model adds" if use_vmap else None
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
         reason = "chunked_overlay"
-    window = local_size if local_size is None or bidirectional else local_size - 1
-    return PackedMask(T, not bidirectional, window, None, reason, real)
+    if bidirectional:
+        return PackedMask(T, _Pattern(local_size, local_size, reason=reason), real)
+    return PackedMask(T, _Pattern(None if local_size is None else local_size - 1, 0, reason=reason), real)

@@ -163,7 +163,7 @@ def test_positions_that_were_written_to_are_read_again():
 def test_positions_that_say_nothing_of_one_row_are_refused_if_the_calls_restart(shape, restarts):
     positions = None if shape is None else torch.arange(shape[-1]).expand(shape)
     query, key, value = torch.randn(3, 1, 2, 15, 8)
-    mask = masks.PackedMask(15, True, None, None, None, None)
+    mask = masks.packed_mask(1, 15, 15)
     mask.restarts = restarts
     if restarts:
         with pytest.raises(ValueError, match="cu_seq_lens_q"):

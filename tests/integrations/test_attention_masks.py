@@ -1,6 +1,7 @@
 """Masks that only our attention reads, and calls that go to transformers' own attention."""
 
 import copy
+import functools
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from sft_kernels.integrations import NAME, attention, calls, masks
 transformers = pytest.importorskip("transformers")
 
 from transformers import masking_utils  # noqa: E402
+from transformers.models.gemma3 import modeling_gemma3  # noqa: E402
 
 LENGTHS = (7, 12, 1, 9)
 IDS = torch.randint(200, 331, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
@@ -44,7 +46,7 @@ def described(function, **options):
     return masks.packed_mask(**given)
 
 
-causal = masking_utils.causal_mask_function
+causal, blocks = masking_utils.causal_mask_function, masking_utils.blockwise_overlay
 SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2]])
 
 
@@ -57,17 +59,26 @@ def packed(function):
 @pytest.mark.parametrize(
     ("function", "expected"),
     [
-        (causal, (True, None)),
-        (masking_utils.sliding_window_causal_mask_function(4), (True, 3)),
-        (masking_utils.bidirectional_mask_function, (False, None)),
-        (masking_utils.sliding_window_bidirectional_mask_function(4), (False, 4)),
+        (causal, (None, 0)),
+        (masking_utils.sliding_window_causal_mask_function(4), (3, 0)),
+        (masking_utils.sliding_window_overlay(4), (3, None)),
+        (masking_utils.bidirectional_mask_function, (None, None)),
+        (masking_utils.sliding_window_bidirectional_mask_function(4), (4, 4)),
+        (masking_utils.or_masks(causal, lambda *args: torch.tensor(True)), (None, None)),
+        (
+            masking_utils.or_masks(
+                masking_utils.sliding_window_causal_mask_function(5),
+                modeling_gemma3._bidirectional_window_overlay(3),
+            ),
+            (4, 2),
+        ),
     ],
-    ids=["causal", "window", "bidirectional", "bidirectional window"],
+    ids=["causal", "window", "one-sided", "bidirectional", "bidirectional window", "all", "union"],
 )
 @pytest.mark.parametrize("pack", [False, True])
 def test_a_mask_function_is_taken_apart(function, expected, pack):
     mask = described(packed(function) if pack else function)
-    assert (mask.causal, mask.window, mask.reason) == (*expected, None)
+    assert (mask.left, mask.right, mask.reason) == (*expected, None)
     assert mask.segments is (SEGMENTS if pack else None)
     query, key, value = torch.randn(3, 1, 2, 9, 8)
     out, _ = attention.attention_forward(torch.nn.Module(), query, key, value, mask)
@@ -83,12 +94,14 @@ def of_a_model(batch, head, q, kv):
     ("function", "reason"),
     [
         (masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=int)), "chunked_overlay"),
-        (masking_utils.or_masks(causal, masking_utils.blockwise_overlay(torch.zeros(1, 9, dtype=int))), "or_masks"),
+        (
+            masking_utils.or_masks(causal, masking_utils.blockwise_overlay(torch.zeros(1, 9, dtype=int))),
+            "blockwise_overlay",
+        ),
         (masking_utils.and_masks(causal, of_a_model), "of_a_model"),
-        (masking_utils.sliding_window_overlay(4), "without a causal mask"),
         (masking_utils.and_masks(causal, masking_utils.packed_sequence_mask_function(SEGMENTS)), "of the model's own"),
     ],
-    ids=["chunks", "blocks", "of the model", "one-sided", "segments"],
+    ids=["chunks", "blocks", "partial", "of the model", "segments"],
 )
 def test_a_mask_that_says_more_is_refused_for_packed_rows_alone(function, reason):
     mask = described(function)
@@ -104,8 +117,7 @@ def test_a_mask_that_says_more_is_refused_for_packed_rows_alone(function, reason
 
 
 def test_blocks_that_a_row_does_not_have_change_nothing():
-    blocks = masking_utils.blockwise_overlay(torch.full((1, 9), -1))
-    assert described(masking_utils.or_masks(causal, blocks)).reason is None
+    assert described(masking_utils.or_masks(causal, blocks(torch.full((1, 9), -1)))).reason is None
 
 
 @pytest.mark.parametrize(
