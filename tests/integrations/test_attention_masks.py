@@ -94,10 +94,8 @@ def of_a_model(batch, head, q, kv):
     ("function", "reason"),
     [
         (masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=int)), "chunked_overlay"),
-        (
-            masking_utils.or_masks(causal, masking_utils.blockwise_overlay(torch.zeros(1, 9, dtype=int))),
-            "blockwise_overlay",
-        ),
+        (masking_utils.or_masks(causal, blocks(torch.zeros(1, 9, dtype=int))), "blockwise_overlay"),
+        (masking_utils.and_masks(causal, functools.partial(of_a_model)), "functools.partial"),
         (masking_utils.and_masks(causal, of_a_model), "of_a_model"),
         (masking_utils.and_masks(causal, masking_utils.packed_sequence_mask_function(SEGMENTS)), "of the model's own"),
     ],
