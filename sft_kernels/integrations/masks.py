@@ -89,7 +89,6 @@ class _Pattern(NamedTuple):
     left: int | None = None
     right: int | None = None
     segments: torch.Tensor | None = None
-    remapped: bool = False  # True if distances are between positions that restart with each segment
     reason: str | None = None  # if it is not such a pattern
 
 
@@ -118,7 +117,7 @@ def _pattern(function):
         if factory == "or_masks":
             return functools.reduce(_either, map(_pattern, filter(_allows_some, held["mask_functions"])))
         if factory == "remap_positions_for_packed_sequence":
-            return _pattern(held["mask_function"])._replace(remapped=True)
+            return _pattern(held["mask_function"])  # positions go on by one within a segment, as tokens do
     if _allows_all(function):
         return _Pattern()
     return _Pattern(reason=factory if function.__module__ == "transformers.masking_utils" else function.__qualname__)
@@ -131,7 +130,6 @@ def _both(a, b):
         _least(a.left, b.left),
         _least(a.right, b.right),
         b.segments if a.segments is None else a.segments,
-        a.remapped or b.remapped,
         a.reason or b.reason,
     )
 
@@ -143,7 +141,7 @@ def _either(a, b):
     )
     left = None if None in (a.left, b.left) else max(a.left, b.left)
     right = None if None in (a.right, b.right) else max(a.right, b.right)
-    return _Pattern(left, right, None, a.remapped or b.remapped, reason)
+    return _Pattern(left, right, None, reason)
 
 
 def _least(a, b):
@@ -206,9 +204,14 @@ def packed_mask(
     if compiling:  # a mask function cannot be taken apart in a graph, but its description tells
         return _by_description(q_length, local_size, use_vmap, config, "allow_is_bidirectional_skip" in options, real)
     pattern = _pattern(mask_function)
-    if pattern.segments is not None and not pattern.remapped:  # the model's own, which may come back to one
-        pattern = pattern._replace(reason=pattern.reason or "segment numbers of the model's own")
+    if pattern.segments is not None and use_vmap and not _in_order(pattern.segments):  # perhaps the model's own
+        pattern = pattern._replace(reason=pattern.reason or "segments that are not one after the other")
     return PackedMask(q_length, pattern, real)
+
+
+def _in_order(segments):
+    """Returns True if segment numbers do not decrease; waits for the device."""
+    return bool((segments.diff() >= 0).all())
 
 
 def _is_padded(attention_mask, kv_length):
