@@ -292,11 +292,18 @@ def test_steps_that_are_skipped_count_nothing(path, bad):
     assert optimizer.skipped_steps == 2
 
 
-def test_after_some_steps_nothing_is_looked_at(monkeypatch):
+@pytest.mark.parametrize("norm", [0.53, None], ids=["scaled", "as autograd made them"])
+def test_after_some_steps_nothing_is_looked_at(norm, monkeypatch):
     monkeypatch.setattr(double_clip, "STEPS", 5)
     model = network()
     optimizer = AdamW(model.parameters(), max_grad_norm=1.0)
-    assert not warned(5, loop(optimizer, model, 1.0, norms=[0.53]))
+
+    def quiet(_):
+        backward(model, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    assert not warned(5, quiet)
     assert optimizer._double_clip is None
     assert not warned(5, loop(optimizer, model, 1.0))
 

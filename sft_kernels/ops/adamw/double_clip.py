@@ -54,16 +54,17 @@ class DoubleClip:
     def after(self, optimizer, p):
         """Look at the norm of the step that was just taken; returns True if there is nothing left to watch for."""
         self._last = weakref.ref(p.grad), p.grad._version
+        self._steps_left -= 1
+        return self._is_told(optimizer) or self._steps_left == 0
+
+    def _is_told(self, optimizer):
         own = optimizer.max_grad_norm
         if not self._counts or own in (None, math.inf) or any(group["capturable"] for group in optimizer.param_groups):
             return False
         if self._tolerance is None:
             self._tolerance, self._enough = _tolerance(optimizer)
         norm = self._read(optimizer.last_grad_norm)
-        if norm is None or not math.isfinite(norm):
-            return False
-        self._steps_left -= 1
-        return self._pile_up(norm, own) or self._steps_left == 0
+        return norm is not None and math.isfinite(norm) and self._pile_up(norm, own)
 
     def _read(self, norm):
         """Returns ``norm`` as a number, on a GPU that of an earlier step; None if there is none yet."""
@@ -105,7 +106,7 @@ class DoubleClip:
             "leave out AdamW's max_grad_norm, or switch off the other clip with TrainingArguments(max_grad_norm=0) in "
             "transformers, without gradient_clip_val in Lightning's Trainer, or without clip_grad_norm_ in a loop",
             UserWarning,
-            stacklevel=5,  # the caller of torch's wrapper around ``step``
+            stacklevel=6,  # the caller of torch's wrapper around ``step``
         )
         return True
 
