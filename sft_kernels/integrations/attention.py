@@ -2,7 +2,6 @@
 
 import os
 import sys
-import weakref
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from ..ops.packed_attention.api import packed_attention
 from ..ops.packed_attention.tiles import AttentionTiles
 from . import calls
 from .masks import GIVEN, NAME, PackedMask, current_call, packed_mask
+from .once import once_a_forward
 
 OLDEST = (5, 17)  # of transformers: its mask functions are described by keywords that packed_mask reads
 
@@ -168,42 +168,6 @@ def _stock(module, query, key, value, mask, options):
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     return eager(module, query, key, value, mask, **options)[0], None
-
-
-def once_a_forward(function):
-    """``function(tensor, *rest)``, which is asked for again only where ``tensor`` is another object or was written to.
-
-    The layers of a model are handed the same tensor. Only the last answer is kept, and no longer than its tensor lives.
-    Nothing is kept or reused while a graph is traced or captured, wherever ``tensor`` lies: a replay must find its
-    answer anew, in memory of its own. Nor is the answer for an inference tensor kept, which does not say whether it was
-    written to.
-    """
-    last = None  # what was asked (the tensor as a weak reference), and the answer
-
-    def wrapper(tensor, *rest):
-        nonlocal last
-        if torch.compiler.is_compiling() or tensor.is_inference() or _capturing():
-            return function(tensor, *rest)
-        known = last
-        asked = (tensor._version, *rest)
-        if known is None or known[0]() is not tensor or known[1] != asked:
-            last = known = (weakref.ref(tensor, forget), asked, function(tensor, *rest))
-        return known[2]
-
-    def forget(reference):
-        nonlocal last
-        if last is not None and last[0] is reference:
-            last = None
-
-    return wrapper
-
-
-def _capturing():
-    """Returns True while the current stream is captured into a CUDA graph."""
-    try:
-        return torch.cuda.is_current_stream_capturing()
-    except RuntimeError:  # a torch without CUDA cannot be asked
-        return False
 
 
 def _boundaries(mask, position_ids, T):

@@ -9,6 +9,7 @@ import weakref
 import torch
 
 from .masks import GIVEN, NAME, current_call
+from .once import once_a_forward
 
 _models = weakref.WeakValueDictionary()  # by id, which a graph may hold as a constant
 _refusals = weakref.WeakKeyDictionary()  # of each model, by the kind of call
@@ -123,13 +124,17 @@ def _restarts(model, positions, mask):
     if positions.dim() == 2:
         if positions.shape[1] == 1:  # decoding
             return False
-        jumps = positions.diff() != 1
-        if isinstance(mask, torch.Tensor) and mask.shape[-1] == positions.shape[1]:
-            kept = mask.bool()
-            jumps = jumps & kept[:, 1:] & kept[:, :-1]
-        return bool(jumps.any())
+        if not isinstance(mask, torch.Tensor) or mask.shape[-1] != positions.shape[1]:
+            return _jump(positions)
+        kept = mask.bool()
+        return bool(((positions.diff() != 1) & kept[:, 1:] & kept[:, :-1]).any())
     # Positions of images and words, which the model around the text's expands from those that it is given.
     return _is_text(model.config) and current_call.restarts
+
+
+@once_a_forward
+def _jump(positions):
+    return bool((positions.diff() != 1).any())
 
 
 @functools.cache
