@@ -92,10 +92,15 @@ def attention_forward(
                 f"cu_seq_lens_q: attn_implementation={NAME!r} takes one packed row, without cache (use_cache=False) "
                 f"and without padding; got query {tuple(query.shape)} and key {tuple(key.shape)}"
             )
-        if attention_mask is not None and current_call.restarts and (current_call.masked or len(query) == 1):
+        if attention_mask is None:
+            lost = one_row and _is_causal(module, is_causal)
+        else:
+            lost = current_call.masked or len(query) == 1
+        if lost and current_call.restarts:
             raise ValueError(
                 f"position_ids: attn_implementation={NAME!r} cannot keep packed examples apart by positions that "
-                "restart beside a mask; leave padding out, or pass a 4-D attention_mask"
+                "restart beside padding or a mask of the model's; leave padding out and pass cu_seq_lens_q, or pass a "
+                "4-D attention_mask"
             )
         return _stock(module, query, key, value, attention_mask, stock)
     if not one_row:
@@ -106,15 +111,14 @@ def attention_forward(
     if cu_seq_lens_q is None:
         cu_seq_lens_q, max_length_q = _boundaries(attention_mask, position_ids, query.shape[2]), None
     if reason := _unsupported(attention_mask, dropout, kwargs):
-        if described and len(cu_seq_lens_q) <= 2:
+        if described and _is_one_example(cu_seq_lens_q, query.shape[2]):
             return _stock(module, query, key, value, attention_mask.real(), stock)
         raise ValueError(reason)
     if described:
         left, right = attention_mask.left, attention_mask.right
     else:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         left = None if sliding_window is None else sliding_window - 1
-        right = 0 if causal else left
+        right = 0 if _is_causal(module, is_causal) else left
     if torch.compiler.is_compiling():
         max_length_q = None  # an int that changes would compile anew
     features = query.shape[-1], value.shape[-1]
@@ -150,6 +154,14 @@ def _unsupported(mask, dropout, kwargs):
     return name and f"{name}: attn_implementation={NAME!r} does not compute it"
 
 
+def _is_one_example(cu_seqlens, T):
+    return len(cu_seqlens) == 2 and not torch.compiler.is_compiling() and int(cu_seqlens[-1]) == T
+
+
+def _is_causal(module, given):
+    return getattr(module, "is_causal", True) if given is None else given
+
+
 def _stock(module, query, key, value, mask, options):
     """The same layer by transformers' own attention. ``mask`` is None or [B, 1, q, kv], bool or additive."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -161,9 +173,7 @@ def _stock(module, query, key, value, mask, options):
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if eager is None:
         raise ValueError(f"{type(module).__name__} has a softcap or sinks, but no attention of its own for them")
-    causal = options["is_causal"]
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    if mask is None and causal and query.shape[2] > 1:
+    if mask is None and _is_causal(module, options["is_causal"]) and query.shape[2] > 1:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
