@@ -4,7 +4,7 @@
 import warnings
 from importlib.util import find_spec
 
-from .attention import NAME, register, too_old
+from .attention import NAME, register, wanted
 from .leak import assert_no_leak
 from .patching import HeadCounts, head_counts, patch, unpatch
 from .trl import patch_trl, unpatch_trl
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 if find_spec("transformers") is not None:
-    if message := too_old():
+    if message := wanted():
         warnings.warn(message, stacklevel=2)
     else:
         register()

@@ -1,7 +1,9 @@
 """``attn_implementation="sft_kernels"``: packed attention inside a Hugging Face model."""
 
 import os
+import re
 import sys
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.nn.functional as F
@@ -9,25 +11,26 @@ import torch.nn.functional as F
 from ..ops.packed_attention.api import packed_attention
 from ..ops.packed_attention.tiles import AttentionTiles
 from . import calls
-from .masks import GIVEN, NAME, PackedMask, current_call, packed_mask
-from .once import once_a_forward
+from .calls import GIVEN, NAME
+from .masks import PackedMask, packed_mask
 
 OLDEST = (5, 17)  # of transformers: its mask functions are described by keywords that packed_mask reads
 
-# Arguments of attention that packed_attention does not compute.
+# Arguments of attention that packed_attention does not compute, and those that transformers' own ignores, too.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias")
+_SPARSE = ("indices", "block_indices")
 
 
-def too_old():
+def wanted():
     """Returns None, or a message that says which version of transformers is wanted."""
-    import transformers
-
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= OLDEST:
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:
+        found = "none"
+    numbers = tuple(int(part) for part in re.match(r"(\d+)?(?:\.(\d+))?", found).groups(default="0"))
+    if numbers >= OLDEST:
         return None
-    return (
-        f"attn_implementation={NAME!r} needs transformers >= {'.'.join(map(str, OLDEST))}, "
-        f"found {transformers.__version__}"
-    )
+    return f"attn_implementation={NAME!r} needs transformers >= {'.'.join(map(str, OLDEST))}, found {found}"
 
 
 def register():
@@ -36,15 +39,15 @@ def register():
     Importing ``sft_kernels.integrations`` does so if transformers is installed.
 
     Raises:
-        ImportError: transformers is too old; the message says which version is wanted.
+        ImportError: transformers is missing or too old; the message says which version is wanted.
     """
-    if message := too_old():
+    if message := wanted():
         raise ImportError(message)
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(NAME, attention_forward)
+    AttentionInterface.register(GIVEN, attention_forward)
     AttentionMaskInterface.register(NAME, packed_mask)
-    AttentionInterface.register(GIVEN, _attention_of_boundaries)
     calls.watch_models()
 
 
@@ -62,63 +65,42 @@ def attention_forward(
     softcap=None,
     cu_seq_lens_q=None,
     max_length_q=None,
-    position_ids=None,
     **kwargs,
 ):
     """The attention of one layer: (B, H, T, D) in, (B, T, H, D) and None out.
 
-    One row without cache and padding is computed by :func:`sft_kernels.packed_attention`. Its examples' boundaries are
-    ``cu_seq_lens_q``, if the model is called with them. Otherwise an example begins wherever ``position_ids`` do not go
-    on by one; they are found once a forward, and the host waits for the device. Under ``torch.compile``, which cannot
-    wait, ``cu_seq_lens_q`` is required. Windows come from the mask, not from ``sliding_window``.
+    A packed row is computed by :func:`sft_kernels.packed_attention`. Its examples' boundaries are the ``cu_seq_lens_q``
+    that the model is called with. Without them an example begins wherever the ``position_ids`` of the model's call do
+    not go on by one; they are found once a call, and the host waits for the device. Under ``torch.compile``, which
+    cannot wait, ``cu_seq_lens_q`` is required. Windows come from the mask, not from ``sliding_window``.
 
-    Any other call (a cache, several rows, padding) goes to transformers' own ``sdpa``, or to the model's ``eager`` if
-    the layer has a softcap or attention sinks. So does one example in a row with dropout or with arguments that packed
-    attention does not support.
+    Any other call (one example without boundaries, a cache, several rows, padding) goes to transformers' own ``sdpa``,
+    or to the model's ``eager`` if the layer has a softcap or attention sinks.
 
     Raises:
-        ValueError: several packed examples with dropout, attention sinks or a position bias, with a mask that packed
-            attention does not compute, or in more than one row; ``output_attentions=True``.
+        ValueError: a packed row with dropout, attention sinks or a position bias, with a mask that packed attention
+            does not compute, or one whose mask does not come from transformers' mask functions; a layer that chooses
+            its keys (sparse attention).
     """
-    if kwargs.get("output_attentions"):
-        calls.refuse_output_attentions()
-    options = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, "softcap": softcap}
-    stock = {**options, "sliding_window": sliding_window, "position_ids": position_ids, **kwargs}
-    one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
-    described = isinstance(attention_mask, PackedMask)
-    if not described and (attention_mask is not None or cu_seq_lens_q is None):
-        if cu_seq_lens_q is not None:
-            raise ValueError(
-                f"cu_seq_lens_q: attn_implementation={NAME!r} takes one packed row, without cache (use_cache=False) "
-                f"and without padding; got query {tuple(query.shape)} and key {tuple(key.shape)}"
-            )
-        if attention_mask is None:
-            lost = one_row and _is_causal(module, is_causal)
-        else:
-            lost = current_call.masked or len(query) == 1
-        if lost and current_call.restarts:
-            raise ValueError(
-                f"position_ids: attn_implementation={NAME!r} cannot keep packed examples apart by positions that "
-                "restart beside padding or a mask of the model's; leave padding out and pass cu_seq_lens_q, or pass a "
-                "4-D attention_mask"
-            )
-        return _stock(module, query, key, value, attention_mask, stock)
-    if not one_row:
-        raise ValueError(
-            f"attn_implementation={NAME!r} takes one packed row and no cache (use_cache=False), "
-            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
-        )
-    if cu_seq_lens_q is None:
-        cu_seq_lens_q, max_length_q = _boundaries(attention_mask, position_ids, query.shape[2]), None
-    if reason := _unsupported(attention_mask, dropout, kwargs):
-        if described and _is_one_example(cu_seq_lens_q, query.shape[2]):
-            return _stock(module, query, key, value, attention_mask.real(), stock)
-        raise ValueError(reason)
-    if described:
+    if sparse := next((name for name in _SPARSE if kwargs.get(name) is not None), None):
+        raise ValueError(f"{sparse}: attn_implementation={NAME!r} does not support sparse attention; use 'eager'")
+    if isinstance(attention_mask, PackedMask):
+        call = attention_mask.call
+    else:
+        call = calls.current()
+        if not _is_packed(module, query, key, attention_mask, is_causal, cu_seq_lens_q, call):
+            options = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, "softcap": softcap, **kwargs}
+            return _stock(module, query, key, value, attention_mask, {**options, "sliding_window": sliding_window})
+    if isinstance(attention_mask, PackedMask):
         left, right = attention_mask.left, attention_mask.right
     else:
         left = None if sliding_window is None else sliding_window - 1
         right = 0 if _is_causal(module, is_causal) else left
+    if call is not None and call.boundaries is not None and query.shape[2] == call.T:
+        cu_seq_lens_q, max_length_q = call.boundaries, call.max_length
+    if cu_seq_lens_q is None:
+        raise ValueError(f"cu_seq_lens_q: {calls.COMPILED}")
+    _refuse_unsupported(attention_mask, dropout, kwargs)
     if torch.compiler.is_compiling():
         max_length_q = None  # an int that changes would compile anew
     features = query.shape[-1], value.shape[-1]
@@ -128,7 +110,7 @@ def attention_forward(
         *(t[0].transpose(0, 1) for t in (query, key, value)),
         cu_seq_lens_q,
         max_length_q,
-        tiles=_tiles(cu_seq_lens_q, query.shape[2], query.device) if _takes_tiles(query.device) else None,
+        tiles=_tiles(call, cu_seq_lens_q, query) if _takes_tiles(query.device) else None,
         causal=right == 0,
         scale=scaling,
         window_size=(-1 if left is None else left, -1 if right is None else right),
@@ -137,25 +119,34 @@ def attention_forward(
     return out[None, ..., : features[1]], None
 
 
-def _attention_of_boundaries(module, query, key, value, attention_mask, *, cu_seq_lens_q=None, **kwargs):
-    """:func:`attention_forward` without a mask, whose windows are the layers' ``sliding_window``."""
-    if cu_seq_lens_q is None:
-        raise ValueError(f"cu_seq_lens_q: attn_implementation={GIVEN!r} needs them in each call")
-    return attention_forward(module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
+def _is_packed(module, query, key, mask, is_causal, cu_seqlens, call):
+    """Returns True if a layer without a :class:`PackedMask` is packed, False if transformers' own attention serves.
+
+    The former are layers of a vision tower, which has boundaries of its own, and all layers under :data:`GIVEN`.
+    """
+    row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    given = getattr(getattr(module, "config", None), "_attn_implementation", None) == GIVEN
+    if row and mask is None and (cu_seqlens is not None or (given and call is not None)):
+        return True
+    if torch.compiler.is_compiling() or call is None:
+        lost = cu_seqlens is not None
+    else:
+        lost = call.boundaries is not None and row and (_is_causal(module, is_causal) or query.shape[2] == call.T)
+    if lost or given:
+        raise ValueError(
+            f"attention_mask: attn_implementation={NAME!r} takes packed rows whose mask transformers' mask functions "
+            f"make; this model made its own, for query {tuple(query.shape)} and key {tuple(key.shape)}"
+        )
+    return False
 
 
-def _unsupported(mask, dropout, kwargs):
-    """Returns None, or why packed attention cannot compute a layer."""
+def _refuse_unsupported(mask, dropout, kwargs):
     if mask is not None and mask.reason:
-        return f"attention_mask: attn_implementation={NAME!r} does not support a mask by {mask.reason}"
+        raise ValueError(f"attention_mask: attn_implementation={NAME!r} does not support a mask by {mask.reason}")
     if dropout:
-        return f"dropout: attn_implementation={NAME!r} has none, the model asks for {dropout}"
-    name = next((name for name in _UNSUPPORTED if kwargs.get(name) is not None), None)
-    return name and f"{name}: attn_implementation={NAME!r} does not compute it"
-
-
-def _is_one_example(cu_seqlens, T):
-    return len(cu_seqlens) == 2 and not torch.compiler.is_compiling() and int(cu_seqlens[-1]) == T
+        raise ValueError(f"dropout: attn_implementation={NAME!r} has none, the model asks for {dropout}")
+    if name := next((name for name in _UNSUPPORTED if kwargs.get(name) is not None), None):
+        raise ValueError(f"{name}: attn_implementation={NAME!r} does not compute it")
 
 
 def _is_causal(module, given):
@@ -170,7 +161,8 @@ def _stock(module, query, key, value, mask, options):
         raise ValueError(f"attention_mask: expected 4 dimensions, got {mask.dim()}")
     if all(options.get(name) is None for name in ("softcap", "s_aux", "sinks")):
         return sdpa_attention_forward(module, query, key, value, mask, **options)
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    files = (sys.modules[c.__module__] for c in type(module).__mro__)
+    eager = next((file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward")), None)
     if eager is None:
         raise ValueError(f"{type(module).__name__} has a softcap or sinks, but no attention of its own for them")
     if mask is None and _is_causal(module, options["is_causal"]) and query.shape[2] > 1:
@@ -180,40 +172,12 @@ def _stock(module, query, key, value, mask, options):
     return eager(module, query, key, value, mask, **options)[0], None
 
 
-def _boundaries(mask, position_ids, T):
-    """``[B + 1]`` int32 of one row of ``T`` tokens, from transformers' segment numbers or from positions."""
-    if torch.compiler.is_compiling():
-        raise ValueError(
-            f"cu_seq_lens_q: attn_implementation={NAME!r} needs the packed examples' boundaries under torch.compile, "
-            "where position_ids do not do instead"
-        )
-    if mask.segments is not None:
-        return _boundaries_of(mask.segments, 0)
-    if position_ids is not None and position_ids.shape == (1, T):
-        return _boundaries_of(position_ids)
-    if mask.restarts:
-        raise ValueError(
-            f"cu_seq_lens_q: attn_implementation={NAME!r} needs the packed examples' boundaries; "
-            "this model's layers do not receive position_ids of one row"
-        )
-    return mask.one_example()
-
-
-@once_a_forward
-def _boundaries_of(position_ids, step=1):
-    """``[B + 1]`` int32: an example begins where the numbers [1, T] do not go on by ``step``."""
-    position = position_ids[0]
-    begins = torch.ones_like(position, dtype=torch.bool)
-    begins[1:] = position[1:] != position[:-1] + step
-    starts = begins.nonzero()[:, 0]
-    return torch.nn.functional.pad(starts, (0, 1), value=len(position)).int()
-
-
 def _takes_tiles(device):
-    """Whether Triton will run, which takes tiles: the layers then share one list."""
+    """Returns True if Triton will run, which takes tiles: the layers then share one list."""
     return device.type == "cuda" or os.environ.get("SFT_KERNELS_IMPL") == "triton"
 
 
-@once_a_forward
-def _tiles(cu_seqlens, T, device):
-    return AttentionTiles.from_cu_seqlens(cu_seqlens, T, device=device)
+def _tiles(call, cu_seqlens, query):
+    if call is not None and call.boundaries is cu_seqlens:
+        return call.tiles(query.device)
+    return AttentionTiles.from_cu_seqlens(cu_seqlens, query.shape[2], device=query.device)

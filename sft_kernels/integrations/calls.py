@@ -1,47 +1,99 @@
-"""Checks of models that attend by our name: as they take it, and before each forward."""
+"""Calls of models that attend by our name: what each may do, and where its packed examples begin.
+
+A forward pre-hook decides once a call, before anything is computed. Masks and layers go by that decision.
+"""
 
 import functools
 import inspect
 import re
 import sys
+import threading
 import weakref
 
 import torch
 
-from .masks import GIVEN, NAME, current_call
-from .once import once_a_forward
+from ..ops.packed_attention.tiles import AttentionTiles
 
-_models = weakref.WeakValueDictionary()  # by id, which a graph may hold as a constant
-_refusals = weakref.WeakKeyDictionary()  # of each model, by the kind of call
-
+NAME = "sft_kernels"
+GIVEN = f"{NAME}_boundaries_given"  # the same attention for a caller that always passes cu_seq_lens_q: no mask is made
 
 # Models that join neighbouring tokens outside their layers.
 _MIXES = {"mobilebert": "its embedding of a token holds both neighbours', also those of another packed example"}
+
+_models = weakref.WeakValueDictionary()  # by id, which a graph may hold as a constant
+_refusals = weakref.WeakKeyDictionary()  # of each model: None, or why it takes no packed rows
+_inside = weakref.WeakKeyDictionary()  # of each model, the models inside
+
+
+class Call:
+    """One forward of a model, and of the models inside it.
+
+    Attributes:
+        boundaries: ``[B + 1]`` of the packed examples, or None if the call is no packed row.
+        max_length: a bound on the examples' lengths, or None.
+        T: the number of tokens in the row.
+        masked: True if the call has an attention_mask, which then has been looked at.
+    """
+
+    def __init__(self, model, T, boundaries=None, max_length=None, masked=False):
+        self.model, self.T = weakref.ref(model), T
+        self.boundaries, self.max_length, self.masked = boundaries, max_length, masked
+        self._tiles = None
+
+    def tiles(self, device):
+        """Returns the tiles of the row, built once a call."""
+        if self._tiles is None:
+            self._tiles = AttentionTiles.from_cu_seqlens(self.boundaries, self.T, device=device)
+        return self._tiles
+
+
+class _Running(threading.local):
+    def __init__(self):
+        self.calls = []  # [(model, call)], the outermost first
+
+
+_running = _Running()
+
+
+def current():
+    """Returns the innermost :class:`Call` of this thread, or None."""
+    return _running.calls[-1][1] if _running.calls else None
+
+
+# ---- models that take the name
 
 
 def watch_models():
     """Check models of transformers that are given our name; calling it again changes nothing.
 
-    transformers accepts a registered name for any model, also for one whose attention never asks for it. So the method
-    by which a model accepts a name is wrapped. For other names it does what it did.
+    transformers accepts a registered name for any model, also for one whose attention never asks for it. So the methods
+    by which a model takes a name are wrapped. For other names they do what they did.
     """
     from transformers import PreTrainedModel
 
-    accept = PreTrainedModel.get_correct_attn_implementation
+    accept, change = PreTrainedModel.get_correct_attn_implementation, PreTrainedModel.set_attn_implementation
     if getattr(accept, "checks_our_name", False):
         return
 
     @functools.wraps(accept)
-    def checked(self, requested_attention, *args, **kwargs):
+    def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
         if requested_attention in (NAME, GIVEN):
             _check_class(type(self), self.config)
             _models[id(self)] = self
             if _before not in self._forward_pre_hooks.values():
                 self.register_forward_pre_hook(_before, with_kwargs=True)
+                self.register_forward_hook(_after, with_kwargs=True, always_call=True)
         return accept(self, requested_attention, *args, **kwargs)
 
-    checked.checks_our_name = True
-    PreTrainedModel.get_correct_attn_implementation = checked
+    @functools.wraps(change)
+    def set_attn_implementation(self, attn_implementation, *args, **kwargs):
+        if attn_implementation in (NAME, GIVEN):  # a class that cannot be set is only warned of by transformers
+            _check_class(type(self), self.config)
+        return change(self, attn_implementation, *args, **kwargs)
+
+    get_correct_attn_implementation.checks_our_name = True
+    PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
+    PreTrainedModel.set_attn_implementation = set_attn_implementation
 
 
 def _check_class(model_class, config):
@@ -78,106 +130,168 @@ def _is_text(config):
     return config.get_text_config() is config
 
 
-def refuse_output_attentions():
-    raise ValueError(
-        f"output_attentions: attn_implementation={NAME!r} does not compute attention weights; "
-        "use attn_implementation='eager'"
-    )
+# ---- before and after each call
 
 
 def _before(model, args, kwargs):
-    """Refuse a call that our attention cannot see to be wrong."""
+    """Decide what the call is; returns its arguments, with position_ids if they were missing."""
     if model.config._attn_implementation not in (NAME, GIVEN):
-        return
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        _models[id(model)] = model  # a copy of a model brings the hook alone
-        kwargs = {**dict(zip(_arguments(type(model)), args, strict=False)), **kwargs}
-        _check_mask(kwargs.get("attention_mask"))
-    if kwargs.get("output_attentions"):
-        refuse_output_attentions()
-    mask, positions, boundaries = (kwargs.get(n) for n in ("attention_mask", "position_ids", "cu_seq_lens_q"))
-    restarts = not compiling and boundaries is None and _restarts(model, positions, mask)
-    if not compiling:
-        current_call.restarts, current_call.masked = restarts, mask is not None
-    if boundaries is None and not restarts:
-        return
-    if message := _refusal(id(model), positions is not None, boundaries is not None):
-        raise ValueError(message)
-    if compiling:
-        types = (kwargs.get(name) for name in ("token_type_ids", "mm_token_type_ids"))
-        if not _is_text(model.config) and any(given is not None for given in types):
-            raise ValueError(
-                f"token_type_ids: attn_implementation={NAME!r} cannot see under torch.compile what mask they make"
-            )
-    elif positions is not None and (first := first_position(model)) and positions.min() < first:
-        raise ValueError(
-            f"position_ids: {type(model).__name__} counts positions from {first}, got {int(positions.min())}"
-        )
+        return None
+    if torch.compiler.is_compiling():
+        return _before_a_graph(model, args, kwargs)
+    _models[id(model)] = model  # a copy of a model brings the hooks alone
+    outer = current()
+    if outer is not None and _is_inside(model, outer.model()):
+        _running.calls.append((model, outer))
+        return None
+    _running.calls.append((model, None))  # until it is decided; taken off by _after, whatever happens
+    given = _arguments_of(model, args, kwargs)
+    call = _decide(model, given)
+    _running.calls[-1] = (model, call)
+    if call.boundaries is None or given.get("position_ids") is not None:
+        return None
+    return args, {**kwargs, "position_ids": _positions(call.boundaries, call.T) + first_position(model)}
 
 
-def _restarts(model, positions, mask):
-    """Returns True if the positions of a row restart between tokens that ``mask`` keeps; waits for the device."""
-    prepared = isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == 4)
-    if positions is None or prepared:
-        return False
-    if positions.dim() == 2:
-        if positions.shape[1] == 1:  # decoding
-            return False
-        if not isinstance(mask, torch.Tensor) or mask.shape[-1] != positions.shape[1]:
-            return _jump(positions)
-        kept = mask.bool()
-        return bool(((positions.diff() != 1) & kept[:, 1:] & kept[:, :-1]).any())
-    # Positions of images and words, which the model around the text's expands from those that it is given.
-    return _is_text(model.config) and current_call.restarts
+def _after(model, args, kwargs, output):
+    if not torch.compiler.is_compiling() and _running.calls and _running.calls[-1][0] is model:
+        _running.calls.pop()
 
 
-@once_a_forward
-def _jump(positions):
-    return bool((positions.diff() != 1).any())
+def _is_inside(model, outer):
+    if outer not in _inside:
+        _inside[outer] = weakref.WeakSet(m for m in outer.modules() if hasattr(m, "config"))
+    return model in _inside[outer]
+
+
+def _arguments_of(model, args, kwargs):
+    return {**dict(zip(_parameters(type(model)), args, strict=False)), **kwargs}
 
 
 @functools.cache
-def _arguments(model_class):
+def _parameters(model_class):
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
-def _check_mask(mask):
-    """Refuse a 2-D mask of segment numbers, which transformers would read as a mask of ones."""
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 2 or mask.dtype == torch.bool or not mask.numel():
-        return
-    if mask.max() > 1:
+def _decide(model, given):
+    """Returns the :class:`Call`, or raises ``ValueError`` for one that would be computed wrongly."""
+    _refuse_weights(model, given)
+    tokens = next((given[name] for name in ("input_ids", "inputs_embeds") if given.get(name) is not None), None)
+    mask, cu_seqlens = given.get("attention_mask"), given.get("cu_seq_lens_q")
+    if _has_numbers(mask) and mask.max() > 1:
+        raise ValueError(_SEGMENT_NUMBERS)
+    if cu_seqlens is None:
+        if given.get("cu_seq_lens_k") is not None:
+            raise ValueError("cu_seq_lens_q: expected it beside cu_seq_lens_k")
+        cu_seqlens = _found(given.get("position_ids"), mask)
+    elif not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1:
+        raise ValueError(f"cu_seq_lens_q: expected a tensor of shape [B + 1], got {cu_seqlens!r}")
+    if tokens is None or cu_seqlens is None:
+        return Call(model, None if tokens is None else tokens.shape[1], masked=mask is not None)
+    if message := _refuse_packed(model, given, tokens):
+        raise ValueError(message)
+    if mask is not None and not (mask.dim() == 2 and bool(mask.all())):
         raise ValueError(
-            "attention_mask: transformers reads each number other than 0 as 1, so that segment numbers are lost; "
-            "pass position_ids that restart with each example, or cu_seq_lens_q"
+            f"attention_mask: attn_implementation={NAME!r} takes packed rows without padding or masks of your own; "
+            "leave padding out, or make it an example of its own"
+        )
+    positions = given.get("position_ids")
+    if positions is not None and (first := first_position(model)) and positions.min() < first:
+        raise ValueError(
+            f"position_ids: {type(model).__name__} counts positions from {first}, got {int(positions.min())}"
+        )
+    longest = _positions(cu_seqlens, tokens.shape[1]) if positions is None else positions
+    if (limit := _rope_limit(model.config)) and longest.max() >= limit:
+        raise ValueError(_rope_message(limit))
+    return Call(model, tokens.shape[1], cu_seqlens, given.get("max_length_q"), masked=True)
+
+
+def _before_a_graph(model, args, kwargs):
+    """The part of :func:`_before` that torch.compile can trace. Values are looked at as the graph runs."""
+    given = _arguments_of(model, args, kwargs)
+    _refuse_weights(model, given)
+    positions, cu_seqlens, mask = (given.get(n) for n in ("position_ids", "cu_seq_lens_q", "attention_mask"))
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if _has_numbers(mask):
+        torch._assert_async(mask.max() <= 1, _SEGMENT_NUMBERS)
+    if cu_seqlens is None:
+        if positions is not None and mask is not None and len(positions) == 1 and positions.shape[-1] > 1:
+            raise ValueError(f"cu_seq_lens_q: {COMPILED}, and packed rows go without attention_mask")
+        return None
+    if message := _refuse_packed(model, given, tokens):
+        raise ValueError(message)
+    if mask is not None:
+        raise ValueError("attention_mask: leave it out beside cu_seq_lens_q under torch.compile")
+    if not _is_text(model.config) and any(given.get(n) is not None for n in ("token_type_ids", "mm_token_type_ids")):
+        raise ValueError(f"token_type_ids: attn_implementation={NAME!r} cannot see under torch.compile what they mask")
+    first, limit = _first_position(id(model)), _rope_limit(model.config)
+    if positions is None:
+        positions = _positions(cu_seqlens, tokens.shape[1]) + first
+        kwargs = {**kwargs, "position_ids": positions}
+    elif first:
+        torch._assert_async(positions.min() >= first, f"position_ids: this model counts positions from {first}")
+    if limit:
+        torch._assert_async(positions.max() < limit, _rope_message(limit))
+    return args, kwargs
+
+
+_SEGMENT_NUMBERS = (
+    "attention_mask: transformers reads each number other than 0 as 1, so that segment numbers are lost; "
+    "pass position_ids that restart with each example, or cu_seq_lens_q"
+)
+COMPILED = (
+    f"attn_implementation={NAME!r} needs the packed examples' boundaries under torch.compile, where position_ids do "
+    "not do instead"
+)
+
+
+def _has_numbers(mask):
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.dtype != torch.bool and mask.numel() > 0
+
+
+def _refuse_weights(model, given):
+    if given.get("output_attentions") or getattr(model.config, "output_attentions", False):
+        raise ValueError(
+            f"output_attentions: attn_implementation={NAME!r} does not compute attention weights; "
+            "use attn_implementation='eager'"
         )
 
 
-@torch._dynamo.assume_constant_result
-def _refusal(key, positions, boundaries):
-    """Returns None, or why the model with this id cannot keep packed examples apart.
+def _refuse_packed(model, given, tokens):
+    """Returns None, or why this call of the model cannot be a packed row, from shapes and names alone."""
+    if len(tokens) != 1:
+        return (
+            f"cu_seq_lens_q, position_ids: attn_implementation={NAME!r} takes one packed row, got {len(tokens)} rows; "
+            "join them to one"
+        )
+    if any(given.get(name) is not None for name in ("past_key_values", "cache")):
+        return f"past_key_values: attn_implementation={NAME!r} takes packed rows without a cache"
+    if given.get("encoder_hidden_states") is not None:
+        return f"encoder_hidden_states: attn_implementation={NAME!r} does not support cross-attention of packed rows"
+    if given.get("position_ids") is None and not _is_text(model.config):
+        return f"position_ids: {type(model).__name__} needs them beside cu_seq_lens_q, restarting with each example"
+    return _refusal(id(model))
 
-    ``positions`` and ``boundaries`` say if the call has position_ids and cu_seq_lens_q.
-    """
+
+@torch._dynamo.assume_constant_result
+def _refusal(key):
+    """Returns None, or why the model with this id cannot keep packed examples apart."""
     model = _models.get(key)
     if model is None:
-        return None
-    known = _refusals.setdefault(model, {})
-    if (positions, boundaries) not in known:
-        known[positions, boundaries] = _find_refusal(model, positions, boundaries)
-    return known[positions, boundaries]
+        return f"attn_implementation={NAME!r} does not know this copy of a model; call it once without torch.compile"
+    if model not in _refusals:
+        _refusals[model] = _find_refusal(model)
+    return _refusals[model]
 
 
-def _find_refusal(model, positions, boundaries):
+def _find_refusal(model):
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        return f"cu_seq_lens_q: attn_implementation={NAME!r} does not support encoder-decoders"
     if not _is_text(model.config):
         return None
-    name = type(model).__name__
-    if model.config.is_encoder_decoder and boundaries:
-        return f"cu_seq_lens_q: attn_implementation={NAME!r} does not support encoder-decoders"
-    if not any("position_ids" in _arguments(type(m)) for m in model.modules() if hasattr(m, "config")):
+    if not any("position_ids" in _parameters(type(m)) for m in model.modules() if hasattr(m, "config")):
         return f"position_ids: {name} takes none, so that positions would not restart with each packed example"
-    if boundaries and not positions and _position_tables(model):
-        return f"position_ids: {name} needs them beside cu_seq_lens_q, restarting with each packed example"
     if model.config.model_type in _MIXES:
         return f"attn_implementation={NAME!r} does not support {name}: {_MIXES[model.config.model_type]}"
     if layer := _layer_without_attention(model):
@@ -202,17 +316,78 @@ def _layer_without_attention(model):
     return None
 
 
-def _position_tables(model):
-    """Returns the modules of ``model`` that look positions up in a table."""
-    name = re.compile(r"(wpe|position_embeddings?|embed_positions)$")
-    return [m for path, m in model.named_modules() if name.search(path) and _is_table(m)]
+# ---- positions
 
 
-def _is_table(module):
-    return isinstance(module, torch.nn.Embedding) or hasattr(module, "padding_idx")
+def _found(positions, mask):
+    """Returns the boundaries of examples whose positions restart between tokens that ``mask`` keeps, or None."""
+    if positions is None or isinstance(mask, dict) or (isinstance(mask, torch.Tensor) and mask.dim() == 4):
+        return None  # a mask that is ready says itself who sees whom
+    if positions.dim() == 3 and len(positions) == 4:  # those of text, then those of images
+        positions = positions[0]
+    if positions.dim() not in (2, 3):
+        raise ValueError(f"position_ids: expected shape [1, T], got {tuple(positions.shape)}")
+    if positions.shape[-1] <= 1:  # decoding
+        return None
+    if positions.dim() == 3:  # an image's tokens share a position, and nothing goes back within an example
+        if bool((positions[0].diff() < 0).any()) and mask is None:
+            raise ValueError(
+                "position_ids: positions of images say too little of where packed examples begin; pass cu_seq_lens_q, "
+                "or [4, 1, T] with the positions of text first"
+            )
+        return None
+    jumps = positions.diff() != 1
+    if isinstance(mask, torch.Tensor) and mask.shape[-1] == positions.shape[1]:
+        kept = mask.bool()
+        jumps = jumps & kept[:, 1:] & kept[:, :-1]
+    if len(positions) > 1:
+        return _starts(jumps.any(0)) if bool(jumps.any()) else None  # several rows, which are refused
+    boundaries = _starts(jumps[0])
+    return boundaries if len(boundaries) > 2 else None
+
+
+def boundaries_of(positions):
+    """``[B + 1]`` int32: an example begins where the positions [1, T] do not go on by one."""
+    return _starts(positions[0].diff() != 1)
+
+
+def _starts(jumps):
+    starts = jumps.nonzero()[:, 0] + 1
+    return torch.nn.functional.pad(torch.nn.functional.pad(starts, (1, 0)), (0, 1), value=len(jumps) + 1).int()
+
+
+def _positions(boundaries, T):
+    """Positions [1, T] that restart at each boundary."""
+    row = torch.arange(T, device=boundaries.device)
+    example = torch.searchsorted(boundaries, row.to(boundaries.dtype), right=True) - 1
+    return (row - boundaries[example])[None]
 
 
 def first_position(model):
     """Returns the first position that ``model`` has an embedding for."""
-    paddings = [getattr(m, "padding_idx", None) for m in _position_tables(model)]
+    name = re.compile(r"(wpe|position_embeddings?|embed_positions)$")
+    tables = [m for path, m in model.named_modules() if name.search(path)]
+    paddings = [getattr(table, "padding_idx", None) for table in tables]
     return max((padding + 1 for padding in paddings if padding is not None), default=0)
+
+
+@torch._dynamo.assume_constant_result
+def _first_position(key):
+    return first_position(_models[key])
+
+
+def _rope_limit(config):
+    """Returns None, or the position from which rotary embeddings of a row change with the row's longest example."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    for kind in kinds:
+        if kind.get("rope_type") in ("longrope", "dynamic"):
+            return kind.get("original_max_position_embeddings") or config.get_text_config().max_position_embeddings
+    return None
+
+
+def _rope_message(limit):
+    return (
+        f"position_ids: with this model's rotary embeddings an example of more than {limit} tokens would change all "
+        "others of its row; pack only shorter ones"
+    )

@@ -2,7 +2,7 @@
 
 import torch
 
-from .attention import _boundaries_of
+from .calls import boundaries_of
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def assert_no_leak(model, batch, *, example=None):
     if batch.get("cu_seq_lens_q") is not None:
         bounds = batch["cu_seq_lens_q"].tolist()
     elif batch.get("position_ids") is not None:
-        bounds = _boundaries_of(batch["position_ids"]).tolist()
+        bounds = boundaries_of(batch["position_ids"]).tolist()
     else:
         raise ValueError("batch: expected cu_seq_lens_q or position_ids, which say where examples begin")
     examples = [i for i in range(len(bounds) - 1) if bounds[i] < bounds[i + 1]]

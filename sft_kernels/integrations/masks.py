@@ -5,24 +5,13 @@ transformers describes a mask as a function of positions before it builds one. A
 """
 
 import functools
-import threading
 import types
 from typing import NamedTuple
 
 import torch
 
-NAME = "sft_kernels"
-GIVEN = f"{NAME}_boundaries_given"  # the same attention for a caller that always passes cu_seq_lens_q: no mask is made
-
-
-class _Call(threading.local):
-    """Facts of the model's call that is being computed."""
-
-    restarts = False  # True if position_ids restart and the call has no cu_seq_lens_q
-    masked = False  # True if the call has an attention_mask
-
-
-current_call = _Call()
+from . import calls
+from .calls import NAME
 
 
 class UnreadableMask(AttributeError, ValueError):
@@ -43,28 +32,16 @@ class PackedMask:
 
     Attributes:
         left, right: how many tokens before and after a token it sees, None for all.
-        segments: [1, T] segment numbers that transformers found in ``position_ids``, or None.
-        restarts: True if the model's call has position_ids that restart, and no cu_seq_lens_q.
         reason: None, or what the mask says that packed attention does not compute.
-        real: a function that builds transformers' own mask.
+        call: the model's :class:`~.calls.Call`, which has the boundaries; None under ``torch.compile``.
     """
 
     ndim = 4
 
-    def __init__(self, T, pattern, real):
+    def __init__(self, T, pattern, call):
         self.shape = (1, 1, T, T)
-        self.left, self.right = pattern.left, pattern.right
-        self.segments = pattern.segments
-        self.reason = pattern.reason
-        self.real = real
-        self._one_example = None
-        self.restarts = not torch.compiler.is_compiling() and current_call.restarts
-
-    def one_example(self):
-        """Returns the boundaries [0, T] of a row that is one example."""
-        if self._one_example is None:
-            self._one_example = torch.tensor([0, self.shape[-1]], dtype=torch.int32)
-        return self._one_example
+        self.left, self.right, self.reason = pattern.left, pattern.right, pattern.reason
+        self.call = call
 
     def __getattr__(self, name):
         _refuse()
@@ -180,33 +157,38 @@ def packed_mask(
     """The mask function of transformers' ``AttentionMaskInterface`` for our attention.
 
     Returns:
-        A :class:`PackedMask` for one row without cache and padding. For any other call, the mask that transformers
-        builds for ``sdpa``: a [B, 1, q, kv] bool tensor, or None.
+        A :class:`PackedMask` for a packed row. For any other call, the mask that transformers builds for ``sdpa``: a
+        [B, 1, q, kv] bool tensor, or None.
     """
     from transformers.masking_utils import causal_mask_function, sdpa_mask
 
     if isinstance(attention_mask, PackedMask):  # a model that hands the mask to the model inside
         return attention_mask
     mask_function = causal_mask_function if mask_function is None else mask_function
-    described = {
-        "batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset,
-        "kv_offset": kv_offset, "mask_function": mask_function, "attention_mask": attention_mask,
-        "local_size": local_size, "use_vmap": use_vmap, "config": config, **options,
-    }  # fmt: skip
-    one_row = batch_size == 1 and type(q_offset) is int and q_length == kv_length and q_offset == kv_offset == 0
-    compiling = torch.compiler.is_compiling()
-    if not one_row or (attention_mask is not None and (compiling or _is_padded(attention_mask, kv_length))):
-        return sdpa_mask(**described)
-
-    def real():
-        return sdpa_mask(**{**described, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
-
-    if compiling:  # a mask function cannot be taken apart in a graph, but its description tells
-        return _by_description(q_length, local_size, use_vmap, config, "allow_is_bidirectional_skip" in options, real)
+    row = batch_size == 1 and type(q_offset) is int and q_length == kv_length and q_offset == kv_offset == 0
+    if torch.compiler.is_compiling():  # a mask function cannot be taken apart in a graph, but its description tells
+        if row and attention_mask is None:
+            pattern = _by_description(local_size, use_vmap, config, "allow_is_bidirectional_skip" in options)
+            return PackedMask(q_length, pattern, None)
+        call = None
+    else:
+        call = calls.current()
+        if call is None:
+            raise ValueError(
+                f"attn_implementation={NAME!r} sees calls by a hook that is not there: call the model, not its "
+                "forward, and set the name by from_pretrained or set_attn_implementation"
+            )
+    if call is None or call.boundaries is None or not row or q_length != call.T:
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
+            use_vmap=use_vmap, config=config, **options,
+        )  # fmt: skip
     pattern = _pattern(mask_function)
+    if attention_mask is not None and not call.masked and not bool(attention_mask.all()):
+        pattern = pattern._replace(reason="padding that the model adds")
     if pattern.segments is not None and use_vmap and not _in_order(pattern.segments):  # perhaps the model's own
         pattern = pattern._replace(reason=pattern.reason or "segments that are not one after the other")
-    return PackedMask(q_length, pattern, real)
+    return PackedMask(q_length, pattern, call)
 
 
 def _in_order(segments):
@@ -214,16 +196,11 @@ def _in_order(segments):
     return bool((segments.diff() >= 0).all())
 
 
-def _is_padded(attention_mask, kv_length):
-    """Returns True if the 2-D mask leaves a token out; waits for the device."""
-    return attention_mask.shape[-1] != kv_length or not bool(attention_mask.all())
-
-
-def _by_description(T, local_size, use_vmap, config, bidirectional, real):
-    """The mask of a row by the keywords that transformers passes beside the mask function."""
+def _by_description(local_size, use_vmap, config, bidirectional):
+    """Returns the :class:`_Pattern` of a row by the keywords that transformers passes beside the mask function."""
     reason = "a function that the model adds" if use_vmap else None
     if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
         reason = "chunked_overlay"
     if bidirectional:
-        return PackedMask(T, _Pattern(local_size, local_size, reason=reason), real)
-    return PackedMask(T, _Pattern(None if local_size is None else local_size - 1, 0, reason=reason), real)
+        return _Pattern(local_size, local_size, reason=reason)
+    return _Pattern(None if local_size is None else local_size - 1, 0, reason=reason)

@@ -78,10 +78,10 @@ def load_model(path, device):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..integrations import attention
+    from ..integrations import calls
 
     attention.register()
-    options = {"dtype": torch.float32, "attn_implementation": attention.NAME}
+    options = {"dtype": torch.float32, "attn_implementation": calls.NAME}
     try:
         if is_config(path):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
@@ -139,16 +139,16 @@ def boundaries_given(model):
     every forward. :func:`hidden_states` passes boundaries, so there is no mask to make. A model with another attention
     is left alone.
     """
-    from ..integrations import attention
+    from ..integrations import calls
 
-    if model.config._attn_implementation != attention.NAME:
+    if model.config._attn_implementation != calls.NAME:
         yield
         return
-    model.set_attn_implementation(attention.GIVEN)
+    model.set_attn_implementation(calls.GIVEN)
     try:
         yield
     finally:
-        model.set_attn_implementation(attention.NAME)
+        model.set_attn_implementation(calls.NAME)
 
 
 @contextmanager

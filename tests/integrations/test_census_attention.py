@@ -22,15 +22,13 @@ EQUAL = {
     "Gemma3TextModel, bidirectional": "EmbeddingGemma's kind: a window to both sides",
     "LlamaForCausalLM": "no window",
     "MistralForCausalLM": "windows everywhere",
+    "ModernBertForMaskedLM": "bidirectional, windows in some layers",
     "PaliGemmaForConditionalGeneration": "blocks of image tokens, of which there are none",
     "PhimoeForCausalLM": "only the mask has the window",
     "Qwen2ForCausalLM, both": "windows in every second layer",
+    "Qwen2VLForConditionalGeneration": "positions of three kinds",
     "Qwen2MoeForCausalLM": "only the mask has the window",
     "RobertaForCausalLM": "positions that begin at padding_idx + 1",
-}
-BY_BOUNDARIES_ALONE = {
-    "ModernBertForMaskedLM": "bidirectional, windows in some layers",
-    "Qwen2VLForConditionalGeneration": "positions of three kinds",
 }
 REFUSED = {
     "BartForCausalLM": "takes none",
@@ -55,12 +53,6 @@ def examined(name):
 def test_packed_rows_equal_their_examples_alone(name):
     row = examined(name)
     assert (row.verdict, row.batch) == ("equal", "equal"), row
-
-
-@pytest.mark.parametrize("name", BY_BOUNDARIES_ALONE)
-def test_some_need_the_boundaries(name):
-    row = examined(name)
-    assert (row.verdict, row.batch) == ("equal", "refused"), row
 
 
 @pytest.mark.parametrize("name", REFUSED)
