@@ -1,7 +1,9 @@
 """accelerate with DistributedDataParallel: one denominator over all ranks.
 
-DDP averages gradients over ranks. Each rank therefore divides its loss by the number of labels kept on all ranks, over
-the number of ranks. Run it with ``torchrun --nproc-per-node 2 examples/accelerate_ddp.py``.
+DDP averages gradients over ranks. Each rank therefore divides its loss by the number of labels kept
+on all ranks, over the number of ranks.
+
+Run it with ``torchrun --nproc-per-node 2 examples/accelerate_ddp.py``.
 """
 
 # - import torch

@@ -1,4 +1,7 @@
-"""axolotl: a plug-in that patches the model and trains it with our AdamW. ``axolotl.md`` says how to use it."""
+"""axolotl: a plug-in that patches the model and trains it with our AdamW.
+
+``axolotl.md`` says how to use it.
+"""
 
 from axolotl.integrations.base import BasePlugin
 
@@ -11,8 +14,10 @@ class SFTKernelsPlugin(BasePlugin):
         sft_kernels.integrations.patch(model)
 
     def post_trainer_create(self, cfg, trainer):
-        """Choose the optimiser: axolotl 0.19.0 calls no plug-in's ``create_optimizer``. The step clips, and the Trainer
-        does not."""
+        """Choose the optimiser. Its step clips, and the Trainer does not.
+
+        axolotl 0.19.0 calls no plug-in's ``create_optimizer``.
+        """
         args = trainer.args
         options = {
             "lr": args.learning_rate,

@@ -1,6 +1,7 @@
-"""Each example holds its own diff: ``python examples/diff.py [FILE …]`` prints it, ``--write`` puts all into README.md.
+"""Each example holds its own diff: ``python examples/diff.py [FILE …]`` prints it.
 
-A line that ends in ``# +`` is ours. A comment ``# - code`` is the line of the stock program that it replaces.
+``python examples/diff.py --write`` writes all of them into README.md. A line that ends in ``# +`` is
+ours. A comment ``# - code`` is the line of the stock program that it replaces.
 """
 
 import re

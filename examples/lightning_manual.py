@@ -1,7 +1,7 @@
 """Lightning with manual optimisation: micro-batches that share one denominator.
 
-The loader's batch is that of the whole optimiser step, so the tokens kept in it are known before its first micro-batch.
-Each micro-batch's loss is divided by that number, and every kept token weighs the same.
+The loader's batch is that of the whole optimiser step, so the number of kept labels is known before
+the first micro-batch. Each micro-batch's loss is divided by it, and every kept label weighs the same.
 """
 
 import lightning as L

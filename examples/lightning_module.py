@@ -1,11 +1,13 @@
 """Lightning with automatic optimisation: the Trainer's clip moves into the optimiser's step.
 
-Lightning hands forward, backward and ``gradient_clip_val`` to ``step`` as one closure. That option goes: beside
-``max_grad_norm`` the gradients would be clipped twice, and with ``precision="16-mixed"`` it raises. ``from_pretrained``
-returns a model in evaluation mode and Lightning leaves it there, so call ``.train()``: ``patch`` is for training.
+Lightning hands forward, backward and ``gradient_clip_val`` to ``step`` as one closure. That option
+goes: beside ``max_grad_norm`` the gradients would be clipped twice, and with
+``precision="16-mixed"`` it raises. ``from_pretrained`` returns a model in evaluation mode and
+Lightning leaves it there, so call ``.train()``: ``patch`` is for training.
 
-With ``accumulate_grad_batches=k`` Lightning divides the loss of each micro-batch by k, however many labels it kept;
-``lightning_manual.py`` has one denominator instead. ``import pytorch_lightning as L`` works as well.
+With ``accumulate_grad_batches=k`` Lightning divides the loss of each micro-batch by k, however many
+labels it kept. ``lightning_manual.py`` has one denominator instead.
+``import pytorch_lightning as L`` works as well.
 """
 
 import lightning as L

@@ -1,7 +1,8 @@
 """PEFT: LoRA on the attention and on the head, in a loop of your own.
 
-``patch`` comes after PEFT has put its adapters there. The frozen head and its adapter are then one fused product.
-With ``main(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])`` the head itself is trained, in a copy.
+``patch`` comes after PEFT has put its adapters there. The frozen head and its adapter are then one
+fused product. With ``main(target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])`` the
+head itself is trained, in a copy.
 """
 
 # - import torch

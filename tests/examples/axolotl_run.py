@@ -1,6 +1,6 @@
-"""Trains with axolotl three times and saves the parameters: ``python -m tests.examples.axolotl_run FOLDER [lora]``.
+"""Trains with axolotl three times: ``python -m tests.examples.axolotl_run FOLDER [lora]``.
 
-It is a process of its own, because axolotl changes transformers for good.
+It saves the parameters in FOLDER. It is a process of its own, because axolotl changes transformers for good.
 """
 
 import json

@@ -65,9 +65,10 @@ def nudged(model):
     return model
 
 
-# Two changes to the stock program that leave it right; ours is measured by the larger effect. Adam divides a gradient
-# by its own size the first time it sees it, so a gradient near zero makes a large step out of its rounding. Another
-# order leaves the gradients of a single row's tokens as they are, to the bit; the nudge rounds all of them differently.
+# Two changes to the stock program that leave it right; ours is measured by the larger effect. Adam
+# divides a gradient by its own size the first time it sees it, so a gradient near zero makes a large
+# step out of its rounding. Another order leaves the gradients of a single row's tokens as they are, to
+# the bit; the nudge rounds all of them differently.
 HARMLESS = ({"reorder": reverse}, {"nudge": True})
 
 
@@ -89,7 +90,7 @@ def assert_trains_as_stock(name, model_of=lambda result: result, **options):
 
 
 def assert_alike(ours, stock, harmless):
-    """Parameters may differ from those of the stock program by 3 times as much as the largest of harmless changes."""
+    """Parameters may differ from the stock program's by 3 times what the largest harmless change does."""
     swap, *changes = (float((other - stock).norm()) for other in (ours, *harmless))
     assert 0 < max(changes) < 1e-3 * float(stock.norm())
     assert swap <= 3 * max(changes), f"off by {swap:.2e}, harmless changes to the stock program by {changes}"

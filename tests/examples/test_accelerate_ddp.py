@@ -42,7 +42,7 @@ def trained(how):
 
 
 def trained_alone():
-    """Returns parameters and printed losses of the stock program in this process, on the batches of both ranks."""
+    """Returns parameters and losses of the stock program in one process, on both ranks' batches."""
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         network, losses = example(ours=False, batch_size=8)
