@@ -51,6 +51,7 @@ verify: install
 bench: install
 	$(BIN)/python -m pytest bench/bench_*.py -q -rfE --benchmark-quiet
 
-# patch() on a small model of every class of transformers that predicts tokens; writes a page into bench/results.
+# patch() and the attention's name on a small model of every class of transformers; writes two pages into bench/results.
 census: install
 	$(BIN)/python -m bench.census
+	$(BIN)/python -m bench.census_attention

@@ -110,38 +110,44 @@ def page(rows):
     lines += ["| class | batch | verdict | loss and gradients | error | note |", "|---|---|---|---|---|---|"]
     for row in measured:
         error = "" if row.error is None else f"{row.error:.0e}"
-        lines.append(f"| {row.name} | {row.batch} | {row.verdict} | {row.agrees} | {error} | {_cell(row.reason)} |")
+        lines.append(f"| {row.name} | {row.batch} | {row.verdict} | {row.agrees} | {error} | {cell(row.reason)} |")
     for verdict, title in (("no loss", "Built, but the stock loss does not run"), ("not built", "Not built")):
         chosen = [row for row in rows if row.verdict == verdict]
         if chosen:
             lines += ["", f"## {title}", "", "| class | reason |", "|---|---|"]
-            lines += [f"| {row.name} | {_cell(row.reason)} |" for row in chosen]
+            lines += [f"| {row.name} | {cell(row.reason)} |" for row in chosen]
     return "\n".join(lines) + "\n"
 
 
-def _cell(text):
+def cell(text):
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.census", description=__doc__.split("\n")[0])
+def arguments(argv, prog, doc, names):
+    """Parses the command line of a census of ``names``."""
+    parser = argparse.ArgumentParser(prog=prog, description=doc.split("\n")[0])
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: in bench/results, of all classes)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes; the page is printed without --out")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time (2)")
-    arguments = parser.parse_args(argv)
-    names = census_models.names()
-    unknown = sorted(set(arguments.only or ()) - set(names))
+    parsed = parser.parse_args(argv)
+    unknown = sorted(set(parsed.only or ()) - set(names))
     if unknown:
         parser.error(f"--only: not among the classes of transformers that predict tokens: {', '.join(unknown)}")
-    if arguments.jobs < 1:
+    if parsed.jobs < 1:
         parser.error("--jobs: expected at least 1")
+    return parsed
+
+
+def main(argv=None):
+    names = census_models.names()
+    parsed = arguments(argv, "python -m bench.census", __doc__, names)
     code_state()
     found = []
-    for row in rows(arguments.only or names, jobs=arguments.jobs):
+    for row in rows(parsed.only or names, jobs=parsed.jobs):
         found.append(row)
         print(row.name, row.verdict, row.agrees, row.reason, file=sys.stderr, flush=True)
-    out = arguments.out
-    if out is None and not arguments.only:
+    out = parsed.out
+    if out is None and not parsed.only:
         out = ROOT / "bench" / "results" / f"census_transformers_{transformers.__version__}.md"
     if out is None:
         print(page(found))

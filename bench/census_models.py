@@ -4,6 +4,7 @@ A configuration is shrunk by the names of its fields (:data:`SIZES`), down throu
 for which this is not enough has a line in :data:`OVERRIDES`.
 """
 
+import copy
 import dataclasses
 import inspect
 import re
@@ -19,6 +20,7 @@ ENDINGS = ("ForConditionalGeneration", "LMHeadModel", "CausalLM")
 
 VOCAB, FIRST_WORD = 331, 200  # words are [FIRST_WORD, VOCAB); special tokens stand below
 ROWS, TOKENS, PROMPT = 2, 19, 11
+WINDOW = 6  # less than TOKENS
 FRAMES = 256  # of sound: twice the positions of an encoder
 MOST_PARAMETERS = 30_000_000
 
@@ -27,6 +29,8 @@ SIZES = {
     r"codebook_size": 256,  # some want a power of two
     r"additional_vocab_size": 0,
     r".*(vocab_size|_vocab|vocab_size_per_layer_input)|n_words": VOCAB,
+    r"(.*_)?(sliding_window|attention_chunk_size|local_attention)": WINDOW,
+    r"max_window_layers": 1,
     r"pad_(token_id|index)": 0,
     r"eos_(token_id|index)": 1,
     r"bos_(token_id|index)|decoder_start_token_id": 2,
@@ -53,6 +57,7 @@ SIZES = {
 }
 # The same for fields that are None by default, and then would be missed.
 ABSENT = {
+    r"sliding_window": WINDOW,
     r"head_dim": 16,
     r"num_key_value_heads": 4,
     r"num_experts_per_tok": 2,
@@ -239,7 +244,7 @@ def _default(field):
 def _small(name, default, special):
     """Returns the small value of a field, or None if it is to keep its default."""
     if isinstance(default, bool):
-        return None
+        return True if name == "use_sliding_window" else None
     if isinstance(default, float) and re.fullmatch(r".*(drop|jitter).*", name):
         return 0.0
     if default == 1.0 and re.fullmatch(NEUTRAL, name):
@@ -266,12 +271,17 @@ def _value(table, name):
     return next((value for pattern, value in table.items() if re.fullmatch(pattern, name)), None)
 
 
-def build(name):
-    """Returns a small model of the class ``name`` of transformers, in training, in fp32 on the CPU."""
+def build(name, attention=None, overrides=None):
+    """Returns a small model of the class ``name`` of transformers, in training, in fp32 on the CPU.
+
+    ``attention`` is its ``attn_implementation``; ``overrides`` replaces the fields of :data:`OVERRIDES`.
+    """
     model_class = getattr(transformers, name)
-    config = shrunken(model_class.config_class, OVERRIDES.get(name))
+    config = shrunken(model_class.config_class, OVERRIDES.get(name) if overrides is None else overrides)
+    if attention is not None:
+        config._attn_implementation = attention
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in model_class(config).parameters())
+        size = sum(parameter.numel() for parameter in model_class(copy.deepcopy(config)).parameters())
     if size > MOST_PARAMETERS:
         raise ValueError(f"{size / 1e6:.0f} million parameters are too many: shrink more fields")
     torch.manual_seed(0)

@@ -1,13 +1,28 @@
-"""In other people's models: lazy logits by ``patch(model)``, and ``attn_implementation="sft_kernels"``, which importing
-this makes known to transformers."""
+"""In other people's models: lazy logits by ``patch(model)``, TRL's trainers by ``patch_trl()``, and
+``attn_implementation="sft_kernels"``, which importing this makes known to transformers."""
 
+import warnings
 from importlib.util import find_spec
 
-from .attention import register
+from .attention import NAME, register, too_old
 from .leak import assert_no_leak
 from .patching import HeadCounts, head_counts, patch, unpatch
+from .trl import patch_trl, unpatch_trl
 
-__all__ = ["HeadCounts", "assert_no_leak", "head_counts", "patch", "register", "unpatch"]
+__all__ = [
+    "NAME",
+    "HeadCounts",
+    "assert_no_leak",
+    "head_counts",
+    "patch",
+    "patch_trl",
+    "register",
+    "unpatch",
+    "unpatch_trl",
+]
 
 if find_spec("transformers") is not None:
-    register()
+    if message := too_old():
+        warnings.warn(message, stacklevel=2)
+    else:
+        register()

@@ -1,30 +1,51 @@
 """``attn_implementation="sft_kernels"``: packed attention inside a Hugging Face model."""
 
 import os
-import weakref
+import sys
 
 import torch
+import torch.nn.functional as F
 
 from ..ops.packed_attention.api import packed_attention
 from ..ops.packed_attention.tiles import AttentionTiles
+from . import calls
+from .masks import GIVEN, NAME, PackedMask, current_call, packed_mask
+from .once import once_a_forward
 
-NAME = "sft_kernels"
+OLDEST = (5, 17)  # of transformers: its mask functions are described by keywords that packed_mask reads
 
-# What a model may ask of its attention that packed_attention does not compute: refused, never ignored.
+# Arguments of attention that packed_attention does not compute.
 _UNSUPPORTED = ("s_aux", "sinks", "position_bias")
+
+
+def too_old():
+    """Returns None, or a message that says which version of transformers is wanted."""
+    import transformers
+
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= OLDEST:
+        return None
+    return (
+        f"attn_implementation={NAME!r} needs transformers >= {'.'.join(map(str, OLDEST))}, "
+        f"found {transformers.__version__}"
+    )
 
 
 def register():
     """Make the name known to transformers, for attention and for masks; calling it again changes nothing.
 
-    Importing ``sft_kernels.integrations`` does so where transformers is installed. Without the mask's registration
-    transformers would hand every layer a mask of None and examples would see each other.
+    Importing ``sft_kernels.integrations`` does so if transformers is installed.
+
+    Raises:
+        ImportError: transformers is too old; the message says which version is wanted.
     """
+    if message := too_old():
+        raise ImportError(message)
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import flash_attention_mask
 
     AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)
+    AttentionMaskInterface.register(NAME, packed_mask)
+    AttentionInterface.register(GIVEN, _attention_of_boundaries)
+    calls.watch_models()
 
 
 def attention_forward(
@@ -44,96 +65,146 @@ def attention_forward(
     position_ids=None,
     **kwargs,
 ):
-    """The attention of one layer over one packed row: (1, H, T, D) in, (1, T, H, D) out.
+    """The attention of one layer: (B, H, T, D) in, (B, T, H, D) and None out.
 
-    The boundaries of the row's examples are ``cu_seq_lens_q``, which the model is called with. Without them an example
-    begins wherever ``position_ids`` do not go on by one: found once a forward, for which the host waits for the device.
-    Under ``torch.compile``, where it cannot, ``cu_seq_lens_q`` is required. ``sliding_window`` counts the token itself,
-    as in transformers. A padding mask, dropout or attention sinks raise ``ValueError``.
+    One row without cache and padding is computed by :func:`sft_kernels.packed_attention`. Its examples' boundaries are
+    ``cu_seq_lens_q``, if the model is called with them. Otherwise an example begins wherever ``position_ids`` do not go
+    on by one; they are found once a forward, and the host waits for the device. Under ``torch.compile``, which cannot
+    wait, ``cu_seq_lens_q`` is required. Windows come from the mask, not from ``sliding_window``.
+
+    Any other call (a cache, several rows, padding) goes to transformers' own ``sdpa``, or to the model's ``eager`` if
+    the layer has a softcap or attention sinks. So does one example in a row with dropout or with arguments that packed
+    attention does not support.
+
+    Raises:
+        ValueError: several packed examples with dropout, attention sinks or a position bias, with a mask that packed
+            attention does not compute, or in more than one row; ``output_attentions=True``.
     """
-    if attention_mask is not None:
-        raise ValueError("attention_mask: attn_implementation='sft_kernels' takes packed rows without padding masks")
-    if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
+    if kwargs.get("output_attentions"):
+        calls.refuse_output_attentions()
+    options = {"scaling": scaling, "dropout": dropout, "is_causal": is_causal, "softcap": softcap}
+    stock = {**options, "sliding_window": sliding_window, "position_ids": position_ids, **kwargs}
+    one_row = query.shape[0] == 1 and query.shape[2] == key.shape[2]
+    described = isinstance(attention_mask, PackedMask)
+    if not described and (attention_mask is not None or cu_seq_lens_q is None):
+        if cu_seq_lens_q is not None:
+            raise ValueError(
+                f"cu_seq_lens_q: attn_implementation={NAME!r} takes one packed row, without cache (use_cache=False) "
+                f"and without padding; got query {tuple(query.shape)} and key {tuple(key.shape)}"
+            )
+        if attention_mask is None:
+            lost = one_row and _is_causal(module, is_causal)
+        else:
+            lost = current_call.masked or len(query) == 1
+        if lost and current_call.restarts:
+            raise ValueError(
+                f"position_ids: attn_implementation={NAME!r} cannot keep packed examples apart by positions that "
+                "restart beside padding or a mask of the model's; leave padding out and pass cu_seq_lens_q, or pass a "
+                "4-D attention_mask"
+            )
+        return _stock(module, query, key, value, attention_mask, stock)
+    if not one_row:
         raise ValueError(
-            "attn_implementation='sft_kernels' takes one packed row and no cache (use_cache=False), "
+            f"attn_implementation={NAME!r} takes one packed row and no cache (use_cache=False), "
             f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
         )
-    if dropout:
-        raise ValueError(f"dropout: attn_implementation='sft_kernels' has none, the model asks for {dropout}")
-    for name in _UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: attn_implementation='sft_kernels' does not compute it")
     if cu_seq_lens_q is None:
-        cu_seq_lens_q, max_length_q = _boundaries(position_ids, query.shape[2]), None
+        cu_seq_lens_q, max_length_q = _boundaries(attention_mask, position_ids, query.shape[2]), None
+    if reason := _unsupported(attention_mask, dropout, kwargs):
+        if described and _is_one_example(cu_seq_lens_q, query.shape[2]):
+            return _stock(module, query, key, value, attention_mask.real(), stock)
+        raise ValueError(reason)
+    if described:
+        left, right = attention_mask.left, attention_mask.right
+    else:
+        left = None if sliding_window is None else sliding_window - 1
+        right = 0 if _is_causal(module, is_causal) else left
+    if torch.compiler.is_compiling():
+        max_length_q = None  # an int that changes would compile anew
+    features = query.shape[-1], value.shape[-1]
+    if features[1] < features[0]:  # latent attention: zeros beside V add nothing to the other columns
+        value = F.pad(value, (0, features[0] - features[1]))
     out = packed_attention(
         *(t[0].transpose(0, 1) for t in (query, key, value)),
         cu_seq_lens_q,
         max_length_q,
         tiles=_tiles(cu_seq_lens_q, query.shape[2], query.device) if _takes_tiles(query.device) else None,
-        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        causal=right == 0,
         scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, -1),
+        window_size=(-1 if left is None else left, -1 if right is None else right),
         softcap=softcap,
     )
-    return out[None], None
+    return out[None, ..., : features[1]], None
 
 
-def once_a_forward(function):
-    """``function(tensor, *rest)``, which is asked for again only where ``tensor`` is another object or was written to.
-
-    The layers of a model are handed the same tensor. Only the last answer is kept, and no longer than its tensor lives.
-    Nothing is kept or reused while a graph is traced or captured, wherever ``tensor`` lies: a replay must find its
-    answer anew, in memory of its own. Nor is the answer for an inference tensor kept, which does not say whether it was
-    written to.
-    """
-    last = None  # what was asked (the tensor as a weak reference), and the answer
-
-    def wrapper(tensor, *rest):
-        nonlocal last
-        if torch.compiler.is_compiling() or tensor.is_inference() or _capturing():
-            return function(tensor, *rest)
-        known = last
-        asked = (tensor._version, *rest)
-        if known is None or known[0]() is not tensor or known[1] != asked:
-            last = known = (weakref.ref(tensor, forget), asked, function(tensor, *rest))
-        return known[2]
-
-    def forget(reference):
-        nonlocal last
-        if last is not None and last[0] is reference:
-            last = None
-
-    return wrapper
+def _attention_of_boundaries(module, query, key, value, attention_mask, *, cu_seq_lens_q=None, **kwargs):
+    """:func:`attention_forward` without a mask, whose windows are the layers' ``sliding_window``."""
+    if cu_seq_lens_q is None:
+        raise ValueError(f"cu_seq_lens_q: attn_implementation={GIVEN!r} needs them in each call")
+    return attention_forward(module, query, key, value, attention_mask, cu_seq_lens_q=cu_seq_lens_q, **kwargs)
 
 
-def _capturing():
-    """Returns True while the current stream is captured into a CUDA graph."""
-    try:
-        return torch.cuda.is_current_stream_capturing()
-    except RuntimeError:  # a torch without CUDA cannot be asked
-        return False
+def _unsupported(mask, dropout, kwargs):
+    """Returns None, or why packed attention cannot compute a layer."""
+    if mask is not None and mask.reason:
+        return f"attention_mask: attn_implementation={NAME!r} does not support a mask by {mask.reason}"
+    if dropout:
+        return f"dropout: attn_implementation={NAME!r} has none, the model asks for {dropout}"
+    name = next((name for name in _UNSUPPORTED if kwargs.get(name) is not None), None)
+    return name and f"{name}: attn_implementation={NAME!r} does not compute it"
 
 
-def _boundaries(position_ids, T):
-    if position_ids is None or torch.compiler.is_compiling():
+def _is_one_example(cu_seqlens, T):
+    return len(cu_seqlens) == 2 and not torch.compiler.is_compiling() and int(cu_seqlens[-1]) == T
+
+
+def _is_causal(module, given):
+    return getattr(module, "is_causal", True) if given is None else given
+
+
+def _stock(module, query, key, value, mask, options):
+    """The same layer by transformers' own attention. ``mask`` is None or [B, 1, q, kv], bool or additive."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if mask is not None and mask.dim() != 4:
+        raise ValueError(f"attention_mask: expected 4 dimensions, got {mask.dim()}")
+    if all(options.get(name) is None for name in ("softcap", "s_aux", "sinks")):
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if eager is None:
+        raise ValueError(f"{type(module).__name__} has a softcap or sinks, but no attention of its own for them")
+    if mask is None and _is_causal(module, options["is_causal"]) and query.shape[2] > 1:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()[None, None]
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
+    return eager(module, query, key, value, mask, **options)[0], None
+
+
+def _boundaries(mask, position_ids, T):
+    """``[B + 1]`` int32 of one row of ``T`` tokens, from transformers' segment numbers or from positions."""
+    if torch.compiler.is_compiling():
         raise ValueError(
-            "cu_seq_lens_q: attn_implementation='sft_kernels' needs the packed examples' boundaries, which either the "
-            "caller or the model's layers did not pass on; under torch.compile position_ids do not do instead"
+            f"cu_seq_lens_q: attn_implementation={NAME!r} needs the packed examples' boundaries under torch.compile, "
+            "where position_ids do not do instead"
         )
-    if position_ids.shape != (1, T):
+    if mask.segments is not None:
+        return _boundaries_of(mask.segments, 0)
+    if position_ids is not None and position_ids.shape == (1, T):
+        return _boundaries_of(position_ids)
+    if mask.restarts:
         raise ValueError(
-            f"position_ids: expected shape [1, {T}] of one packed row, got {tuple(position_ids.shape)}; "
-            "the boundaries can be passed as cu_seq_lens_q"
+            f"cu_seq_lens_q: attn_implementation={NAME!r} needs the packed examples' boundaries; "
+            "this model's layers do not receive position_ids of one row"
         )
-    return _boundaries_of(position_ids)
+    return mask.one_example()
 
 
 @once_a_forward
-def _boundaries_of(position_ids):
-    """``[B + 1]`` int32: an example begins where the positions [1, T] do not go on by one."""
+def _boundaries_of(position_ids, step=1):
+    """``[B + 1]`` int32: an example begins where the numbers [1, T] do not go on by ``step``."""
     position = position_ids[0]
     begins = torch.ones_like(position, dtype=torch.bool)
-    begins[1:] = position[1:] != position[:-1] + 1
+    begins[1:] = position[1:] != position[:-1] + step
     starts = begins.nonzero()[:, 0]
     return torch.nn.functional.pad(starts, (0, 1), value=len(position)).int()
 

@@ -187,6 +187,9 @@ def patch(model, *, log_materialised=False):
     The first result is compared with the unpatched head's on a few rows. A model that is trained without its head being
     called gets a warning, once: its trainer multiplies by the head's weight itself.
 
+    Attention is left as it is. Importing ``sft_kernels.integrations`` has made ``attn_implementation="sft_kernels"``
+    known to transformers: give it to ``from_pretrained``, or to ``model.set_attn_implementation``.
+
     Under ``torch.compile`` a graph ends at the head, and losses run as they are written. Under ``fully_shard`` the
     head's weight must be there when the loss is computed: ``reshard_after_forward=False``, as accelerate has it.
 

@@ -41,7 +41,7 @@ class Watch:
         warnings.warn(
             f"patch: {names} {seen}: the trainer multiplies by the head's weight itself, the head was replaced, or its"
             " class does without torch.nn.Linear.forward. Nothing is fused. Switch that off in the trainer, or call"
-            " patch(model) once the trainer is built",
+            " patch(model) once the trainer is built; for TRL's trainers call patch_trl() instead",
             stacklevel=3,
         )
 

@@ -133,22 +133,18 @@ def hidden_states(model, batch):
 
 @contextmanager
 def boundaries_given(model):
-    """The model with packed attention under a name that transformers makes no masks for; the name is put back after.
+    """Packed attention without transformers' masks, as long as the block runs.
 
-    Masks it makes by default, for which it looks at ``position_ids``, and the host waits for the device in every
-    forward. :func:`hidden_states` passes boundaries, so there is no mask to make. A model with another attention is
-    left alone.
+    By default transformers makes masks. For that it looks at ``position_ids``, and the host waits for the device in
+    every forward. :func:`hidden_states` passes boundaries, so there is no mask to make. A model with another attention
+    is left alone.
     """
-    from transformers import AttentionInterface
-
     from ..integrations import attention
 
     if model.config._attn_implementation != attention.NAME:
         yield
         return
-    name = f"{attention.NAME}_boundaries_given"
-    AttentionInterface.register(name, attention.attention_forward)
-    model.set_attn_implementation(name)
+    model.set_attn_implementation(attention.GIVEN)
     try:
         yield
     finally:

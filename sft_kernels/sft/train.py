@@ -144,7 +144,8 @@ def train(recipe, *, model=None, tokenizer=None):
 
     steps = _Steps(examples, recipe)
     evaluation = [batch(rows) for rows in groups_of(recipe.rows, pack_rows(held_out, recipe.row_tokens))]
-    check_against_stock(model, batch(steps.first()).to(device))
+    with models.boundaries_given(model):  # as in training, where a window that only a mask holds would be lost
+        check_against_stock(model, batch(steps.first()).to(device))
 
     optimizer = AdamW(
         decay_groups(model, recipe.weight_decay), lr=recipe.lr, max_grad_norm=recipe.max_grad_norm, skip_nonfinite=True

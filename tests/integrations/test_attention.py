@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from sft_kernels.integrations import assert_no_leak, attention
+from sft_kernels.integrations import assert_no_leak, attention, masks
 
 
 def model(implementation=attention.NAME, **options):
@@ -80,10 +80,13 @@ def test_no_example_sees_another():
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"attention_mask": torch.tensor([[0] + [1] * 14])}, "attention_mask"),
+        ({"attention_mask": torch.tensor([[0] + [1] * 14])}, "without padding"),
         ({"s_aux": torch.zeros(4)}, "s_aux"),
+        ({"position_bias": torch.zeros(4)}, "position_bias"),
+        ({"output_attentions": True}, "output_attentions"),
+        ({"attention_mask": torch.tensor([[1] * 5 + [2] + [3] * 9])}, "segment numbers"),
     ],
-    ids=["padding", "sinks"],
+    ids=["padding", "sinks", "bias", "weights", "segment numbers"],
 )
 def test_what_is_not_computed_is_refused(change, reason):
     with pytest.raises(ValueError, match=reason):
@@ -156,11 +159,19 @@ def test_positions_that_were_written_to_are_read_again():
 
 
 @pytest.mark.parametrize("shape", [None, (3, 1, 15), (2, 15), (1, 14)])
-def test_positions_that_say_nothing_of_one_row_are_refused(shape):
+@pytest.mark.parametrize("restarts", [True, False])
+def test_positions_that_say_nothing_of_one_row_are_refused_if_the_calls_restart(shape, restarts):
     positions = None if shape is None else torch.arange(shape[-1]).expand(shape)
-    given = (torch.randn(1, 2, 15, 8) for _ in range(3))
-    with pytest.raises(ValueError, match="cu_seq_lens_q"):
-        attention.attention_forward(torch.nn.Module(), *given, None, position_ids=positions)
+    query, key, value = torch.randn(3, 1, 2, 15, 8)
+    mask = masks.packed_mask(1, 15, 15)
+    mask.restarts = restarts
+    if restarts:
+        with pytest.raises(ValueError, match="cu_seq_lens_q"):
+            attention.attention_forward(torch.nn.Module(), query, key, value, mask, position_ids=positions)
+        return
+    out, _ = attention.attention_forward(torch.nn.Module(), query, key, value, mask, position_ids=positions)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
 def test_what_is_remembered_dies_with_its_tensor_and_another_tensor_is_another_question():

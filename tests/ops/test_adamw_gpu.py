@@ -1,5 +1,8 @@
 """What only a GPU can show of ``AdamW``: the compiled kernels' bits, no wait for the device, replay in a CUDA graph."""
 
+import time
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -86,6 +89,26 @@ def test_no_step_waits(never_wait):
             p.grad = torch.ones_like(p) * p.grad  # elsewhere
         optimizer.step()
         optimizer.update_statistics()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_second_clip_is_noticed_without_waiting(never_wait, impl):
+    params = leaves()
+    optimizer = AdamW(params, max_grad_norm=1.0, impl=impl)
+    noticed = []
+    for i in range(20):
+        for p in params:
+            p.grad = torch.randn_like(p)
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        if i == 2:  # the kernels are compiled, the host's memory is there
+            torch.cuda.synchronize()
+            never_wait()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.step()
+        noticed += [w for w in caught if "clipped to 1.0" in str(w.message)]
+        time.sleep(0.01)  # the norm of one step is there before the next
+    assert len(noticed) == 1
 
 
 def test_a_captured_step_replays():

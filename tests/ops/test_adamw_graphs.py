@@ -73,7 +73,7 @@ def capturing(monkeypatch):
     for name in ("_sum_of_squares_kernel", "_update_kernel"):
         monkeypatch.setattr(triton_impl, name, Kernel(getattr(triton_impl, name)))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] is not None)
-    monkeypatch.setattr(tables, "_is_capturing", lambda device: torch.cuda.is_current_stream_capturing(), raising=False)
+    monkeypatch.setattr(tables, "is_capturing", lambda device: torch.cuda.is_current_stream_capturing())
     return capture
 
 

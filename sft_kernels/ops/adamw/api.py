@@ -7,6 +7,7 @@ import torch
 
 from ..._backend import named, resolve
 from ..._checks import unlike_dense
+from .double_clip import DoubleClip
 from .state import HALF, MASTERS, MOMENTS, check_fit, check_half, refuse_unfit
 
 _TorchAdamW = torch.optim.AdamW  # under whose name ours may stand later
@@ -26,6 +27,7 @@ class AdamW(_TorchAdamW):
         max_grad_norm: clip the global 2-norm of all gradients to this, as ``torch.nn.utils.clip_grad_norm_`` would
             before the step. ``float("inf")`` clips nothing and still measures. The norm of DTensors is that of whole
             tensors, each copy counted once. ``impl="torch"`` leaves the gradients clipped, the others leave them alone.
+            A ``UserWarning`` says once if something else clips too: see the README.
         skip_nonfinite: where the norm is not finite, leave parameters, moments and step as they are and count it.
         master_weights: ``"float32"``: an fp16 or bf16 parameter has an fp32 copy in its state, under ``"master"``,
             which is updated in its place, and the parameter is its rounding. Without it, updates smaller than half a
@@ -118,6 +120,7 @@ class AdamW(_TorchAdamW):
         self.stochastic_rounding = bool(stochastic_rounding)
         self.state_dtype = state_dtype
         self.update_stats = bool(update_stats)
+        self._double_clip = self._watch_for_a_double_clip()
         self._forget()
         super().__init__(
             params,
@@ -215,8 +218,17 @@ class AdamW(_TorchAdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        watch = self._double_clip
+        if watch is not None and torch.compiler.is_compiling():
+            watch = None
+        p = None if watch is None else watch.before(self)
         self._implementation()(self)
+        if p is not None and watch.after(self, p):
+            self._double_clip = None
         return loss
+
+    def _watch_for_a_double_clip(self):
+        return None if self.max_grad_norm in (None, float("inf")) else DoubleClip()
 
     def _torch_step(self):
         """torch's own step."""
@@ -347,6 +359,8 @@ class AdamW(_TorchAdamW):
 
     def __setstate__(self, state):
         super().__setstate__(state)  # also what torch's load_state_dict ends with
+        if not hasattr(self, "_double_clip"):
+            self._double_clip = self._watch_for_a_double_clip()
         self._forget()
 
 

@@ -251,12 +251,12 @@ class Tables:
             return
         # Memory of its own each time: a captured graph goes on reading what it was captured with.
         self.addresses, self._source = _sent(self._table, self.device)
-        if _is_capturing(self.device):
+        if is_capturing(self.device):
             self._moving = None  # only a replay sends this: the next step sends its own
 
     def keep_what_is_captured(self, optimizer):
         """Let what a graph is being captured with live as long as ``optimizer``: nobody says when a graph is gone."""
-        if _is_capturing(self.device):
+        if is_capturing(self.device):
             kept = (self, self.addresses, self._source, self.hyper, self._hyper_source)
             optimizer._captured.update((id(x), x) for x in kept)
 
@@ -279,7 +279,7 @@ class Tables:
             values += (-1.0 if group["maximize"] else 1.0, bound, group.get("seed", 0))
         if values != self._hyper:
             self.hyper, self._hyper_source = _sent(np.array(values, np.float64).reshape(-1, HYPER), self.device)
-            self._hyper = None if _is_capturing(self.device) else values  # as in ``_send``
+            self._hyper = None if is_capturing(self.device) else values  # as in ``_send``
         for i, j, x in tensors:
             self.hyper[i, j].copy_(local(x).detach().reshape(()))
 
@@ -311,7 +311,7 @@ def _settle(optimizer, group, p):
     return [*names, "step"]
 
 
-def _is_capturing(device):
+def is_capturing(device):
     """Returns True while a graph is captured on the current stream of ``device``."""
     if device.type != "cuda":
         return False

@@ -1,0 +1,328 @@
+"""Masks that only our attention reads, and calls that go to transformers' own attention."""
+
+import copy
+import functools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import census_models
+from sft_kernels.integrations import NAME, attention, calls, masks
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import masking_utils  # noqa: E402
+from transformers.models.gemma3 import modeling_gemma3  # noqa: E402
+
+LENGTHS = (7, 12, 1, 9)
+IDS = torch.randint(200, 331, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(0))
+POSITIONS = torch.cat([torch.arange(l) for l in LENGTHS])[None]
+BOUNDS = torch.tensor([0, 7, 19, 20, 29], dtype=torch.int32)
+
+
+def pair(name, overrides=None, ours=NAME):
+    """Returns the same model twice: with eager attention, and with ours."""
+    stock, model = (census_models.build(name, how, overrides).eval() for how in ("eager", ours))
+    model.load_state_dict(stock.state_dict())
+    return stock, model
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=331, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=0, bos_token_id=None, eos_token_id=1, **options,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM._from_config(config, attn_implementation=NAME).eval()
+
+
+# ---- what a mask function says
+
+
+def described(function, **options):
+    given = {"batch_size": 1, "q_length": 9, "kv_length": 9, "mask_function": function, **options}
+    return masks.packed_mask(**given)
+
+
+causal, blocks = masking_utils.causal_mask_function, masking_utils.blockwise_overlay
+SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2]])
+
+
+def packed(function):
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0, 1]])
+    if hasattr(masking_utils, "remap_positions_for_packed_sequence"):  # transformers 5.17 has it not
+        function = masking_utils.remap_positions_for_packed_sequence(function, positions)
+    return masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(SEGMENTS))
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        (causal, (None, 0)),
+        (masking_utils.sliding_window_causal_mask_function(4), (3, 0)),
+        (masking_utils.sliding_window_overlay(4), (3, None)),
+        (masking_utils.bidirectional_mask_function, (None, None)),
+        (masking_utils.sliding_window_bidirectional_mask_function(4), (4, 4)),
+        (masking_utils.or_masks(causal, lambda *args: torch.tensor(True)), (None, None)),
+        (
+            masking_utils.or_masks(
+                masking_utils.sliding_window_causal_mask_function(5),
+                modeling_gemma3._bidirectional_window_overlay(3),
+            ),
+            (4, 2),
+        ),
+    ],
+    ids=["causal", "window", "one-sided", "bidirectional", "bidirectional window", "all", "union"],
+)
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_mask_function_is_taken_apart(function, expected, pack):
+    mask = described(packed(function) if pack else function)
+    assert (mask.left, mask.right, mask.reason) == (*expected, None)
+    assert mask.segments is (SEGMENTS if pack else None)
+    query, key, value = torch.randn(3, 1, 2, 9, 8)
+    out, _ = attention.attention_forward(torch.nn.Module(), query, key, value, mask)
+    real = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask.real())
+    torch.testing.assert_close(out, real.transpose(1, 2))
+
+
+def of_a_model(batch, head, q, kv):
+    return kv <= q
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=int)), "chunked_overlay"),
+        (masking_utils.or_masks(causal, blocks(torch.zeros(1, 9, dtype=int))), "blockwise_overlay"),
+        (masking_utils.and_masks(causal, functools.partial(of_a_model)), "functools.partial"),
+        (masking_utils.and_masks(causal, of_a_model), "of_a_model"),
+        (masking_utils.and_masks(causal, masking_utils.packed_sequence_mask_function(3 - SEGMENTS)), "one after"),
+    ],
+    ids=["chunks", "blocks", "partial", "of the model", "segments"],
+)
+def test_a_mask_that_says_more_is_refused_for_packed_rows_alone(function, reason):
+    mask = described(function, use_vmap=True)
+    assert reason in mask.reason
+    query, key, value = torch.randn(3, 1, 2, 9, 8)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    with pytest.raises(ValueError, match="does not support a mask by"):
+        attention.attention_forward(torch.nn.Module(), query, key, value, mask, cu_seq_lens_q=bounds)
+    mask.segments = None
+    out, _ = attention.attention_forward(torch.nn.Module(), query, key, value, mask)
+    real = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask.real())
+    torch.testing.assert_close(out, real.transpose(1, 2))
+
+
+def test_blocks_that_a_row_does_not_have_change_nothing():
+    assert described(masking_utils.or_masks(causal, blocks(torch.full((1, 9), -1)))).reason is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"batch_size": 2},
+        {"kv_length": 12},
+        {"q_offset": 3, "kv_length": 12},
+        {"q_offset": torch.tensor(0)},
+        {"attention_mask": torch.tensor([[False] + [True] * 8])},
+    ],
+    ids=["rows", "keys", "cache", "static cache", "padding"],
+)
+def test_any_other_call_gets_transformers_own_mask(options):
+    mask = described(causal, allow_is_causal_skip=False, **options)
+    expected = masking_utils.sdpa_mask(
+        **{"batch_size": 1, "q_length": 9, "kv_length": 9, "allow_is_causal_skip": False, **options}
+    )
+    assert mask.equal(expected)
+
+
+USES = [
+    lambda m: m + 1, lambda m: 1 - m, lambda m: ~m, lambda m: m[:, :, :3], lambda m: m == 0, lambda m: m < 0,
+    lambda m: bool(m), lambda m: m.to("cpu"), lambda m: m.dtype, lambda m: torch.where(m, 1, 0), lambda m: len(m),
+    lambda m: torch.zeros(3) + m, lambda m: torch.zeros(3).masked_fill(m, 1), lambda m: list(m), lambda m: m & m,
+    lambda m: torch.nn.functional.scaled_dot_product_attention(*torch.randn(3, 1, 1, 9, 4), attn_mask=m),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_model_that_reads_the_mask_meets_an_error(use):
+    with pytest.raises(ValueError, match="reads its attention mask itself"):
+        use(described(causal))
+    assert not hasattr(described(causal), "device")
+
+
+# ---- models that the name does not serve
+
+
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "TrOCRForCausalLM", "MambaForCausalLM", "GitForCausalLM"])
+def test_a_model_that_cannot_be_packed_is_refused_as_it_takes_the_name(name):
+    with pytest.raises(ValueError, match=f"attn_implementation='{NAME}' does not support"):
+        census_models.build(name, NAME)
+    model = census_models.build(name, "eager")
+    if model._can_set_attn_implementation():
+        with pytest.raises(ValueError, match=f"attn_implementation='{NAME}' does not support"):
+            model.set_attn_implementation(NAME)
+
+
+def test_layers_without_attention_are_refused_for_packed_rows_alone():
+    stock, model = pair("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]})
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, stock(IDS).logits)
+        for call in ({"cu_seq_lens_q": BOUNDS, "position_ids": POSITIONS}, {"position_ids": POSITIONS}):
+            with pytest.raises(ValueError, match=r"layers\.0 mixes tokens without attention"):
+                model(IDS, use_cache=False, **call)
+
+
+def test_learned_positions_must_restart():
+    _, model = pair("GPT2LMHeadModel")
+    with torch.no_grad(), pytest.raises(ValueError, match="needs them beside cu_seq_lens_q"):
+        model(IDS, use_cache=False, cu_seq_lens_q=BOUNDS)
+
+
+def test_positions_that_the_model_does_not_count_from_are_refused():
+    stock, model = pair("RobertaForCausalLM")
+    first = calls.first_position(model)
+    assert first == 1
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="counts positions from 1, got 0"):
+            model(IDS, position_ids=POSITIONS, use_cache=False)
+        packed = model(IDS, position_ids=POSITIONS + first, use_cache=False).logits[0]
+        alone = torch.cat([stock(part).logits[0] for part in IDS.split(LENGTHS, 1)])
+    torch.testing.assert_close(packed, alone)
+
+
+def test_positional_arguments_are_checked_too():
+    numbers = torch.repeat_interleave(torch.arange(1, 5), torch.tensor(LENGTHS))[None]
+    with pytest.raises(ValueError, match="segment numbers"):
+        llama()(IDS, numbers)
+
+
+def test_a_copy_of_a_model_is_checked_as_the_model():
+    _, model = pair("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]})
+    with pytest.raises(ValueError, match="mixes tokens"):
+        copy.deepcopy(model)(IDS, position_ids=POSITIONS)
+
+
+def test_another_name_is_left_alone():
+    model = llama()
+    model.set_attn_implementation("sdpa")
+    numbers = torch.ones_like(IDS) * 2
+    model(IDS, numbers)
+
+
+def test_positions_that_restart_beside_padding_are_refused():
+    """transformers itself looks for packed positions only where there is no mask."""
+    mask = torch.ones_like(IDS)
+    mask[:, -2:] = 0
+    with pytest.raises(ValueError, match="leave padding out"):
+        llama()(IDS, mask, POSITIONS, use_cache=False)
+
+
+# ---- recomputation
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("given", [{"position_ids": POSITIONS}, {"position_ids": POSITIONS, "cu_seq_lens_q": BOUNDS}])
+def test_a_recomputed_layer_sees_the_same_boundaries(reentrant, given):
+    gradients = []
+    for checkpointing in (False, True):
+        model = llama().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        loss = model(IDS, use_cache=False, **given).logits.square().sum()
+        with torch.no_grad():
+            model(IDS, use_cache=False)  # another call in between
+        loss.backward()
+        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+# ---- generation and evaluation
+
+TWO = torch.randint(200, 331, (2, 9), generator=torch.Generator().manual_seed(1))
+PADDED = {"input_ids": TWO.masked_fill(torch.arange(9) < torch.tensor([[0], [4]]), 0)}
+PADDED["attention_mask"] = (PADDED["input_ids"] != 0).long()
+GENERATE = {
+    "one prompt": {"input_ids": TWO[:1]},
+    "prompts of different lengths": PADDED,
+    "beams": {**PADDED, "num_beams": 2},
+    "a static cache": {**PADDED, "cache_implementation": "static"},
+    "no cache": {**PADDED, "use_cache": False},
+}
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM", "GptOssForCausalLM"])
+@pytest.mark.parametrize("how", GENERATE)
+def test_it_generates_what_eager_does(name, how):
+    answers = [
+        model.generate(**GENERATE[how], max_new_tokens=5, do_sample=False, pad_token_id=0) for model in pair(name)
+    ]
+    assert answers[0].equal(answers[1])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_it_evaluates_padded_batches(side):
+    stock, model = pair("Gemma2ForCausalLM")
+    ids = PADDED["input_ids"] if side == "left" else PADDED["input_ids"].flip(1)
+    call = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**call).loss, stock(**call).loss)
+
+
+def test_it_trains_packed_after_it_has_generated():
+    stock, model = pair("LlamaForCausalLM")
+    model.generate(**PADDED, max_new_tokens=3, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        packed = model(IDS, position_ids=POSITIONS, use_cache=False).logits[0]
+        torch.testing.assert_close(packed, torch.cat([stock(part).logits[0] for part in IDS.split(LENGTHS, 1)]))
+
+
+# ---- torch.compile
+
+
+def test_a_length_that_changes_compiles_once(monkeypatch):
+    monkeypatch.setenv("SFT_KERNELS_IMPL", "triton")  # the torch implementation reads the boundaries
+    if torch.cuda.is_available():
+        pytest.skip("Triton is interpreted only where there is no GPU")
+    model = llama()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for longest in (15, 16, 19, 25):
+            bounds = torch.tensor([0, longest, 29], dtype=torch.int32)
+            positions = torch.cat([torch.arange(longest), torch.arange(29 - longest)])[None]
+            call = {"position_ids": positions, "cu_seq_lens_q": bounds, "max_length_q": longest, "use_cache": False}
+            call.update(cu_seq_lens_k=bounds, max_length_k=longest)
+            torch.testing.assert_close(compiled(IDS, **call).logits, model(IDS, **call).logits)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_compiled_model_is_checked_too():
+    _, model = pair("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]})
+    with torch.no_grad(), pytest.raises(Exception, match="mixes tokens without attention"):
+        torch.compile(model, backend="eager")(IDS, position_ids=POSITIONS, cu_seq_lens_q=BOUNDS, use_cache=False)
+
+
+# ---- versions
+
+
+def test_a_transformers_that_is_too_old_is_told_which_is_wanted():
+    code = """
+import transformers
+transformers.__version__ = "4.46.0"
+import warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import sft_kernels.integrations as ours
+print([str(w.message) for w in said if "needs transformers" in str(w.message)])
+try:
+    ours.register()
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.count("needs transformers >= 5.17, found 4.46.0") == 2, done.stderr
