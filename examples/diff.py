@@ -1,6 +1,7 @@
 """Each example holds its own diff: ``python examples/diff.py [FILE …]`` prints it.
 
-A line that ends in ``# +`` is ours. A comment ``# - code`` is the line of the stock program that it replaces.
+``python examples/diff.py --write`` writes all of them into README.md. A line that ends in ``# +`` is
+ours. A comment ``# - code`` is the line of the stock program that it replaces.
 """
 
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 ADDED = re.compile(r"\s*# \+$")
 REMOVED = re.compile(r"^(\s*)# - (.*)$")
+HEADING = "## The diffs\n"
 
 
 def stock(source):
@@ -28,11 +30,28 @@ def diff(source):
     return "\n".join(changed)
 
 
+def diffs(folder):
+    """Returns ``{file name: diff}`` of all examples in ``folder`` that have one."""
+    found = {path.name: diff(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.py"))}
+    return {name: changed for name, changed in found.items() if changed}
+
+
+def section(folder):
+    """Returns the part of README.md that shows the diffs."""
+    blocks = [f"### [{name}]({name})\n\n```diff\n{changed}\n```\n" for name, changed in diffs(folder).items()]
+    return "\n".join([HEADING, *blocks])
+
+
 def main(names):
-    paths = [Path(name) for name in names] or sorted(Path(__file__).parent.glob("*.py"))
-    for path in paths:
-        if changed := diff(path.read_text(encoding="utf-8")):
-            print(f"{path.name}\n{changed}\n")
+    folder = Path(__file__).parent
+    if names == ["--write"]:
+        readme = folder / "README.md"
+        before, _, _ = readme.read_text(encoding="utf-8").partition(HEADING)
+        readme.write_text(before + section(folder), encoding="utf-8")
+        return
+    shown = {Path(name).name: diff(Path(name).read_text(encoding="utf-8")) for name in names} or diffs(folder)
+    for name, changed in shown.items():
+        print(f"{name}\n{changed}\n")
 
 
 if __name__ == "__main__":
