@@ -173,7 +173,7 @@ def packed_mask(
         call = None
     else:
         call = calls.current()
-        if call is None:
+        if call is None and row and attention_mask is None:  # generate makes masks before it calls the model
             raise ValueError(
                 f"attn_implementation={NAME!r} sees calls by a hook that is not there: call the model, not its "
                 "forward, and set the name by from_pretrained or set_attn_implementation"

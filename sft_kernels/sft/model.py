@@ -78,9 +78,9 @@ def load_model(path, device):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ..integrations import calls
+    from ..integrations import calls, register
 
-    attention.register()
+    register()
     options = {"dtype": torch.float32, "attn_implementation": calls.NAME}
     try:
         if is_config(path):

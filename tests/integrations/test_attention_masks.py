@@ -41,9 +41,22 @@ def llama(**options):
 # ---- what a mask function says
 
 
-def described(function, **options):
+class Anything(torch.nn.Module):
+    """Stands in for a model, or for a layer."""
+
+
+ROW = torch.tensor([0, 3, 7, 9], dtype=torch.int32)
+MODEL = Anything()
+
+
+def described(function, boundaries=ROW, **options):
+    """Returns the mask that a model gets in a call with ``boundaries``."""
     given = {"batch_size": 1, "q_length": 9, "kv_length": 9, "mask_function": function, **options}
-    return masks.packed_mask(**given)
+    calls._running.calls.append((MODEL, calls.Call(MODEL, 9, boundaries)))
+    try:
+        return masks.packed_mask(**given)
+    finally:
+        calls._running.calls.pop()
 
 
 causal, blocks = masking_utils.causal_mask_function, masking_utils.blockwise_overlay
@@ -80,11 +93,11 @@ def packed(function):
 def test_a_mask_function_is_taken_apart(function, expected, pack):
     mask = described(packed(function) if pack else function)
     assert (mask.left, mask.right, mask.reason) == (*expected, None)
-    assert mask.segments is (SEGMENTS if pack else None)
     query, key, value = torch.randn(3, 1, 2, 9, 8)
-    out, _ = attention.attention_forward(torch.nn.Module(), query, key, value, mask)
-    real = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask.real())
-    torch.testing.assert_close(out, real.transpose(1, 2))
+    out, _ = attention.attention_forward(Anything(), query, key, value, mask)
+    real = masking_utils.sdpa_mask(1, 9, 9, mask_function=packed(function), allow_is_causal_skip=False)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=real)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
 def of_a_model(batch, head, q, kv):
@@ -105,14 +118,9 @@ def of_a_model(batch, head, q, kv):
 def test_a_mask_that_says_more_is_refused_for_packed_rows_alone(function, reason):
     mask = described(function, use_vmap=True)
     assert reason in mask.reason
-    query, key, value = torch.randn(3, 1, 2, 9, 8)
-    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
     with pytest.raises(ValueError, match="does not support a mask by"):
-        attention.attention_forward(torch.nn.Module(), query, key, value, mask, cu_seq_lens_q=bounds)
-    mask.segments = None
-    out, _ = attention.attention_forward(torch.nn.Module(), query, key, value, mask)
-    real = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask.real())
-    torch.testing.assert_close(out, real.transpose(1, 2))
+        attention.attention_forward(Anything(), *torch.randn(3, 1, 2, 9, 8), mask)
+    assert described(function, boundaries=None, allow_is_causal_skip=False).dtype == torch.bool
 
 
 def test_blocks_that_a_row_does_not_have_change_nothing():
@@ -126,9 +134,8 @@ def test_blocks_that_a_row_does_not_have_change_nothing():
         {"kv_length": 12},
         {"q_offset": 3, "kv_length": 12},
         {"q_offset": torch.tensor(0)},
-        {"attention_mask": torch.tensor([[False] + [True] * 8])},
     ],
-    ids=["rows", "keys", "cache", "static cache", "padding"],
+    ids=["rows", "keys", "cache", "static cache"],
 )
 def test_any_other_call_gets_transformers_own_mask(options):
     mask = described(causal, allow_is_causal_skip=False, **options)
@@ -175,10 +182,19 @@ def test_layers_without_attention_are_refused_for_packed_rows_alone():
                 model(IDS, use_cache=False, **call)
 
 
-def test_learned_positions_must_restart():
-    _, model = pair("GPT2LMHeadModel")
-    with torch.no_grad(), pytest.raises(ValueError, match="needs them beside cu_seq_lens_q"):
-        model(IDS, use_cache=False, cu_seq_lens_q=BOUNDS)
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "RobertaForCausalLM", "StableLmForCausalLM"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_positions_that_are_missing_beside_boundaries_restart(name, compiled, monkeypatch):
+    stock, model = pair(name)
+    alone = torch.cat([stock(part).logits[0] for part in IDS.split(LENGTHS, 1)])
+    if compiled:
+        monkeypatch.setenv("SFT_KERNELS_IMPL", "triton")
+        model = torch.compile(model, backend="aot_eager", dynamic=False)
+        if name == "StableLmForCausalLM":  # whose layers do not receive boundaries
+            with pytest.raises(Exception, match="cu_seq_lens_q"):
+                model(IDS, use_cache=False, cu_seq_lens_q=BOUNDS)
+            return
+    torch.testing.assert_close(model(IDS, use_cache=False, cu_seq_lens_q=BOUNDS).logits[0], alone)
 
 
 def test_positions_that_the_model_does_not_count_from_are_refused():
@@ -216,7 +232,7 @@ def test_positions_that_restart_beside_padding_are_refused():
     """transformers itself looks for packed positions only where there is no mask."""
     mask = torch.ones_like(IDS)
     mask[:, -2:] = 0
-    with pytest.raises(ValueError, match="leave padding out"):
+    with pytest.raises(ValueError, match="without padding"):
         llama()(IDS, mask, POSITIONS, use_cache=False)
 
 
@@ -312,9 +328,10 @@ def test_a_compiled_model_is_checked_too():
 
 def test_a_transformers_that_is_too_old_is_told_which_is_wanted():
     code = """
-import transformers
-transformers.__version__ = "4.46.0"
+import importlib.metadata
 import warnings
+found = importlib.metadata.version
+importlib.metadata.version = lambda name: "4.46.0" if name == "transformers" else found(name)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     import sft_kernels.integrations as ours
