@@ -148,9 +148,19 @@ def _before(model, args, kwargs):
     given = _arguments_of(model, args, kwargs)
     call = _decide(model, given)
     _running.calls[-1] = (model, call)
-    if call.boundaries is None or given.get("position_ids") is not None:
-        return None
-    return args, {**kwargs, "position_ids": _positions(call.boundaries, call.T) + first_position(model)}
+    return None if call.boundaries is None else _completed(model, call, given, args, kwargs)
+
+
+def _completed(model, call, given, args, kwargs):
+    """Returns the arguments of a packed call with what it lacks, so that compiled parts of the model go by it, too."""
+    accepted = _parameters(type(model))
+    filled = {"cu_seq_lens_q": call.boundaries, "attention_mask": None}
+    if given.get("position_ids") is None:
+        filled["position_ids"] = _positions(call.boundaries, call.T) + first_position(model)
+    takes_all = _takes_any(type(model))
+    filled = {name: value for name, value in filled.items() if takes_all or name in accepted}
+    args = tuple(filled.pop(name, value) for name, value in zip(accepted, args, strict=False))
+    return args, {**kwargs, **filled}
 
 
 def _after(model, args, kwargs, output):
@@ -173,6 +183,12 @@ def _parameters(model_class):
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
+@functools.cache
+def _takes_any(model_class):
+    kinds = (parameter.kind for parameter in inspect.signature(model_class.forward).parameters.values())
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
 def _decide(model, given):
     """Returns the :class:`Call`, or raises ``ValueError`` for one that would be computed wrongly."""
     _refuse_weights(model, given)
@@ -181,10 +197,10 @@ def _decide(model, given):
     if _has_numbers(mask) and mask.max() > 1:
         raise ValueError(_SEGMENT_NUMBERS)
     if cu_seqlens is None:
-        if given.get("cu_seq_lens_k") is not None:
-            raise ValueError("cu_seq_lens_q: expected it beside cu_seq_lens_k")
+        if other := next((name for name in ("cu_seq_lens_k", "cu_seqlens") if given.get(name) is not None), None):
+            raise ValueError(f"cu_seq_lens_q: the boundaries are expected under this name, got {other}")
         cu_seqlens = _found(given.get("position_ids"), mask)
-    elif not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1:
+    elif not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dim() != 1 or len(cu_seqlens) == 0:
         raise ValueError(f"cu_seq_lens_q: expected a tensor of shape [B + 1], got {cu_seqlens!r}")
     if tokens is None or cu_seqlens is None:
         return Call(model, None if tokens is None else tokens.shape[1], masked=mask is not None)
@@ -329,17 +345,17 @@ def _found(positions, mask):
         raise ValueError(f"position_ids: expected shape [1, T], got {tuple(positions.shape)}")
     if positions.shape[-1] <= 1:  # decoding
         return None
+    kept = True
+    if isinstance(mask, torch.Tensor) and mask.shape[-1] == positions.shape[-1]:
+        kept = mask.bool()[:, 1:] & mask.bool()[:, :-1]
     if positions.dim() == 3:  # an image's tokens share a position, and nothing goes back within an example
-        if bool((positions[0].diff() < 0).any()) and mask is None:
+        if bool(((positions[0].diff() < 0) & kept).any()):
             raise ValueError(
                 "position_ids: positions of images say too little of where packed examples begin; pass cu_seq_lens_q, "
                 "or [4, 1, T] with the positions of text first"
             )
         return None
-    jumps = positions.diff() != 1
-    if isinstance(mask, torch.Tensor) and mask.shape[-1] == positions.shape[1]:
-        kept = mask.bool()
-        jumps = jumps & kept[:, 1:] & kept[:, :-1]
+    jumps = (positions.diff() != 1) & kept
     if len(positions) > 1:
         return _starts(jumps.any(0)) if bool(jumps.any()) else None  # several rows, which are refused
     boundaries = _starts(jumps[0])

@@ -173,11 +173,11 @@ def packed_mask(
         call = None
     else:
         call = calls.current()
-        if call is None and row and attention_mask is None:  # generate makes masks before it calls the model
+        if call is None and row and _pattern(mask_function).segments is not None:
             raise ValueError(
-                f"attn_implementation={NAME!r} sees calls by a hook that is not there: call the model, not its "
+                f"attn_implementation={NAME!r} sees packed rows by a hook that is not there: call the model, not its "
                 "forward, and set the name by from_pretrained or set_attn_implementation"
-            )
+            )  # generate, too, makes masks before it calls the model, but none of packed rows
     if call is None or call.boundaries is None or not row or q_length != call.T:
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,

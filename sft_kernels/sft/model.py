@@ -82,13 +82,10 @@ def load_model(path, device):
 
     register()
     options = {"dtype": torch.float32, "attn_implementation": calls.NAME}
-    try:
-        if is_config(path):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, **options)
-    except KeyError as error:
-        raise ValueError(f"model: {path} takes no attention from outside (KeyError: {error})") from error
+    if is_config(path):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
     return model.to(device)
 
 

@@ -236,6 +236,66 @@ def test_positions_that_restart_beside_padding_are_refused():
         llama()(IDS, mask, POSITIONS, use_cache=False)
 
 
+def test_positions_of_images_that_go_back_are_refused():
+    _, model = pair("Qwen2VLForConditionalGeneration")
+    for mask in (None, torch.ones_like(IDS)):
+        with pytest.raises(ValueError, match=r"pass cu_seq_lens_q, or \[4, 1, T\]"):
+            model(IDS, mask, position_ids=POSITIONS.expand(3, 1, -1))
+
+
+def test_a_model_called_inside_another_changes_nothing():
+    stock, model = pair("DistilBertForMaskedLM")
+    other = llama()
+    model.distilbert.embeddings.register_forward_hook(lambda *_: (other(IDS[:, :4]), None)[1])
+    alone = torch.cat([stock(part).logits[0] for part in IDS.split(LENGTHS, 1)])
+    torch.testing.assert_close(model(IDS, position_ids=POSITIONS).logits[0], alone)
+    with pytest.raises(ValueError, match="segment numbers"):
+        model(IDS, torch.full_like(IDS, 2))
+    assert calls.current() is None
+
+
+@pytest.mark.parametrize("name", ["NemotronForCausalLM", "StableLmForCausalLM"])
+def test_layers_that_receive_no_boundaries_go_by_those_of_the_call(name):
+    stock, model = pair(name)
+    alone = torch.cat([stock(part).logits[0] for part in IDS.split(LENGTHS, 1)])
+    torch.testing.assert_close(model(IDS, cu_seq_lens_q=BOUNDS).logits[0], alone)
+
+
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_rotary_embeddings_that_change_with_the_longest_example_are_refused_for_long_ones(rope):
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if rope == "longrope" else {"factor": 2.0}
+    parameters = {"rope_type": rope, "rope_theta": 1e4, "original_max_position_embeddings": 10, **factors}
+    model = llama(rope_parameters=parameters, max_position_embeddings=10)
+    with pytest.raises(ValueError, match="an example of more than 10 tokens"):
+        model(IDS, position_ids=POSITIONS)
+    model(IDS, position_ids=torch.arange(29)[None])  # one example
+    model(IDS[:, :14], position_ids=torch.arange(7).repeat(2)[None])
+
+
+def test_sparse_attention_is_refused():
+    model = census_models.build("DeepseekV32ForCausalLM", NAME, {"index_topk": 4})
+    with pytest.raises(ValueError, match="does not support sparse attention"):
+        model(IDS)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        ({"cu_seq_lens_q": BOUNDS, "input_ids": IDS.expand(2, -1)}, "got 2 rows"),
+        ({"position_ids": POSITIONS.expand(2, -1), "input_ids": IDS.expand(2, -1)}, "got 2 rows"),
+        ({"cu_seq_lens_q": BOUNDS, "past_key_values": transformers.DynamicCache()}, "without a cache"),
+        ({"cu_seq_lens_k": BOUNDS}, "got cu_seq_lens_k"),
+        ({"cu_seq_lens_q": [0, 29]}, "expected a tensor"),
+        ({"position_ids": torch.arange(29)}, "expected shape"),
+    ],
+    ids=["rows", "rows by positions", "cache", "keys' boundaries", "a list", "positions of one dimension"],
+)
+def test_a_packed_call_is_checked_before_anything_is_computed(call, match):
+    with pytest.raises(ValueError, match=match):
+        llama()(**{"input_ids": IDS, **call})
+    assert calls.current() is None
+
+
 # ---- recomputation
 
 
@@ -315,6 +375,16 @@ def test_a_length_that_changes_compiles_once(monkeypatch):
             call.update(cu_seq_lens_k=bounds, max_length_k=longest)
             torch.testing.assert_close(compiled(IDS, **call).logits, model(IDS, **call).logits)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM", "ModernBertForMaskedLM"])
+def test_compiled_positions_that_restart_beside_a_mask_of_ones_are_kept_apart(name, monkeypatch):
+    """Where torch.compile gives up, the hook runs as it is written, and the rest is compiled."""
+    monkeypatch.setenv("SFT_KERNELS_IMPL", "triton")
+    stock, model = pair(name)
+    alone = torch.cat([stock(part).logits[0] for part in IDS.split(LENGTHS, 1)])
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(IDS, torch.ones_like(IDS), position_ids=POSITIONS).logits[0], alone)
 
 
 def test_a_compiled_model_is_checked_too():
