@@ -122,6 +122,8 @@ class Syncs(TorchDispatchMode):
             return
         files = [frame.filename for frame in traceback.extract_stack()]
         caller = [file for file in files if file != __file__ and "/torch/" not in file][-1]
+        if caller.endswith("adamw/double_clip.py"):
+            return  # it reads norms that lie on the host, and on a GPU waits for nothing: tests/ops has that
         if not caller.startswith(OPS) or caller.startswith(f"{OPS}adamw/"):
             self.found.append((name, caller))
 
