@@ -34,6 +34,9 @@ class Case(NamedTuple):
 VARIANTS = {
     "Gemma3TextModel, bidirectional": Case("Gemma3TextModel", {"use_bidirectional_attention": True}),
     "Lfm2ForCausalLM, a convolution": Case("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}),
+    "Lfm2VlForConditionalGeneration, a convolution": Case(
+        "Lfm2VlForConditionalGeneration", {"text_config": {"layer_types": ["conv", "full_attention"]}}
+    ),
     "Llama4ForCausalLM, chunks": Case("Llama4ForCausalLM", {"layer_types": ["chunked_attention", "full_attention"]}),
     "Qwen2ForCausalLM, both": Case("Qwen2ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}),
     "Gemma2ForCausalLM, both": Case("Gemma2ForCausalLM", {"layer_types": ["sliding_attention", "full_attention"]}),

@@ -71,8 +71,9 @@ def attention_forward(
 
     A packed row is computed by :func:`sft_kernels.packed_attention`. Its examples' boundaries are the ``cu_seq_lens_q``
     that the model is called with. Without them an example begins wherever the ``position_ids`` of the model's call do
-    not go on by one; they are found once a call, and the host waits for the device. Under ``torch.compile``, which
-    cannot wait, ``cu_seq_lens_q`` is required. Windows come from the mask, not from ``sliding_window``.
+    not go on by one; they are found once a call, and the host waits for the device. Inside a graph of
+    ``torch.compile``, which cannot wait, ``cu_seq_lens_q`` is required. Windows come from the mask, not from
+    ``sliding_window``.
 
     Any other call (one example without boundaries, a cache, several rows, padding) goes to transformers' own ``sdpa``,
     or to the model's ``eager`` if the layer has a softcap or attention sinks.

@@ -11,6 +11,7 @@ import threading
 import weakref
 
 import torch
+from torch._dynamo.eval_frame import skip_code
 
 from ..ops.packed_attention.tiles import AttentionTiles
 
@@ -22,6 +23,7 @@ _MIXES = {"mobilebert": "its embedding of a token holds both neighbours', also t
 
 _models = weakref.WeakValueDictionary()  # by id, which a graph may hold as a constant
 _refusals = weakref.WeakKeyDictionary()  # of each model: None, or why it takes no packed rows
+_firsts = weakref.WeakKeyDictionary()  # of each model: the first position that it has an embedding for
 _inside = weakref.WeakKeyDictionary()  # of each model, the models inside
 
 
@@ -79,21 +81,29 @@ def watch_models():
     def get_correct_attn_implementation(self, requested_attention, *args, **kwargs):
         if requested_attention in (NAME, GIVEN):
             _check_class(type(self), self.config)
-            _models[id(self)] = self
-            if _before not in self._forward_pre_hooks.values():
-                self.register_forward_pre_hook(_before, with_kwargs=True)
-                self.register_forward_hook(_after, with_kwargs=True, always_call=True)
+            _watch(self)
         return accept(self, requested_attention, *args, **kwargs)
 
     @functools.wraps(change)
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         if attn_implementation in (NAME, GIVEN):  # a class that cannot be set is only warned of by transformers
             _check_class(type(self), self.config)
-        return change(self, attn_implementation, *args, **kwargs)
+        change(self, attn_implementation, *args, **kwargs)
+        for model in self.modules():  # transformers asks one model for each configuration
+            if isinstance(model, PreTrainedModel) and model.config._attn_implementation in (NAME, GIVEN):
+                _watch(model)
 
     get_correct_attn_implementation.checks_our_name = True
     PreTrainedModel.get_correct_attn_implementation = get_correct_attn_implementation
     PreTrainedModel.set_attn_implementation = set_attn_implementation
+
+
+def _watch(model):
+    """Let the hooks see the calls of ``model``."""
+    _models[id(model)] = model
+    if _before not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_before, with_kwargs=True)
+        model.register_forward_hook(_after, with_kwargs=True, always_call=True)
 
 
 def _check_class(model_class, config):
@@ -139,6 +149,11 @@ def _before(model, args, kwargs):
         return None
     if torch.compiler.is_compiling():
         return _before_a_graph(model, args, kwargs)
+    return _before_eagerly(model, args, kwargs)
+
+
+@torch.compiler.disable
+def _before_eagerly(model, args, kwargs):
     _models[id(model)] = model  # a copy of a model brings the hooks alone
     outer = current()
     if outer is not None and _is_inside(model, outer.model()):
@@ -166,6 +181,11 @@ def _completed(model, call, given, args, kwargs):
 def _after(model, args, kwargs, output):
     if not torch.compiler.is_compiling() and _running.calls and _running.calls[-1][0] is model:
         _running.calls.pop()
+
+
+# Parts of a graph, or run as they are written, but no graphs of their own: is_compiling() would say the wrong thing.
+for _hook in (_before, _after):
+    skip_code(_hook.__code__)
 
 
 def _is_inside(model, outer):
@@ -305,7 +325,8 @@ def _find_refusal(model):
     if model.config.is_encoder_decoder:
         return f"cu_seq_lens_q: attn_implementation={NAME!r} does not support encoder-decoders"
     if not _is_text(model.config):
-        return None
+        text = model.config.get_text_config()
+        model = next((m for m in model.modules() if getattr(m, "config", None) is text), model)
     if not any("position_ids" in _parameters(type(m)) for m in model.modules() if hasattr(m, "config")):
         return f"position_ids: {name} takes none, so that positions would not restart with each packed example"
     if model.config.model_type in _MIXES:
@@ -381,10 +402,12 @@ def _positions(boundaries, T):
 
 def first_position(model):
     """Returns the first position that ``model`` has an embedding for."""
-    name = re.compile(r"(wpe|position_embeddings?|embed_positions)$")
-    tables = [m for path, m in model.named_modules() if name.search(path)]
-    paddings = [getattr(table, "padding_idx", None) for table in tables]
-    return max((padding + 1 for padding in paddings if padding is not None), default=0)
+    if model not in _firsts:
+        name = re.compile(r"(wpe|position_embeddings?|embed_positions)$")
+        tables = [m for path, m in model.named_modules() if name.search(path)]
+        paddings = [getattr(table, "padding_idx", None) for table in tables]
+        _firsts[model] = max((padding + 1 for padding in paddings if padding is not None), default=0)
+    return _firsts[model]
 
 
 @torch._dynamo.assume_constant_result

@@ -177,18 +177,23 @@ def test_layers_share_one_list_of_tiles(layers, monkeypatch):
             assert first.total_tokens == 15
 
 
-def test_compiled_whole_it_needs_the_boundaries(monkeypatch):
+def test_a_graph_needs_the_boundaries(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("Triton is interpreted only where there is no GPU")
     monkeypatch.setenv("SFT_KERNELS_IMPL", "triton")
     torch._dynamo.reset()
     ids, llama = torch.randint(0, 64, (1, 15)), model()
-    compiled = torch.compile(llama, backend="aot_eager", fullgraph=True)
     batch = packed(ids)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**batch).logits, llama(**batch).logits)
-        with pytest.raises(Exception, match=r"cu_seq_lens_q.*torch\.compile"):
-            compiled(**by_positions(ids))
+        expected = llama(**batch).logits
+        compiled = torch.compile(llama, backend="aot_eager", fullgraph=True)
+        for given in (batch, by_positions(ids), ones(by_positions(ids))):  # looked at before the graph
+            torch.testing.assert_close(compiled(**given).logits, expected)
+        step = torch.compile(lambda **given: llama(**given).logits, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(step(**batch), expected)
+        for given in (by_positions(ids), ones(by_positions(ids))):
+            with pytest.raises(Exception, match=r"cu_seq_lens_q.*torch\.compile"):
+                step(**given)
 
 
 # ---- one import

@@ -221,6 +221,14 @@ def test_a_copy_of_a_model_is_checked_as_the_model():
         copy.deepcopy(model)(IDS, position_ids=POSITIONS)
 
 
+def test_the_model_inside_is_watched_however_the_name_was_set():
+    stock, _ = pair("LlamaForCausalLM")
+    model = copy.deepcopy(stock)
+    model.set_attn_implementation(NAME)
+    alone = torch.cat([stock.model(part)[0][0] for part in IDS.split(LENGTHS, 1)])
+    torch.testing.assert_close(model.model(IDS, position_ids=POSITIONS)[0][0], alone)
+
+
 def test_another_name_is_left_alone():
     model = llama()
     model.set_attn_implementation("sdpa")
@@ -387,10 +395,32 @@ def test_compiled_positions_that_restart_beside_a_mask_of_ones_are_kept_apart(na
     torch.testing.assert_close(compiled(IDS, torch.ones_like(IDS), position_ids=POSITIONS).logits[0], alone)
 
 
-def test_a_compiled_model_is_checked_too():
-    _, model = pair("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]})
-    with torch.no_grad(), pytest.raises(Exception, match="mixes tokens without attention"):
-        torch.compile(model, backend="eager")(IDS, position_ids=POSITIONS, cu_seq_lens_q=BOUNDS, use_cache=False)
+CHECKED_IN_A_GRAPH = {
+    "layers without attention": ("Lfm2ForCausalLM", {"layer_types": ["conv", "full_attention"]}, {}, "mixes tokens"),
+    "a copy": ("LlamaForCausalLM", None, {}, "does not know this copy"),
+    "positions": ("RobertaForCausalLM", None, {"position_ids": POSITIONS}, "counts positions from 1"),
+    "segment numbers": ("LlamaForCausalLM", None, {"attention_mask": torch.full_like(IDS, 2)}, "segment numbers"),
+    "a mask": ("LlamaForCausalLM", None, {"attention_mask": torch.ones_like(IDS)}, "leave it out"),
+    "weights": ("LlamaForCausalLM", None, {"output_attentions": True}, "output_attentions"),
+    "lost boundaries": ("StableLmForCausalLM", None, {}, "needs the packed examples' boundaries"),
+}
+
+
+@pytest.mark.parametrize("what", CHECKED_IN_A_GRAPH)
+def test_a_call_inside_a_graph_is_checked_too(what, monkeypatch):
+    monkeypatch.setenv("SFT_KERNELS_IMPL", "triton")
+    name, overrides, given, match = CHECKED_IN_A_GRAPH[what]
+    _, model = pair(name, overrides)
+    if what == "a copy":
+        model = copy.deepcopy(model)
+    given = dict(given)
+    if what != "segment numbers":
+        given["cu_seq_lens_q"] = BOUNDS
+    torch._dynamo.reset()
+    step = torch.compile(lambda **call: model(IDS, use_cache=False, **call).logits, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=match):
+        step(**given)
+    assert calls.current() is None
 
 
 # ---- versions

@@ -36,6 +36,7 @@ REFUSED = {
     "GptOssForCausalLM": "s_aux",
     "JambaForCausalLM": "carry a state",
     "Lfm2ForCausalLM, a convolution": r"layers\.0 mixes tokens",
+    "Lfm2VlForConditionalGeneration, a convolution": r"layers\.0 mixes tokens",
     "Llama4ForCausalLM, chunks": "chunked_overlay",
     "MiniMaxForCausalLM": r"layers\.1 mixes tokens",
     "MobileBertForMaskedLM": "neighbours",
