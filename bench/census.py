@@ -138,22 +138,28 @@ def arguments(argv, prog, doc, names):
     return parsed
 
 
-def main(argv=None):
-    names = census_models.names()
-    parsed = arguments(argv, "python -m bench.census", __doc__, names)
+def report(parsed, names, stem, examine, page, summary):
+    """Examines the cases, writes the page, or prints it if only some were asked for; returns the rows."""
     code_state()
     found = []
-    for row in rows(parsed.only or names, jobs=parsed.jobs):
+    for row in rows(parsed.only or names, examine, jobs=parsed.jobs):
         found.append(row)
         print(row.name, row.verdict, row.agrees, row.reason, file=sys.stderr, flush=True)
     out = parsed.out
     if out is None and not parsed.only:
-        out = ROOT / "bench" / "results" / f"census_transformers_{transformers.__version__}.md"
+        out = ROOT / "bench" / "results" / f"{stem}_{transformers.__version__}.md"
     if out is None:
         print(page(found))
     else:
         replace(out, page(found))
     print(summary(found), file=sys.stderr)
+    return found
+
+
+def main(argv=None):
+    names = census_models.names()
+    parsed = arguments(argv, "python -m bench.census", __doc__, names)
+    found = report(parsed, names, "census_transformers", examine, page, summary)
     return int(any(row.agrees == "DIFFERENT" or row.verdict == "failed" for row in found))
 
 

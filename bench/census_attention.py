@@ -11,14 +11,13 @@ import sys
 from typing import NamedTuple
 
 import torch
-import transformers
 from transformers.models.auto import modeling_auto
 
 from sft_kernels.integrations import NAME, calls
 
 from . import census, census_models
 from .census_compare import TOLERANCE, Row, Step, difference, first_line
-from .facts import ROOT, code_state, replace, versions
+from .facts import code_state, versions
 
 LENGTHS = (7, 12, 1, 9)
 
@@ -150,20 +149,8 @@ def page(rows):
 
 
 def main(argv=None):
-    arguments = census.arguments(argv, "python -m bench.census_attention", __doc__, names())
-    code_state()
-    found = []
-    for row in census.rows(arguments.only or names(), examine, jobs=arguments.jobs):
-        found.append(row)
-        print(row.name, row.verdict, row.batch, row.reason, file=sys.stderr, flush=True)
-    out = arguments.out
-    if out is None and not arguments.only:
-        out = ROOT / "bench" / "results" / f"census_attention_transformers_{transformers.__version__}.md"
-    if out is None:
-        print(page(found))
-    else:
-        replace(out, page(found))
-    print(summary(found), file=sys.stderr)
+    parsed = census.arguments(argv, "python -m bench.census_attention", __doc__, names())
+    found = census.report(parsed, names(), "census_attention_transformers", examine, page, summary)
     return int(any(row.agrees == "DIFFERENT" or "failed" in (row.verdict, row.batch) for row in found))
 
 

@@ -387,7 +387,7 @@ def test_a_length_that_changes_compiles_once(monkeypatch):
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "MistralForCausalLM", "ModernBertForMaskedLM"])
 def test_compiled_positions_that_restart_beside_a_mask_of_ones_are_kept_apart(name, monkeypatch):
-    """Where torch.compile gives up, the hook runs as it is written, and the rest is compiled."""
+    """If torch.compile gives up, the hook runs as it is written, and the rest is compiled."""
     monkeypatch.setenv("SFT_KERNELS_IMPL", "triton")
     stock, model = pair(name)
     alone = torch.cat([stock(part).logits[0] for part in IDS.split(LENGTHS, 1)])

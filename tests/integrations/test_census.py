@@ -195,7 +195,7 @@ def test_the_page_counts_and_lists():
 
 @pytest.mark.parametrize(("rows", "status"), [(ROWS[:3], 0), (ROWS[:4], 1)])
 def test_the_command_writes_the_page_and_fails_where_models_differ(monkeypatch, tmp_path, rows, status):
-    monkeypatch.setattr(census, "rows", lambda names, jobs: rows)
+    monkeypatch.setattr(census, "rows", lambda names, examine, jobs: rows)
     monkeypatch.setattr(census_models, "names", lambda: ["A"])
     assert census.main(["--out", str(tmp_path / "page.md"), "--only", "A"]) == status
     assert (tmp_path / "page.md").read_text() == census.page(rows)

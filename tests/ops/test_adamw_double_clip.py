@@ -355,7 +355,7 @@ def test_loading_a_state_goes_on_watching():
 
 
 class Event:
-    """Of torch.cuda: has happened when it is asked for the second time."""
+    """Stands in for an event of torch.cuda; it has happened when it is asked for the second time."""
 
     def __init__(self):
         self.asked = None

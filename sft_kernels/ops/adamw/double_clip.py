@@ -115,7 +115,7 @@ class DoubleClip:
         return (own,) if self._enough == ENOUGH_IN_HALF else (own, float(f"{norm:.0e}"))
 
     def _nears(self, norm, bound):
-        """Whether ``norm`` lies where a clip to ``bound`` would leave it, or below that by less than as much again."""
+        """Returns True if ``norm`` lies where a clip to ``bound`` would leave it, or a little below."""
         return bound - 3 * (1e-6 + bound * self._tolerance) <= norm <= bound * (1 + self._tolerance)
 
 
