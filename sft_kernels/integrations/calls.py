@@ -18,8 +18,11 @@ from ..ops.packed_attention.tiles import AttentionTiles
 NAME = "sft_kernels"
 GIVEN = f"{NAME}_boundaries_given"  # the same attention for a caller that always passes cu_seq_lens_q: no mask is made
 
-# Models that join neighbouring tokens outside their layers.
-_MIXES = {"mobilebert": "its embedding of a token holds both neighbours', also those of another packed example"}
+# Models that join tokens outside their layers.
+_MIXES = {
+    "blt": "it joins bytes to patches, also across the boundaries of packed examples",
+    "mobilebert": "its embedding of a token holds both neighbours', also those of another packed example",
+}
 
 _models = weakref.WeakValueDictionary()  # by id, which a graph may hold as a constant
 _refusals = weakref.WeakKeyDictionary()  # of each model: None, or why it takes no packed rows
@@ -324,13 +327,13 @@ def _find_refusal(model):
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         return f"cu_seq_lens_q: attn_implementation={NAME!r} does not support encoder-decoders"
+    if reason := _MIXES.get(model.config.model_type):
+        return f"attn_implementation={NAME!r} does not support {name}: {reason}"
     if not _is_text(model.config):
         text = model.config.get_text_config()
         model = next((m for m in model.modules() if getattr(m, "config", None) is text), model)
     if not any("position_ids" in _parameters(type(m)) for m in model.modules() if hasattr(m, "config")):
         return f"position_ids: {name} takes none, so that positions would not restart with each packed example"
-    if model.config.model_type in _MIXES:
-        return f"attn_implementation={NAME!r} does not support {name}: {_MIXES[model.config.model_type]}"
     if layer := _layer_without_attention(model):
         return (
             f"attn_implementation={NAME!r} does not support {name}: {layer} mixes tokens without attention, "

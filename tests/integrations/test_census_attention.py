@@ -32,6 +32,7 @@ EQUAL = {
 }
 REFUSED = {
     "BartForCausalLM": "takes none",
+    "BltForCausalLM": "joins bytes to patches",
     "BloomForCausalLM": "computes its attention itself",
     "GptOssForCausalLM": "s_aux",
     "JambaForCausalLM": "carry a state",
