@@ -158,6 +158,7 @@ OVERRIDES = {
     "Qwen2_5OmniThinkerForConditionalGeneration": {"text_config": _mrope(2, 3, 3), "vision_start_token_id": 98},
     "Qwen2VLForConditionalGeneration": {"text_config": _mrope(2, 3, 3)},
     "Qwen3OmniMoeTalkerForConditionalGeneration": {"text_config": {"shared_expert_intermediate_size": 96}},
+    "Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration": {"sliding_window": None},
     "ReformerModelWithLMHead": {
         "is_decoder": True,
         "axial_pos_embds": False,

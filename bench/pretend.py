@@ -138,6 +138,9 @@ class _Event:
     def synchronize(self):
         pass
 
+    def query(self):
+        return self.at is not None
+
     def elapsed_time(self, end):
         return (end.at - self.at) * 1e3
 
