@@ -97,7 +97,7 @@ def attention_forward(
     else:
         left = None if sliding_window is None else sliding_window - 1
         right = 0 if _is_causal(module, is_causal) else left
-    if call is not None and call.boundaries is not None and query.shape[2] == call.T:
+    if call is not None and (cu_seq_lens_q is None or isinstance(attention_mask, PackedMask)):
         cu_seq_lens_q, max_length_q = call.boundaries, call.max_length
     if cu_seq_lens_q is None:
         raise ValueError(f"cu_seq_lens_q: {calls.COMPILED}")

@@ -100,6 +100,21 @@ def test_a_mask_function_is_taken_apart(function, expected, pack):
     torch.testing.assert_close(out, expected.transpose(1, 2))
 
 
+def test_a_vision_tower_goes_by_its_own_boundaries_in_a_packed_call():
+    tower = Anything()
+    tower.is_causal = False
+    query, key, value = torch.randn(3, 1, 2, 9, 8)
+    own = torch.tensor([0, 2, 9], dtype=torch.int32)
+    calls._running.calls.append((MODEL, calls.Call(MODEL, 9, ROW)))
+    try:
+        out, _ = attention.attention_forward(tower, query, key, value, None, cu_seq_lens_q=own)
+    finally:
+        calls._running.calls.pop()
+    parts = zip(*(t.split((2, 7), dim=2) for t in (query, key, value)), strict=True)
+    expected = torch.cat([torch.nn.functional.scaled_dot_product_attention(*part) for part in parts], dim=2)
+    torch.testing.assert_close(out, expected.transpose(1, 2))
+
+
 def of_a_model(batch, head, q, kv):
     return kv <= q
 
