@@ -147,7 +147,7 @@ def _is_text(config):
 
 
 def _before(model, args, kwargs):
-    """Decide what the call is; returns its arguments, with position_ids if they were missing."""
+    """Decide what the call is; returns None, or the arguments of a packed call, completed."""
     if model.config._attn_implementation not in (NAME, GIVEN):
         return None
     if torch.compiler.is_compiling():
@@ -239,9 +239,10 @@ def _decide(model, given):
         raise ValueError(
             f"position_ids: {type(model).__name__} counts positions from {first}, got {int(positions.min())}"
         )
-    longest = _positions(cu_seqlens, tokens.shape[1]) if positions is None else positions
-    if (limit := _rope_limit(model.config)) and longest.max() >= limit:
-        raise ValueError(_rope_message(limit))
+    if limit := _rope_limit(model.config):
+        reached = _positions(cu_seqlens, tokens.shape[1]) if positions is None else positions
+        if reached.max() >= limit:
+            raise ValueError(_rope_message(limit))
     return Call(model, tokens.shape[1], cu_seqlens, given.get("max_length_q"), masked=True)
 
 

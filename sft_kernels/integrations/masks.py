@@ -113,9 +113,9 @@ def _both(a, b):
 
 def _either(a, b):
     """Both patterns hold the query itself, so that together they are one again."""
-    reason = (
-        a.reason or b.reason or ("segments in a union" if a.segments is not None or b.segments is not None else None)
-    )
+    reason = a.reason or b.reason
+    if a.segments is not None or b.segments is not None:
+        reason = reason or "segments in a union"
     left = None if None in (a.left, b.left) else max(a.left, b.left)
     right = None if None in (a.right, b.right) else max(a.right, b.right)
     return _Pattern(left, right, None, reason)
