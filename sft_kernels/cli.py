@@ -102,6 +102,9 @@ def _inspect(argv):
         """A file that replaces the tokenizer's chat template."""
         mask: Literal["all", "completion", "completion+eot"] = "completion+eot"
         """Which tokens carry loss."""
+        split_turns: bool = False
+        """Make an example of its own of an assistant's turn that the chat template renders differently once others
+        follow."""
         row_tokens: int = 2048
         """Tokens in a packed row."""
         show: int = 1
@@ -117,10 +120,13 @@ def _inspect(argv):
     else:
         tokenizer = train_tokenizer_on(options.data, 4096, options.skip_bad, options.chat_template)
         print("no --tokenizer: a byte-level BPE of up to 4096 tokens, trained on the data\n")
-    examples, bad = load_examples(options.data, Encoder(tokenizer, options.mask), options.row_tokens, options.skip_bad)
+    encoder = Encoder(tokenizer, options.mask, options.split_turns)
+    examples, bad = load_examples(options.data, encoder, options.row_tokens, options.skip_bad)
     for example in examples[: max(0, options.show)]:
         print(label_table(example, tokenizer) + "\n")
     print(summary(examples, options.row_tokens))
+    for note in encoder.notes:
+        print(note)
     for error in bad:
         print(f"skipped {error}")
     if bad:

@@ -4,16 +4,16 @@ A label stands at its own token's place; the one shift, by which the hidden stat
 happens in the loss.
 """
 
-import re
 from bisect import bisect_left
 from itertools import pairwise
 from typing import NamedTuple
 
-from jinja2 import TemplateError
+from .messages import READ_HERE, printed_as_python, switched_off, with_argument_objects
+from .templates import ChatTemplate, Refused, first_line
+from .turns import find_turns
 
 IGNORE = -100
 MODES = ("all", "completion", "completion+eot")
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 
 
 class Example(NamedTuple):
@@ -34,118 +34,143 @@ class Encoder:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer (one with character offsets); for conversations, with a chat template.
-        mode: ``"all"`` labels every token; ``"completion"`` the assistant's words; ``"completion+eot"`` these and the
+        mode: ``"all"`` labels every token; ``"completion"`` what the assistant says; ``"completion+eot"`` that and the
             token that ends the turn, without which a model never learns to stop. Multi-turn: every assistant turn.
+        split_turns: make an example of its own, the conversation up to it, of a turn that the chat template renders
+            differently once others follow; False refuses such a conversation.
 
-    An assistant turn starts where the template's ``{% generation %}`` block does, or, where it has none, at the end of
-    the conversation before it rendered with a generation prompt. It ends at the end-of-turn token: the first special
-    token that the template puts behind an assistant's words. A turn that some other token ends, or whose words contain
-    that token, is refused with its line.
+    The labels of a turn are the tokens that a model has to answer to the turn's rendered prompt: what the template
+    puts behind that prompt if the turn is the last, up to its end token. The text that is trained on has to begin with
+    this prompt and these words; see :mod:`.turns`. No token reaches across the border between prompt and answer.
+    ``weight`` 0, ``train``, ``training`` or ``loss`` false leave a turn without labels.
+
+    Attributes:
+        notes: sentences on what was found and is not refused, each of them once.
 
     Raises:
         ValueError: an unknown mode; no chat template or no offsets when the first conversation comes; with
-            ``"completion+eot"``, a template that ends a turn with no special token.
+            ``"completion+eot"``, a template that ends a turn with no special token; ``split_turns`` with ``"all"``.
     """
 
-    def __init__(self, tokenizer, mode="completion+eot"):
+    def __init__(self, tokenizer, mode="completion+eot", split_turns=False):
         if mode not in MODES:
             raise ValueError(f"mask: expected one of {MODES}, got {mode!r}")
+        if split_turns and mode == "all":
+            raise ValueError("split_turns: mask='all' labels whole conversations, whose turns are not told apart")
         self.tokenizer = tokenizer
         self.mode = mode
-        self._end_of_turn = None
-        self._end_text = None
-        self._special = []
-        self._marks_turns = False
-        self._ready = False
+        self.split_turns = split_turns
+        self.notes = []
+        self._template = None
+        self._keys = set(READ_HERE)
 
     @property
     def end_of_turn(self):
         """The id of the token that ends an assistant's turn, None where the template has none."""
-        self._prepare()
-        return self._end_of_turn
+        end = self._prepared().end
+        return self.tokenizer.convert_tokens_to_ids(end) if end else None
 
     def __call__(self, record):
-        """The :class:`Example` of a :class:`~.data.Record`; :class:`~.data.DataError` where there is nothing to learn
-        from."""
-        if record.text is not None:
-            ids, labels = self._text(record)
-        else:
-            ids, labels = self._conversation(record)
-        if ids:
-            labels[0] = IGNORE
-        example = Example(ids, labels, f"{record.path}:{record.line}")
-        if not example.kept:
+        """The one :class:`Example` of a :class:`~.data.Record`; with ``split_turns`` there may be several, which
+        :meth:`examples` returns."""
+        found = self.examples(record)
+        if len(found) != 1:
+            raise ValueError(f"record: {record.path}:{record.line} makes {len(found)} examples; call examples(record)")
+        return found[0]
+
+    def examples(self, record):
+        """The :class:`Example` s of a :class:`~.data.Record`, one unless turns are split.
+
+        Raises :class:`~.data.DataError` if there is nothing to learn from, or if the record cannot be learned.
+        """
+        try:
+            found = self._text(record) if record.text is not None else self._conversation(record)
+        except Refused as error:
+            raise record.error(str(error)) from error
+        examples = []
+        for ids, labels in found:
+            if ids:
+                labels[0] = IGNORE
+            examples.append(Example(ids, labels, f"{record.path}:{record.line}"))
+        if not any(example.kept for example in examples):
             raise record.error("no token to learn from")
-        return example
+        return examples
 
     def _text(self, record):
+        """The text with the tokenizer's own beginning and exactly one end-of-text token behind it."""
         if self.mode != "all":
-            raise record.error(f'a "text" has no assistant turn: mask={self.mode!r} leaves nothing to learn from')
-        ids = self.tokenizer(record.text, add_special_tokens=False)["input_ids"]
-        if self.tokenizer.eos_token_id is not None:
-            ids.append(self.tokenizer.eos_token_id)
-        return ids, list(ids)
+            raise Refused(f'a "text" has no assistant turn: mask={self.mode!r} leaves nothing to learn from')
+        ids = list(self._encode(record.text, add_special_tokens=True)["input_ids"])
+        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        while first is not None and first != last and ids[:2] == [first, first]:
+            del ids[0]  # the text begins with it, too
+        if last is not None:
+            while ids and ids[-1] == last:
+                ids.pop()
+            ids.append(last)
+        return [(ids, list(ids))]
 
     def _conversation(self, record):
-        self._prepare()
-        try:
-            if self.mode == "all":
-                ids, _ = self._tokenize(self._render(record.messages, record.tools))
-                return ids, list(ids)
-            ids, spans = self._turns(record.messages, record.tools, record.error)
-        except TemplateError as error:
-            raise record.error(f"the chat template refuses it: {error}") from error
-        labels = [IGNORE] * len(ids)
-        for start, end in spans:
-            labels[start:end] = ids[start:end]
-        return ids, labels
-
-    def _turns(self, messages, tools, error):
-        """Token ids, and the [start, end) of every assistant turn's labels under the mode."""
-        for i, message in enumerate(messages):
-            said = message.get("content") or ""
-            if self._end_text and message["role"] == "assistant" and self._end_text in said:
-                raise error(f"message {i}: the assistant's words contain the end-of-turn token {self._end_text}")
-        text = self._render(messages, tools)
-        if self._marks_turns:
-            ids, offsets = self._tokenize(text)
-            spans = list(_runs(self._assistant_masks(messages, tools, ids, error), offsets))
+        self._prepared()
+        messages = self._readable(record)
+        if self.mode == "all":
+            found = [self._whole(messages, record.tools)]
         else:
-            ranges = [
-                self._find_turn(text, messages, i, tools, error)
-                for i, m in enumerate(messages)
-                if m["role"] == "assistant"
+            found = [
+                self._label(text, spans)
+                for text, spans in find_turns(self._template, messages, record.tools, self.split_turns)
             ]
-            ids, offsets = self._tokenize(text, [start for start, _ in ranges])
-            spans = [(bisect_left(offsets, start), bisect_left(offsets, end)) for start, end in ranges]
-        return ids, [self._close(ids, start, end, error) for start, end in spans]
+        self._note_unread(record, messages)
+        return found
 
-    def _find_turn(self, text, messages, i, tools, error):
-        """The characters [start, end) of assistant turn ``i`` and of whatever the template puts behind it."""
-        if i == 0:
-            raise error("message 0: nothing before the assistant; a template with {% generation %} would mark it")
-        prompt = self._render(messages[:i], tools, add_generation_prompt=True)
-        if not text.startswith(prompt):
-            raise error(
-                f"message {i}: the chat template renders the turns before it differently once it follows; "
-                "a template with {% generation %} would mark it"
+    def _readable(self, record):
+        """The messages with calls' arguments as objects, or as the strings that they are if the template wants those.
+
+        A template that joins text refuses objects, and one that prints them writes a Python dict.
+        """
+        if not any(message.get("tool_calls") for message in record.messages):
+            return record.messages
+        try:
+            messages = with_argument_objects(record.messages)
+        except ValueError as error:
+            raise Refused(str(error)) from error
+        given_strings = messages != record.messages
+        try:
+            name = printed_as_python(messages, self._template.render(messages, record.tools))
+        except Refused:
+            if given_strings:
+                return record.messages
+            raise
+        if name and not given_strings:
+            raise Refused(
+                f"the chat template prints the arguments of {name!r} as a Python dict, which is no JSON; give them "
+                "as a JSON string"
             )
-        upto = self._render(messages[: i + 1], tools)
-        if self._end_of_turn is not None:
-            # A turn that another token ends would run into the next message, and what lies between carry loss.
-            end = text.find(self._end_text, len(prompt))
-            turn, alone = text[len(prompt) : end], upto[len(prompt) :]
-            if end < 0 or any(token in turn and token not in alone for token in self._special):
-                raise error(f"message {i}: the chat template does not end this turn with its end-of-turn token")
-            return len(prompt), len(text)
-        if not text.startswith(upto):
-            raise error(f"message {i}: the chat template hides where the turn ends")
-        return len(prompt), len(upto)
+        return record.messages if name else messages
+
+    def _whole(self, messages, tools):
+        """Ids and labels of a conversation every token of which is learned."""
+        for i, message in enumerate(messages):
+            if switched_off(message):
+                raise Refused(f"message {i} asks for no loss, and mask='all' labels every token; use another mask")
+        text = self._template.render(messages, tools)
+        self._template.check_rendered(messages, tools, text)
+        ids, _ = self._tokenize(text)
+        return ids, list(ids)
+
+    def _label(self, text, spans):
+        ids, offsets = self._tokenize(text, [span.start for span in spans])
+        labels = [IGNORE] * len(ids)
+        for span in spans:
+            stop = span.stop if self.mode == "completion+eot" else span.stop - span.end
+            here = slice(bisect_left(offsets, span.start), bisect_left(offsets, stop))
+            labels[here] = ids[here]
+        return ids, labels
 
     def _tokenize(self, text, cuts=()):
         """Ids and first characters of the tokens. No token reaches across a cut, as none does when the model
         answers."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = self._encode(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
         if set(cuts) <= {*offsets, len(text)}:
             return ids, offsets
@@ -156,67 +181,43 @@ class Encoder:
             offsets += [start + offset for offset in piece_offsets]
         return ids, offsets
 
-    def _close(self, ids, start, end, error):
-        """Cut or extend a turn so that it ends before its end-of-turn token, or behind it, as the mode says."""
-        if self._end_of_turn is None:
-            return start, end
+    def _encode(self, text, **options):
         try:
-            # A marked turn may stop short of its end-of-turn token; an unmarked one runs past it.
-            stop = ids.index(self._end_of_turn, start)
-        except ValueError:
-            raise error("an assistant turn without the template's end-of-turn token") from None
-        if self._marks_turns and stop > end:
-            raise error("the chat template marks an assistant turn that its end-of-turn token does not end")
-        return start, stop + (self.mode == "completion+eot")
+            return self.tokenizer(text, **options)
+        except Exception as error:  # the tokenizer's own and its library's
+            raise Refused(f"the tokenizer refuses it: {first_line(error)}") from error
 
-    def _prepare(self):
-        """Learn from a small conversation how the template marks and ends turns."""
-        if self._ready:
-            return
-        tokenizer = self.tokenizer
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError("tokenizer: expected a fast one, whose tokens know their characters")
-        if not tokenizer.chat_template:
-            raise ValueError("tokenizer: has no chat template (give one with chat_template)")
-        self._marks_turns = bool(_GENERATION_TAG.search(tokenizer.get_chat_template()))
-        words = "Words of the assistant."
+    def _note(self, sentence):
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def _note_unread(self, record, messages):
+        """Note every message key that this conversation is the first to have, and that changes nothing in its text."""
+        new = {key for message in messages for key in message} - self._keys
+        self._keys |= new
+        for key in sorted(new):
+            without = [{k: v for k, v in message.items() if k != key} for message in messages]
+            if self._renders_alike(messages, without, record.tools):
+                self._note(
+                    f"{record.path}:{record.line}: the chat template does not read the message key {key!r}; it is left "
+                    "out of the text"
+                )
+
+    def _renders_alike(self, messages, others, tools):
+        text = self._template.render(messages, tools)
         try:
-            text = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": words}], None)
-        except TemplateError as error:
-            raise ValueError(
-                f"tokenizer: the chat template refuses a user's and an assistant's turn: {error}"
-            ) from error
-        if words not in text:
-            raise ValueError("tokenizer: the chat template does not render an assistant's words as they are")
-        behind = tokenizer(text.rpartition(words)[2], add_special_tokens=False)["input_ids"]
-        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special |= set(tokenizer.all_special_ids)
-        self._special = tokenizer.convert_ids_to_tokens(sorted(special))
-        self._end_of_turn = next((token for token in behind if token in special), None)
-        if self._end_of_turn is not None:
-            self._end_text = tokenizer.convert_ids_to_tokens(self._end_of_turn)
-        elif self.mode == "completion+eot":
-            raise ValueError(
-                "the chat template ends an assistant's turn with no special token, so a model could not learn to stop; "
-                "mend the template or choose mask='completion'"
-            )
-        self._ready = True
+            return text == self._template.render(others, tools)
+        except Refused:
+            return False
 
-    def _assistant_masks(self, messages, tools, ids, error):
-        encoded = self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        if encoded["input_ids"] != ids:
-            raise error("the chat template's text and tokens disagree")
-        return encoded["assistant_masks"]
-
-    def _render(self, messages, tools, **options):
-        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
-
-
-def _runs(marked, offsets):
-    """The [start, end) of every run of ones. Of a character of several tokens transformers marks only the first."""
-    for i in range(1, len(marked)):
-        marked[i] |= marked[i - 1] and offsets[i] == offsets[i - 1]
-    edges = [i for i, (a, b) in enumerate(zip([0, *marked], [*marked, 0], strict=True)) if a != b]
-    return zip(edges[::2], edges[1::2], strict=True)
+    def _prepared(self):
+        """The chat template, known once the first conversation comes."""
+        if self._template is None:
+            template = ChatTemplate(self.tokenizer, self._note)
+            if self.mode == "completion+eot" and not template.end:
+                raise ValueError(
+                    "the chat template ends an assistant's turn with no special token, so a model could not learn to "
+                    "stop; mend the template or choose mask='completion'"
+                )
+            self._template = template
+        return self._template

@@ -38,6 +38,9 @@ class Recipe:
     """Which tokens carry loss."""
     weigh: Literal["tokens", "examples"] = "tokens"
     """Whether each kept token weighs the same, or each example."""
+    split_turns: bool = False
+    """Make an example of its own of an assistant's turn that the chat template renders differently once others
+    follow."""
     skip_bad: bool = False
     """Count and report lines that cannot be trained on, instead of stopping at the first."""
     row_tokens: int = 2048
@@ -80,10 +83,11 @@ def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading"):
     examples = []
     for record in tqdm(records, desc=desc, unit="line", leave=False, disable=len(records) < 1000):
         try:
-            example = encoder(record)
-            if len(example.input_ids) > row_tokens:
-                raise record.error(f"{len(example.input_ids)} tokens, longer than the row of {row_tokens}")
-            examples.append(example)
+            found = encoder.examples(record)
+            longest = max(len(example.input_ids) for example in found)
+            if longest > row_tokens:
+                raise record.error(f"{longest} tokens, longer than the row of {row_tokens}")
+            examples += found
         except DataError as error:
             if bad is None:
                 raise
@@ -126,9 +130,11 @@ def train(recipe, *, model=None, tokenizer=None):
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = tokenizer or prepare_tokenizer(recipe)
-    encoder = Encoder(tokenizer, recipe.mask)
+    encoder = Encoder(tokenizer, recipe.mask, recipe.split_turns)
     examples, bad = load_examples(recipe.data, encoder, recipe.row_tokens, recipe.skip_bad)
     held_out, more_bad = _held_out(recipe, encoder, examples)
+    for note in encoder.notes:
+        print(note)
     for error in (bad := bad + more_bad)[:20]:
         print(f"skipped {error}")
     if bad:

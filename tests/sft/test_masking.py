@@ -12,13 +12,6 @@ LLAMA_3 = (
     "{{ '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
 )
-# Like templates of reasoning models: only the last turn carries its (empty) thoughts.
-THINKS_LAST = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
-    "{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}"
-    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 PLAIN = (
     "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -72,14 +65,10 @@ def test_labels_are_not_shifted(tokenizer):
     assert all(label in (IGNORE, token) for token, label in zip(example.input_ids, example.labels, strict=True))
 
 
-@pytest.mark.parametrize("template", [LLAMA_3, THINKS_LAST], ids=["llama-3", "thinks-last"])
-def test_foreign_templates(tokenizer_with, template):
-    tokenizer = tokenizer_with(template)
+def test_a_foreign_template(tokenizer_with):
+    tokenizer = tokenizer_with(LLAMA_3)
     turns = learned(tokenizer, Encoder(tokenizer)(record(TURNS)))
-    assert [turn.removeprefix("<think></think>") for turn in turns] == [
-        "Let me look.<|im_end|>",
-        "Two words.<|im_end|>",
-    ]
+    assert turns == ["Let me look.<|im_end|>", "Two words.<|im_end|>"]
 
 
 def test_padding_token_equal_to_end_of_turn_is_still_learned(tokenizer_with, unmarked):
@@ -116,21 +105,6 @@ def test_what_a_template_puts_behind_the_whole_conversation_is_not_the_end_of_a_
     assert turns == ["Let me look.<|im_end|>", "Two words.<|im_end|>"]
 
 
-@pytest.mark.parametrize(
-    "other_end",
-    ["m.content == 'Let me look.'", "loop.nextitem is defined and loop.nextitem.role == 'tool'"],
-    ids=["always", "once-a-tool-follows"],
-)
-def test_a_turn_that_another_token_ends_is_refused_rather_than_run_into_the_next(other_end, tokenizer_with):
-    tokenizer = tokenizer_with(
-        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
-        f"{{{{ '<|endoftext|>' if {other_end} else '<|im_end|>' }}}}{{% endfor %}}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-    )
-    with pytest.raises(DataError, match="message 2: the chat template does not end this turn"):
-        Encoder(tokenizer)(record(TURNS))
-
-
 @pytest.mark.parametrize("which", ["tokenizer", "unmarked"])
 def test_characters_of_several_tokens_are_learned_whole(which, request, tokenizer_with):
     tokenizer = request.getfixturevalue(which)
@@ -152,18 +126,18 @@ def test_the_assistant_may_come_first_where_the_template_marks_it(tokenizer, unm
 
 def test_a_template_that_changes_the_words_is_named(tokenizer_with, unmarked):
     shouting = unmarked.chat_template.replace("message['content'] or ''", "message['content'] | upper")
-    with pytest.raises(ValueError, match="does not render an assistant's words as they are"):
+    with pytest.raises(ValueError, match="does not render an assistant's words, given as a string"):
         Encoder(tokenizer_with(shouting))(record(TURNS))
 
 
 def test_words_that_contain_the_end_of_turn_are_refused(tokenizer):
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b<|im_end|>c"}]
-    with pytest.raises(DataError, match="message 1: the assistant's words contain the end-of-turn token"):
+    with pytest.raises(DataError, match=r"message 1: the assistant's words contain <.im_end.>, which ends a turn"):
         Encoder(tokenizer)(record(turns))
 
 
 def test_a_template_that_refuses_everything_is_named(tokenizer_with):
-    with pytest.raises(ValueError, match="the chat template refuses a user's and an assistant's turn: never"):
+    with pytest.raises(ValueError, match=r"a user's and an assistant's message: .* refuses it: never"):
         Encoder(tokenizer_with("{{ raise_exception('never') }}"))(record(TURNS))
 
 

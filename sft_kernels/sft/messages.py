@@ -1,0 +1,171 @@
+"""A conversation's messages: which turns carry loss, and what of them a chat template must not lose."""
+
+import json
+import re
+from itertools import count
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+# A message without loss: OpenAI, Mistral and Together say weight 0, axolotl train or training, ms-swift loss.
+SWITCHES = ("weight", "train", "training", "loss")
+READ_HERE = ("role", "content", "tool_calls", *REASONING, *SWITCHES)
+_THINK_TAG = re.compile(r"</?think(?:ing)?>|\[/?THINK\]")
+
+
+def carries_loss(message):
+    """True for an assistant's message, unless one of :data:`SWITCHES` is 0 or false."""
+    off = (key for key in SWITCHES if message.get(key) is not None and not message[key])
+    return message["role"] == "assistant" and next(off, None) is None
+
+
+def switched_off(message):
+    """True for an assistant's message that says that it carries no loss."""
+    return message["role"] == "assistant" and not carries_loss(message)
+
+
+def _function(call):
+    return call["function"] if isinstance(call.get("function"), dict) else call
+
+
+def _map_calls(message, change):
+    """A copy of ``message`` with ``change(name, arguments)`` as name and arguments of every call."""
+    calls = []
+    for call in message["tool_calls"]:
+        function = _function(call)
+        name, arguments = change(function.get("name"), function.get("arguments"))
+        changed = {**function, "name": name, "arguments": arguments}
+        if "arguments" not in function:
+            del changed["arguments"]
+        calls.append({**call, "function": changed} if function is not call else changed)
+    return {**message, "tool_calls": calls}
+
+
+def with_argument_objects(messages):
+    """``messages`` with every call's arguments as an object, also if they came as a JSON string (OpenAI's format).
+
+    Raises ``ValueError`` for a string that holds no JSON object. An empty string is the empty object.
+    """
+
+    def parse(name, arguments):
+        if not isinstance(arguments, str):
+            return name, arguments
+        try:
+            found = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the arguments of {name!r} are a string that is not JSON ({error})") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"the arguments of {name!r} are a JSON string without an object in it")
+        return name, found
+
+    return [_map_calls(m, parse) if m.get("tool_calls") else m for m in messages]
+
+
+def reasonings(message):
+    """``(key, text)`` of the message's reasoning, under every name that it has."""
+    return [(key, message[key]) for key in REASONING if isinstance(message.get(key), str) and message[key].strip()]
+
+
+def said_by(message):
+    """``(part, text)`` of every string that an assistant's message would have the model say."""
+    if isinstance(message.get("content"), str):
+        yield "words", message["content"]
+    for key, text in reasonings(message):
+        yield key, text
+    for call in message.get("tool_calls") or ():
+        function = _function(call)
+        yield "tool call's name", function.get("name") or ""
+        for text in _strings(function.get("arguments")):
+            yield "tool call's arguments", text
+
+
+def _strings(value):
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def missing_words(message, rendered):
+    """Names the first part of an assistant's message, content or reasoning, whose words ``rendered`` lacks.
+
+    Words are looked for in their order; the space and the tags around them may differ. Returns None if nothing is
+    missing.
+    """
+    content = message.get("content")
+    if isinstance(content, str) and not _in_order(_THINK_TAG.sub(" ", content), rendered):
+        return "content"
+    return next((key for key, text in reasonings(message) if not _in_order(text, rendered)), None)
+
+
+def _in_order(text, rendered):
+    at = 0
+    for word in re.findall(r"\w+", text) or [text.strip()]:
+        at = rendered.find(word, at)
+        if at < 0:
+            return False
+        at += len(word)
+    return True
+
+
+def with_marks(message, first=0):
+    """A copy of an assistant's message that says things found nowhere else, and ``(part, text)`` of each.
+
+    A template that renders a part renders its text. Replaced are content and reasoning, unless the content has tags of
+    its own, calls' names, and the strings and numbers in their arguments; keys, booleans and null stay. ``first``
+    tells apart the marks of several messages.
+    """
+    number, marks = count(7_301_550_001 + first), {}
+
+    def mark(part, value):
+        if isinstance(value, dict):
+            return {key: mark(part, item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [mark(part, item) for item in value]
+        if isinstance(value, str):
+            replaced = f"zq{next(number)}"
+        elif isinstance(value, int) and not isinstance(value, bool):
+            replaced = next(number)
+        elif isinstance(value, float):
+            replaced = next(number) + 0.5
+        else:
+            return value
+        marks[str(replaced)] = part
+        return replaced
+
+    def change(name, arguments):
+        if isinstance(arguments, str):
+            inside = mark(f"the arguments of {name!r}", json.loads(arguments) if arguments.strip() else {})
+            arguments = json.dumps(inside, ensure_ascii=False)
+        else:
+            arguments = mark(f"the arguments of {name!r}", arguments)
+        return mark(f"the tool call's name {name!r}", name), arguments
+
+    changed, content = dict(message), message.get("content")
+    if isinstance(content, str) and content.strip() and not _THINK_TAG.search(content):
+        changed["content"] = mark("the content", content)
+    same = {}
+    for key, text in reasonings(message):
+        changed[key] = same.setdefault(text, None) or mark(key, text)
+        same[text] = changed[key]
+    if message.get("tool_calls"):
+        changed = _map_calls(changed, change)
+    return changed, [(part, text) for text, part in marks.items()]
+
+
+def printed_as_python(messages, rendered):
+    """The name of a call whose arguments ``rendered`` has as Python writes a dict, which is no JSON; or None."""
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            arguments = _function(call).get("arguments")
+            python = str(arguments)
+            if (
+                isinstance(arguments, dict)
+                and python in rendered
+                and python != json.dumps(arguments, ensure_ascii=False)
+            ):
+                return _function(call).get("name")
+    return None
