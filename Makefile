@@ -51,7 +51,9 @@ verify: install
 bench: install
 	$(BIN)/python -m pytest bench/bench_*.py -q -rfE --benchmark-quiet
 
-# patch() and the attention's name on a small model of every class of transformers; writes two pages into bench/results.
+# patch() and the attention's name on a small model of every class of transformers, and the masks on every chat
+# template of trl; writes three pages into bench/results.
 census: install
 	$(BIN)/python -m bench.census
 	$(BIN)/python -m bench.census_attention
+	$(BIN)/python -m bench.census_templates

@@ -4,7 +4,7 @@ import re
 from bisect import bisect
 from typing import NamedTuple
 
-from .messages import missing_words, said_by, with_marks
+from .messages import missing_words, reasonings, said_by, with_marks
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 _ASK = {"role": "user", "content": "a"}
@@ -175,7 +175,8 @@ class ChatTemplate:
         if start is None:
             raise Refused(
                 f"only the generation prompt differs: the chat template prompts with {prompted[len(stem) :]!r}, but "
-                f"begins this turn with {default[len(stem) : len(stem) + 40]!r}"
+                f"begins this turn with {default[len(stem) : len(stem) + 40]!r}; marks ({{% generation %}}) in the "
+                "template would say where the turn begins"
             )
         shared = len(common_start(prompted, default))
         while (token := self._special.match(default, start)) and token.end() <= shared:
@@ -242,24 +243,30 @@ class ChatTemplate:
                     raise Refused(f"the assistant's {part} contain {end}, which ends a turn")
         if part := missing_words(message, turn.said):
             raise _left_out(f"the message's {part}, or a part of it")
-        changed, marks = with_marks(message)
-        if len(marks) > 1 or message.get("tool_calls"):
+        if _has_parts(message):
+            changed, marks = with_marks(message)
             text = self.render([*before, changed], tools, **dict(turn.options))
             _check_marks(marks, text[len(turn.prompt) :])
 
     def check_rendered(self, messages, tools, text):
         """Raises :class:`Refused` if ``text``, the rendered conversation, leaves out something that the assistant
         says."""
-        changed, marks = [], []
+        changed, marks, ambiguous = [], [], False
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
                 if part := missing_words(message, text):
                     raise _left_out(f"{part} of message {i}, or a part of it")
+                ambiguous |= _has_parts(message)
                 message, more = with_marks(message, first=len(marks))
                 marks += more
             changed.append(message)
-        if any(message.get("tool_calls") for message in messages):
+        if ambiguous:
             _check_marks(marks, self.render(changed, tools))
+
+
+def _has_parts(message):
+    """True if one part of the message could be taken for another, or its words for the template's."""
+    return bool(message.get("tool_calls") or reasonings(message))
 
 
 def _check_marks(marks, text):

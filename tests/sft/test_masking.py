@@ -173,6 +173,24 @@ def test_text_is_for_mode_all(tokenizer):
         Encoder(tokenizer, "completion")(record(text="red and blue"))
 
 
+@pytest.mark.parametrize("adds", ["", "$A", "<|im_start|> $A", "<|im_start|> $A <|endoftext|>"])
+@pytest.mark.parametrize(
+    "text", ["red and blue", "red<|endoftext|>", "<|im_start|>red", "red<|endoftext|><|endoftext|>"]
+)
+def test_a_text_has_the_tokenizers_own_beginning_once_and_one_end(tokenizer_with, adds, text):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizer_with(None)
+    tokenizer.bos_token = "<|im_start|>"
+    if adds:
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<|im_start|>", "<|endoftext|>")]
+        tokenizer._tokenizer.post_processor = TemplateProcessing(single=adds, special_tokens=special)
+    ids = Encoder(tokenizer, "all")(record(text=text)).input_ids
+    words = text.removeprefix("<|im_start|>").replace("<|endoftext|>", "")
+    begins = "<|im_start|>" if adds.startswith("<") or text.startswith("<") else ""
+    assert tokenizer.decode(ids, skip_special_tokens=False) == f"{begins}{words}<|endoftext|>"
+
+
 def test_tool_calls_are_learned(tokenizer):
     call = {"type": "function", "function": {"name": "count", "arguments": {"of": "red blue"}}}
     turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
