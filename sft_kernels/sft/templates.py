@@ -124,52 +124,59 @@ class ChatTemplate:
     def turn(self, before, message, tools, whole=None):
         """The :class:`Turn` of the assistant's ``message`` behind the messages ``before``.
 
-        Its prompt is the one that the template renders for generation. If the turn does not begin as that prompt
-        does, the prompt with thinking switched on or off is tried; then, in a template that marks turns, the text in
-        front of the mark. Raises :class:`Refused` if there is no such prompt, if the template ends the turn with no
-        special token, or if it leaves out a part of the message. Marks that begin behind the prompt move it to there,
-        unless a part of the message lies between. ``whole`` is the rendered text, if it is known.
+        Its prompt is the one that the template renders for generation, and what it says is what the template renders
+        behind that prompt. If the turn does not begin as that prompt does, the prompt with thinking switched on or off
+        is tried. Next, if the template renders the messages before differently once the turn follows, what it says
+        begins behind the last message and the generation prompt, and follows the prompt all the same. Last, in a
+        template that marks turns, the prompt is the text in front of the mark. Marks that begin behind the prompt move
+        it to there, unless a part of the message lies between. ``whole`` is the rendered text, if it is known.
+
+        Raises :class:`Refused` if there is no such prompt, if the template ends the turn with no special token, or if
+        it leaves out a part of the message.
         """
         upto = [*before, message]
-        whole, start, options = self._begin(before, upto, tools, whole)
+        whole, start, prompt, options = self._begin(before, upto, tools, whole)
         stop, end, borrowed = self._stop(whole, start, message)
         if self.marks_turns:
             marks = self.marked(upto, tools, options)
-            start = next((max(left, start) for left, right in marks if start < right and left < stop), start)
+            marked = next((max(left, start) for left, right in marks if start < right and left < stop), start)
+            prompt, start = prompt + whole[start:marked], marked
             if piece := self.unmarked(whole, marks, Span(start, stop, 0 if borrowed else len(end))):
                 raise Refused(
                     f"the chat template's {{% generation %}} leaves out {piece[:40]!r} of this turn; mend the marks or "
                     "take them out"
                 )
-        turn = Turn(whole[:start], whole[start:stop] + borrowed, end, borrowed, options)
-        self._check_parts(before, message, tools, turn)
+        turn = Turn(prompt, whole[start:stop] + borrowed, end, borrowed, options)
+        self._check_parts(upto, tools, turn, start)
         if options:
             switch = ", ".join(f"{name}={value}" for name, value in options)
             self.note(f"some turns follow the chat template's prompt with {switch}, not its default prompt")
         return turn
 
     def _begin(self, before, upto, tools, whole):
-        """``(whole, start, options)``: the text up to the turn, and where in it the model begins."""
+        """``(whole, start, prompt, options)``: the text up to the turn, where in it the model begins, its prompt."""
         whole = default = whole or self.render(upto, tools)
+        prompted = stem = ""
         if before:
-            prompt = prompted = self.render(before, tools, add_generation_prompt=True)
-            if whole.startswith(prompt):
-                return whole, len(prompt), ()
-            for options in self._options[1:]:
+            for options in self._options:
                 try:
-                    whole = self.render(upto, tools, **dict(options))
+                    if options:
+                        whole = self.render(upto, tools, **dict(options))
                     prompt = self.render(before, tools, add_generation_prompt=True, **dict(options))
                 except Refused:
-                    continue
+                    if options:
+                        continue
+                    raise
                 if whole.startswith(prompt):
-                    return whole, len(prompt), options
+                    return whole, len(prompt), prompt, options
+                prompted = prompted or prompt
+            stem = self.render(before, tools)
+            if start := _behind_last(before[-1], prompted, default):
+                return default, start, prompted, ()
+            if not default.startswith(stem):
+                raise Refused("the chat template renders the messages before this turn differently once it follows")
         elif not self.marks_turns:
             raise Refused("nothing before the assistant; a template with {% generation %} would mark it")
-        else:
-            prompted = ""
-        stem = self.render(before, tools) if before else ""
-        if not default.startswith(stem):
-            raise Refused("the chat template renders the messages before this turn differently once it follows")
         spans = self.marked(upto, tools) if self.marks_turns else ()
         start = next((start for start, end in spans if start >= len(stem)), None)
         if start is None:
@@ -181,7 +188,7 @@ class ChatTemplate:
         shared = len(common_start(prompted, default))
         while (token := self._special.match(default, start)) and token.end() <= shared:
             start = token.end()  # of the header, which the model is given
-        return default, start, ()
+        return default, start, default[:start], ()
 
     def _stop(self, whole, start, message):
         """``(stop, end, borrowed)``: where the turn ends, its end token, and that token again if ``whole`` lacks it."""
@@ -236,7 +243,8 @@ class ChatTemplate:
                 return ""
         return self._special.sub("", text[start:stop]).strip()
 
-    def _check_parts(self, before, message, tools, turn):
+    def _check_parts(self, upto, tools, turn, start):
+        message = upto[-1]
         for part, text in said_by(message):
             for end in {turn.end, *self._ends} - {""}:
                 if end in text:
@@ -245,8 +253,8 @@ class ChatTemplate:
             raise _left_out(f"the message's {part}, or a part of it")
         if _has_parts(message):
             changed, marks = with_marks(message)
-            text = self.render([*before, changed], tools, **dict(turn.options))
-            _check_marks(marks, text[len(turn.prompt) :])
+            text = self.render([*upto[:-1], changed], tools, **dict(turn.options))
+            _check_marks(marks, text[start:])
 
     def check_rendered(self, messages, tools, text):
         """Raises :class:`Refused` if ``text``, the rendered conversation, leaves out something that the assistant
@@ -262,6 +270,17 @@ class ChatTemplate:
             changed.append(message)
         if ambiguous:
             _check_marks(marks, self.render(changed, tools))
+
+
+def _behind_last(message, prompt, whole):
+    """Where ``whole`` goes on behind its last part like the end of ``prompt``: ``message`` and what follows it there.
+
+    Returns None if ``whole`` has no such part, or if ``message`` cannot be found in ``prompt``.
+    """
+    content = message.get("content")
+    at = prompt.rfind(content.strip()) if isinstance(content, str) and content.strip() else -1
+    found = whole.rfind(prompt[at:]) if at >= 0 else -1
+    return found + len(prompt) - at if found >= 0 else None
 
 
 def _has_parts(message):

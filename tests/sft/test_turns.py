@@ -163,6 +163,27 @@ def test_a_conversation_that_does_not_hold_its_turns_is_refused_with_what_differ
     assert str(caught.value).endswith("--split-turns makes it an example of its own")
 
 
+def test_a_prompt_that_changes_once_it_is_answered_is_trained_on_as_it_is(make):
+    """The system's words stand in front of a question only while it waits for its answer (Mistral)."""
+    tokenizer = make(
+        "{% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' }}"
+        "{% if loop.last and m.role == 'user' %}{{ messages[0].content + ' ' }}{% endif %}"
+        "{{ m.content + '<|im_end|>' }}{% endif %}{% endfor %}" + START
+    )
+    messages = [{"role": "system", "content": "Be short."}, *CHATS["three turns"]]
+    with pytest.raises(DataError, match="message 2: the chat template renders the messages before it differently"):
+        Encoder(tokenizer)(record(messages))
+    found = spoken(tokenizer, Encoder(tokenizer, split_turns=True).examples(record(messages)))
+    assert sorted(found) == sorted(
+        (
+            tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True),
+            messages[i]["content"] + "<|im_end|>",
+        )
+        for i in (2, 4, 6)
+    )
+    assert all("Be short." in prompt for prompt, _ in found)
+
+
 def test_one_text_serves_all_turns_that_are_right_in_it(make):
     loop = [said("", "T2.", tool_calls=[call(at="b")]), {"role": "tool", "content": "R"}, said("A3.", "T3.")]
     tokenizer = make(THINKS_LAST)
