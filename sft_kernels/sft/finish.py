@@ -66,16 +66,17 @@ class Stop:
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
-            if handler not in (None, signal.SIG_IGN):  # None: not set from Python, so it could not be put back
+            # None was not set from Python, so it could not be put back.
+            if handler not in (None, signal.SIG_IGN):
                 self._previous[number] = handler
                 signal.signal(number, self._note)
 
     def _note(self, number, frame):
         self.signal = signal.Signals(number)
         self.restore()
-        text = f"\n{self.signal.name}: finishing this step, then saving the model; a second signal ends at once\n"
-        with suppress(OSError):
-            os.write(2, text.encode())  # print could be interrupted in the middle of printing
+        what = "finishing this step, then saving the model; a second signal ends at once"
+        with suppress(OSError):  # a print could come in the middle of another, which raises
+            os.write(2, f"\n{self.signal.name}: {what}\n".encode())
 
 
 @contextmanager
@@ -150,7 +151,7 @@ def _evaluate_last(evaluate, stop, log, path):
     except _Asked:
         pass
     except BaseException:
-        say(f"the last evaluation did not come to its end; the finished model is in {path}", sys.stderr)
+        say(f"the last evaluation did not end; the finished model is in {path}", sys.stderr)
         raise
 
 

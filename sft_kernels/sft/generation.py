@@ -3,7 +3,7 @@
 import copy
 import re
 
-# Values that only sampling reads, with those that change nothing. A published file often has some without `do_sample`.
+# Values that only sampling reads, each with the one that changes nothing.
 _SAMPLING = {
     "temperature": 1.0,
     "top_p": 1.0,
@@ -51,7 +51,8 @@ def saveable(config, folder, pad_token_id=None):
     if pad_token_id is not None and left_out.get("pad_token_id") is not None:
         changed.pad_token_id = pad_token_id
         changes.append(f"pad_token_id is now {pad_token_id}, the tokenizer's")
-    return changed, f"generation config: transformers refuses to save it, so it is changed: {'; '.join(changes)}"
+    what = "transformers refuses to save it, so it is changed"
+    return changed, f"generation config: {what}: {'; '.join(changes)}"
 
 
 def move_from_model_config(model):
@@ -66,7 +67,7 @@ def move_from_model_config(model):
         if getattr(model.generation_config, name, None) == getattr(default, name, None):
             setattr(model.generation_config, name, value)
         delattr(model.config, name)
-    return found and f"model: {_listed(found)} moved from its config to its generation config, where transformers saves"
+    return found and f"model: moved {_listed(found)} from its config to its generation config"
 
 
 def _refusal(config, folder):

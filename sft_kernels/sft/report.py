@@ -119,7 +119,7 @@ class RunLog:
                 raise IsADirectoryError(f"{self.out / 'curves.png'} is a folder")
             _draw(example, io.BytesIO(), dpi=30)
         except Exception as error:
-            _warn(f"the run goes on without curves.png, which cannot be drawn here ({_line(error)})")
+            _warn(f"curves.png cannot be drawn, the run goes on without ({_line(error)})")
             return False
         return True
 
@@ -131,12 +131,12 @@ class RunLog:
 
     def _write_out(self):
         try:
-            with self.path.open("ab", buffering=0) as file:  # unbuffered, so that nothing is written twice
+            with self.path.open("ab", buffering=0) as file:  # a buffer would write again
                 while self._unwritten:
                     self._unwritten = self._unwritten[file.write(self._unwritten) :]
         except OSError as error:
             if not self._warned:
-                _warn(f"{self.path} could not be written ({_line(error)}); it is tried again at every line")
+                _warn(f"{self.path} could not be written, to be tried again ({_line(error)})")
             self._warned = True
 
 
@@ -151,7 +151,8 @@ def _warn(text):
 
 
 def _screen():
-    return suppress(OSError, ValueError)  # a closed pipe or terminal; a closed file, a letter that it cannot show
+    # A terminal that is gone raises OSError; a closed file, or a letter it cannot show, ValueError.
+    return suppress(OSError, ValueError)
 
 
 def _line(error):
@@ -166,7 +167,8 @@ def _finite(value):
 
 
 def _draw(history, file, dpi):
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # whatever back end is set: a screen is not needed
+    # Not pyplot, which would choose a back end for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps = [row for row in history if "loss" in row]
@@ -176,7 +178,8 @@ def _draw(history, file, dpi):
     loss, lr = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], linewidth=1, label="train")
     if held_out:
-        loss.plot([r["step"] for r in held_out], [r["eval"]["loss"] for r in held_out], "o-", label="held out")
+        losses = [r["eval"]["loss"] for r in held_out]
+        loss.plot([r["step"] for r in held_out], losses, "o-", label="held out")
     loss.set_ylabel("masked loss, nats a token")
     loss.legend()
     lr.plot([r["step"] for r in steps], [r["lr"] for r in steps], color="tab:gray")

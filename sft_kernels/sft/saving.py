@@ -1,8 +1,8 @@
-"""Saves the model of a run: tried in small before the first step, and aside where the folder fails
-after the last."""
+"""Saves the model of a run. Before the first step it is tried in small."""
 
 import ctypes
 import errno
+import itertools
 import os
 import shutil
 import tempfile
@@ -35,7 +35,7 @@ def check_folder(out):
     """Refuse an ``out`` that is no folder, holds a run already, or holds what a killed run left."""
     out = Path(out)
     if os.path.lexists(out) and not out.is_dir():
-        raise NotADirectoryError(f"out: {out} is not a folder; give a folder, or a path where nothing is yet")
+        raise NotADirectoryError(f"out: {out} is not a folder; give a folder or a new path")
     for name in ("train.jsonl", "model", UNFINISHED):
         if os.path.lexists(out / name):
             raise FileExistsError(f"out: {out} holds a run already ({name})")
@@ -48,11 +48,11 @@ def check_folder(out):
 
 
 def check_room(folder, *sizes):
-    """Refuse where files of ``sizes`` bytes do not fit into ``folder``: disk, quota, and the limit
-    on a file's size.
+    """Refuse files of ``sizes`` bytes for which ``folder`` has no room.
 
-    The files are made and removed again. Nothing is written to them: where the file system can,
-    their blocks are set aside, which a quota counts. Elsewhere only the free space is compared.
+    The free space, a quota and the limit on a file's size all count. The files are made and removed
+    again. Nothing is written to them: where the file system can, their blocks are set aside, which
+    a quota counts. Elsewhere only the free space is compared.
     """
     needed = sum(sizes) + sum(sizes) // 100 + _MARGIN
     free = shutil.disk_usage(folder).free
@@ -65,32 +65,34 @@ def check_room(folder, *sizes):
                     file.truncate(size)
                     _set_aside(file.fileno(), size)
             except OSError as error:
-                raise OSError(f"out: no room for a file of {_gib(size)} in {folder} ({reason_of(error)})") from error
+                what = f"no room for a file of {_gib(size)} in {folder}"
+                raise OSError(f"out: {what} ({reason_of(error)})") from error
 
 
 def rehearse(model, tokenizer, out, end_of_turn=None):
-    """Save into a trial folder in ``out``, so that a failure shows before the first step; raises
-    naming the argument.
+    """Save into a trial folder in ``out``, so that a failure shows before the first step.
 
-    All is done that :func:`save` does, except that of every weight only one number is written. The
-    room for the others is checked. ``generate`` will end an answer at ``end_of_turn``, too. A
-    generation config that transformers refuses is changed, and a line is printed that says how.
-    ``out`` is made, unless something is refused.
+    An error names the argument: ``out``, ``model`` or ``tokenizer``. All is done that :func:`save`
+    does, except that of every weight only one number is written. The room for the others is
+    checked. ``generate`` will end an answer at ``end_of_turn``, too. A generation config that
+    transformers refuses is changed, and a line is printed that says how. ``out`` is made, unless
+    something is refused.
     """
     out = Path(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
-        with _named("out", f"cannot write into {out}", OSError):
+        with _named("out", f"cannot write into {out}", None):
             out.mkdir(parents=True, exist_ok=True)
-            trial = tempfile.TemporaryDirectory(prefix=".trial-", dir=out, ignore_cleanup_errors=True)
+            trial = tempfile.TemporaryDirectory(prefix=".trial-", dir=out)
         with trial as folder:
-            with _named("out", f"cannot write into {out}", OSError):
+            with _named("out", f"cannot write into {out}", None):
                 Path(folder, "trial").write_bytes(bytes(1024))
             with _named("model", "its generation config cannot be saved"):
                 _prepare_generation(model, tokenizer, end_of_turn, folder)
-            with _named("model", f"cannot be saved in {out}"), _one_number_of_each_weight(folder) as sizes:
+            saved = f"cannot be saved in {out}"
+            with _named("model", saved), _one_number_of_each_weight(folder) as sizes:
                 model.save_pretrained(folder)
-            with _named("tokenizer", f"cannot be saved in {out}"):
+            with _named("tokenizer", saved):
                 tokenizer.save_pretrained(folder)
             sizes += [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
         check_room(out, *sizes)
@@ -102,18 +104,17 @@ def rehearse(model, tokenizer, out, end_of_turn=None):
 
 
 def save(model, tokenizer, path):
-    """Save as :func:`~.model.save` does and return ``path``; where that fails, save aside and raise
-    :class:`NotSaved`.
+    """Save as :func:`~.model.save` does and return ``path``.
 
-    The other places are a new folder beside the run's, then one in the system's folder for
-    temporary files. Where none takes the whole model, the weights alone are kept. The error says in
-    one line where what is.
+    If that fails, save aside and raise :class:`NotSaved`. The other places are a new folder beside
+    the run's, then one in the system's folder for temporary files. If none takes the whole model,
+    the weights alone are kept. The error says in one line where they are.
     """
     path = Path(path)
     try:
         models.save(model, tokenizer, path)
         return path
-    except Exception as error:  # SafetensorError is no OSError, and tokenizers raise Exception itself
+    except Exception as error:  # safetensors and tokenizers have exceptions of their own
         failed = f"out: the model could not be saved in {path} ({reason_of(error)})"
         cause = error
     weights = None if isinstance(cause, FileExistsError) else _kept_or_removed(path)
@@ -126,9 +127,10 @@ def save(model, tokenizer, path):
         if weights is not None:
             shutil.rmtree(weights, ignore_errors=True)
         raise _not_saved(f"{failed}; it is whole in {place}", place) from cause
-    weights = weights or next(filter(None, map(_save_weights(model), (path, *_places_aside(path)))), None)
+    weights = weights or _save_weights(model, path)
     if weights is not None:
-        raise _not_saved(f"{failed}; its weights are in {weights}, not all of the rest", weights) from cause
+        what = f"its weights are in {weights}, the rest is not all there"
+        raise _not_saved(f"{failed}; {what}", weights) from cause
     raise _not_saved(f"{failed}, nor beside it, nor in {tempfile.gettempdir()}", None) from cause
 
 
@@ -153,11 +155,11 @@ def _prepare_generation(model, tokenizer, end_of_turn, folder):
 
 @contextmanager
 def _named(argument, what, kind=ValueError):
-    """Whatever the block raises becomes an error of ``kind`` that names the argument."""
+    """Turn what the block raises into a ``kind`` that names the argument; None keeps the type."""
     try:
         yield
     except Exception as error:
-        raise kind(f"{argument}: {what} ({reason_of(error)})") from error
+        raise (kind or type(error))(f"{argument}: {what} ({reason_of(error)})") from error
 
 
 @contextmanager
@@ -175,10 +177,11 @@ def _one_number_of_each_weight(folder):
     real, sizes = modeling_utils.safe_save_file, []
 
     def write(tensors, filename, *args, **kwargs):
-        if not Path(filename).is_relative_to(folder):  # a save that another thread makes at the same time
+        if not Path(filename).is_relative_to(folder):  # another thread saves at the same time
             return real(tensors, filename, *args, **kwargs)
         sizes.append(sum(t.numel() * t.element_size() for t in tensors.values()))
-        return real({name: t.reshape(-1)[:1] for name, t in tensors.items()}, filename, *args, **kwargs)
+        parts = {name: t.reshape(-1)[:1] for name, t in tensors.items()}
+        return real(parts, filename, *args, **kwargs)
 
     with _trial_lock:
         shown = logging.is_progress_bar_enabled()
@@ -195,8 +198,10 @@ def _one_number_of_each_weight(folder):
 def _set_aside(descriptor, size):
     """Give a file its blocks. Python's ``posix_fallocate`` would write to each where a file system
     cannot do it."""
-    allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None) if os.name == "posix" else None
-    if allocate is None or not size:
+    if os.name != "posix" or not size:
+        return
+    allocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate", None)
+    if allocate is None:
         return
     allocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     code = ctypes.get_errno() if allocate(descriptor, 0, 0, size) else 0
@@ -239,12 +244,10 @@ def _kept_or_removed(path):
     return None
 
 
-def _save_weights(model):
-    """Returns a function that saves the state dict alone beside a path; it returns the file, or
-    None if that fails."""
-
-    def at(path):
-        file = path.with_name(f"{path.name}-weights.pt")
+def _save_weights(model, path):
+    """Save the state dict alone, beside ``path`` or aside; returns the file, or None."""
+    for place in itertools.chain([path], _places_aside(path)):
+        file = place.with_name(f"{path.name}-weights.pt")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(model.state_dict(), file)
@@ -252,9 +255,7 @@ def _save_weights(model):
         except Exception:
             with suppress(OSError):
                 file.unlink()
-            return None
-
-    return at
+    return None
 
 
 def _not_saved(message, path):
