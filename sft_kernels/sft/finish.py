@@ -81,8 +81,7 @@ class Stop:
 
 @contextmanager
 def saved_at_the_end(model, tokenizer, log, evaluate):
-    """Yield a :class:`Stop`; however the block ends, the log is kept and the model of its last
-    whole step saved.
+    """Yield a :class:`Stop`; however the block ends, its log is kept and its model saved.
 
     At the end, and after a signal, the model is saved in ``model`` in the log's folder before
     anything else. Then come the last evaluation (not after a signal), the curves and what is
@@ -109,7 +108,7 @@ def saved_at_the_end(model, tokenizer, log, evaluate):
         stop.restore()
         raise
     try:
-        if stop.signal:
+        if stop.signal and log.done < log.total:
             log.ended(stop.signal.name)
         path = _save(model, tokenizer, log, "model")
         if not stop.signal:
@@ -133,7 +132,7 @@ def _save_unfinished(model, tokenizer, log, error):
         path = _save(model, tokenizer, log, UNFINISHED)
         say(f"{what}; the unfinished model is in {path}", sys.stderr)
     except NotSaved as failed:
-        say(f"{what}; {failed}", sys.stderr)
+        say(str(failed), sys.stderr)
     log.finish()
 
 
@@ -142,6 +141,9 @@ def _save(model, tokenizer, log, name):
         return save(model, tokenizer, log.out / name)
     except NotSaved as error:
         error.result = model, tokenizer, log
+        if log.stopped:
+            after = f"{log.stopped} ended the run after step {log.done} of {log.total}"
+            error.args = (f"{error}; {after}",)
         raise
 
 

@@ -110,7 +110,14 @@ class RunLog:
     def plot(self):
         """``curves.png``: masked loss, held out too where it was measured, over the learning
         rate."""
-        _draw(self.history, self.out / "curves.png", dpi=120)
+        image, path = io.BytesIO(), self.out / "curves.png"
+        _draw(self.history, image, dpi=120)
+        try:
+            path.write_bytes(image.getvalue())
+        except OSError:
+            with suppress(OSError):
+                path.unlink()  # half an image
+            raise
 
     def _try_curves(self):
         example = [{"step": 1, "loss": 2.0, "lr": 1e-3}, {"step": 1, "eval": {"loss": 2.0}}]

@@ -1,4 +1,4 @@
-"""A model and a recipe that train in a fraction of a second, for tests of what is around the training."""
+"""A model and a recipe that train in a fraction of a second."""
 
 import json
 import sys

@@ -24,7 +24,7 @@ INTERRUPT, TERMINATE = signal.SIGINT, signal.SIGTERM
 
 @pytest.fixture
 def run(tmp_path, tokenizer, monkeypatch):
-    """Trains, calling ``at`` in a step; returns the model's folder's parent and the model, or what was raised."""
+    """Trains a small model, and calls ``at`` within a step."""
 
     class Run:
         out = tmp_path / "run"
@@ -122,6 +122,7 @@ def test_a_signal_while_the_finished_model_is_saved_saves_it(run, monkeypatch):
         run()
     assert same_weights(loaded(run.out / "model"), run.model)
     assert "stopped" not in rows_of(run.out)[-1]
+    assert run.names() == ["curves.png", "model", "train.jsonl"]
 
 
 def test_a_signal_ends_an_evaluation(run, monkeypatch):
@@ -230,6 +231,19 @@ def test_a_model_that_cannot_be_saved_is_not_lost_to_the_caller(run, monkeypatch
     assert run.names() == ["curves.png", "train.jsonl"]
 
 
+def test_an_unfinished_model_that_is_saved_aside_is_said_to_be_unfinished(run, monkeypatch):
+    real = finish.save
+
+    def fail(model, tokenizer, path):
+        real(model, tokenizer, path.with_name("elsewhere"))
+        raise NotSaved("out: could not be saved; it is whole in /elsewhere")
+
+    monkeypatch.setattr(finish, "save", fail)
+    with pytest.raises(NotSaved, match="whole in /elsewhere; SIGTERM ended the run after step 2 of 3"):
+        run(lambda: signal.raise_signal(TERMINATE))
+    assert run.names() == ["curves.png", "elsewhere", "train.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "said"),
     [
@@ -269,3 +283,12 @@ def test_sigterm_ends_the_command_with_143_and_a_model(tmp_path):
         f"sft-kernels: SIGTERM after step {last['step']} of 1000000; the unfinished"
     )
     loaded(Path(recipe.out) / "model")
+
+
+def test_a_generation_config_as_llama_2_has_it_costs_no_run(run, capsys):
+    run.model.generation_config.temperature, run.model.generation_config.top_p = 0.9, 0.6
+    run()
+    config = loaded(run.out / "model").generation_config
+    assert (config.do_sample, config.temperature, config.top_p) == (True, 0.9, 0.6)
+    said = capsys.readouterr().out
+    assert said.count("do_sample is now True, because it sets temperature=0.9, top_p=0.6") == 1

@@ -130,6 +130,20 @@ def test_curves_that_fail_at_the_end_are_a_warning(log, monkeypatch, capsys):
     assert not log.curves
 
 
+def test_half_an_image_is_removed(log, tmp_path, monkeypatch, capsys):
+    def full(path, image):
+        with path.open("wb") as file:
+            file.write(image[:9])
+        raise OSError(28, "No space left on device")
+
+    step(log, 1)
+    log.close()
+    monkeypatch.setattr(Path, "write_bytes", full)
+    log.finish()
+    assert "No space left" in capsys.readouterr().err
+    assert not (tmp_path / "curves.png").exists()
+
+
 def test_a_folder_in_the_place_of_the_curves_is_a_warning(tmp_path, capsys):
     (tmp_path / "curves.png").mkdir()
     assert not RunLog(tmp_path, 1, 1).curves

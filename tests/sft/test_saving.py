@@ -1,4 +1,5 @@
 import errno
+import json
 import os
 import resource
 import shutil
@@ -48,8 +49,7 @@ def test_the_trial_leaves_an_empty_folder_and_writes_one_number_of_each_weight(m
     assert not list((tmp_path / "a" / "run").iterdir())
     assert model.generation_config.eos_token_id[-1] == 7
     weights = sum(p.numel() * 4 for p in model.parameters())
-    assert weights in asked
-    assert sum(asked) < 2 * weights + 100_000
+    assert [size for size in asked if size >= weights] == [weights]
     save(model, tokenizer, tmp_path / "a" / "run" / "model")
     assert same_weights(loaded(tmp_path / "a" / "run" / "model"), model)
 
@@ -138,7 +138,10 @@ def test_a_disk_without_room_is_refused(model, tokenizer, tmp_path, monkeypatch)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_limit_on_the_size_of_files_is_found(model, tokenizer, tmp_path):
+@pytest.mark.parametrize("aside", [True, False])
+def test_a_limit_on_the_size_of_files_is_found(aside, tmp_path, monkeypatch):
+    if not aside:
+        monkeypatch.setattr(saving, "_set_aside", lambda descriptor, size: None)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limits[1]))
     try:
@@ -150,14 +153,12 @@ def test_a_limit_on_the_size_of_files_is_found(model, tokenizer, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_blocks_are_really_set_aside(tmp_path):
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no file system in memory")
+def test_blocks_are_really_set_aside():
     """A quota counts them; a file that only has its length takes none."""
-    with (tmp_path / "file").open("wb") as file:
-        saving._set_aside(file.fileno(), 1 << 20)
-        blocks = os.fstat(file.fileno()).st_blocks
-        if blocks == 0:
-            pytest.skip("this file system cannot set blocks aside")
-        assert blocks * 512 >= 1 << 20
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        saving._set_aside(file.fileno(), 1 << 16)
+        assert os.fstat(file.fileno()).st_blocks * 512 >= 1 << 16
 
 
 def test_a_quota_is_found(tmp_path, monkeypatch):
@@ -250,4 +251,5 @@ def test_a_disk_that_is_full_only_when_waited_for_fails_the_save(code, fails, mo
 def test_an_answer_stops_at_the_end_of_a_turn_whatever_stopped_it_before(known, model):
     model.generation_config.eos_token_id = known
     models.stop_at(model, 7)
-    assert model.generation_config.eos_token_id == ([7] if known is None else [2, 7])
+    expected = [7] if known is None else [2, 7]
+    assert json.dumps(model.generation_config.eos_token_id) == json.dumps(expected)
