@@ -16,7 +16,8 @@ sft-kernels COMMAND --help lists a command's options."""
 
 
 def main(argv=None):
-    """Run a command; returns the exit status: 0, 1 where the input was refused, 2 for a wrong call, 130 interrupted."""
+    """Run a command; returns the exit status: 0, 1 where the input was refused, 2 for a wrong call, 130 interrupted,
+    143 terminated."""
     argv = sys.argv[1:] if argv is None else argv
     commands = {"train": _train, "inspect": _inspect, "demo": _demo, "verify": _verify}
     if not argv or argv[0] not in commands:
@@ -29,9 +30,9 @@ def main(argv=None):
         if error.name and error.name.startswith("sft_kernels"):
             raise
         print(f"sft-kernels: {error}; pip install 'sft-kernels[train]' brings what the trainer needs", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("sft-kernels: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print(f"sft-kernels: {str(stop) or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "status", 130)
     except (ValueError, OSError) as error:
         print(f"sft-kernels: {error}", file=sys.stderr)
     return 1
@@ -77,8 +78,8 @@ def _train(argv):
     recipe = tyro.cli(
         Recipe, prog="sft-kernels train", args=argv, description="--config FILE reads options from YAML first."
     )
-    train(recipe)
-    print(f"model, log and curves are in {recipe.out}")
+    _, _, log = train(recipe)
+    print(f"{'model, log and curves' if log.curves else 'model and log'} are in {recipe.out}")
     return 0
 
 

@@ -23,15 +23,15 @@ def masked_loss(model, batches, device):
     """The :class:`Loss` of ``model`` over packed batches, one denominator for all of them."""
     was_training = model.training
     model.eval()
-    totals = None
+    totals, kept = None, 0
     for batch in batches:
+        kept += batch.kept.count
         moved = batch.to(device)
         hidden = hidden_states(model, moved)
         _, stats = linear_cross_entropy(hidden, **head(model), shift=True, kept=moved.kept, return_stats=True)
         sums = torch.stack([stats.nll_sum.double(), stats.correct.double(), stats.entropy_sum.double()])
         totals = sums if totals is None else totals + sums
     model.train(was_training)
-    kept = sum(batch.kept.count for batch in batches)
     if not kept:
         raise ValueError("batches: no kept token to evaluate on")
     return Loss(*(totals / kept).tolist(), kept)

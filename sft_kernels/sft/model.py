@@ -1,5 +1,6 @@
 """Any Hugging Face causal LM from a folder or a config, with its tokenizer."""
 
+import errno
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,17 +167,39 @@ def stock_attention(model):
 def stop_at(model, token):
     """Let ``generate`` end an answer at ``token``, beside whatever ended one before."""
     known = model.generation_config.eos_token_id
-    known = [] if known is None else known if isinstance(known, list) else [known]
+    known = known.tolist() if isinstance(known, torch.Tensor) else known
+    known = [] if known is None else list(known) if isinstance(known, (list, tuple)) else [known]
     model.generation_config.eos_token_id = list(dict.fromkeys([*known, token]))
+
+
+def partial(path):
+    """The folder beside ``path`` that :func:`save` writes and then renames to it."""
+    return Path(path).with_name(Path(path).name + ".partial")
 
 
 def save(model, tokenizer, path):
     """A folder that ``from_pretrained`` loads, there in whole or not at all: written beside, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        raise FileExistsError(f"{path} exists already")
-    partial = path.with_name(path.name + ".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.rename(path)
+    for taken in (path, partial(path)):
+        if os.path.lexists(taken):
+            raise FileExistsError(f"{taken} exists already")
+    partial(path).mkdir()
+    model.save_pretrained(partial(path))
+    tokenizer.save_pretrained(partial(path))
+    for file in partial(path).rglob("*"):
+        if file.is_file():
+            _to_disk(file)
+    partial(path).rename(path)
+
+
+def _to_disk(file):
+    """Wait for the disk, which may say only here that it or a quota is full."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise  # a file system that has no fsync is no failure
+    finally:
+        os.close(descriptor)

@@ -1,6 +1,11 @@
-"""The traces of a run: a JSONL log with a line per step, some of them on the screen, curves as PNG."""
+"""The traces of a run: a JSONL log with a line per step, some of them on the screen, curves as
+PNG."""
 
+import io
 import json
+import math
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,28 +24,41 @@ _COLUMNS = (
 
 
 class RunLog:
-    """Writes ``train.jsonl`` in ``out`` and shows the steps; a run that is there already raises ``FileExistsError``.
+    """Writes ``train.jsonl`` in ``out`` and shows the steps; a run that is there already raises
+    ``FileExistsError``.
 
-    Numbers may arrive as 0-d tensors on a device. Every ``every`` steps those of all steps since the last time are
-    copied to the host at once: each step becomes a line of the file, and the last one also a line on the screen. Each
-    line has the numbers of its own step, no means over several.
+    Numbers may arrive as 0-d tensors on a device. Every ``every`` steps those of all steps since
+    the last time are copied to the host at once: each step becomes a line of the file, and the last
+    one also a line on the screen. Each line has the numbers of its own step, no means over several.
+    A number that is not finite is ``null`` in the file.
+
+    ``done`` is the last step so far, ``total`` the last one planned. ``stopped`` says what ended
+    the run before that, a signal's name or an error, and the file's last line says the same. A
+    screen or a disk that fails later than here costs lines and not the run. ``curves`` says whether
+    they can be drawn, which is tried here.
     """
 
     def __init__(self, out, total, every):
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
-        self.file = (out / "train.jsonl").open("x", encoding="utf-8")
-        self.every = every
+        self.path = out / "train.jsonl"
+        self.path.open("x").close()
+        self.every, self.total = every, total
+        self.done, self.stopped = 0, None
         self.pending = []
         self.history = []
+        self._unwritten, self._warned = b"", False
+        self.curves = self._try_curves()
         self.bar = tqdm(total=total, desc="training", unit="step")
         header = (f"{name:>{len(form.format(0))}}" for name, form in _COLUMNS)
-        tqdm.write(" ".join(header))
+        say(" ".join(header))
 
     def step(self, **values):
         self.pending.append(values)
-        self.bar.update()
+        self.done = values["step"]
+        with _screen():
+            self.bar.update()
         if len(self.pending) >= self.every:
             self.flush()
 
@@ -48,53 +66,141 @@ class RunLog:
         self.flush()
         self._write({"step": step, "eval": loss._asdict()})
         numbers = f"loss {loss.loss:.4f}, accuracy {loss.accuracy:.3f}, {loss.kept} tokens"
-        tqdm.write(f"{'':>6} held out after {step} steps: {numbers}")
+        say(f"{'':>6} held out after {step} steps: {numbers}")
+
+    def ended(self, reason):
+        """Note that the run ended early, after the last step so far."""
+        self.stopped = reason
+        self._write({"step": self.done, "of": self.total, "stopped": reason})
 
     def flush(self):
         for row in _on_host(self.pending):
-            self._write(row)
+            self._write(row, at_once=False)
         if self.pending:
-            tqdm.write(" ".join(form.format(row[name]) for name, form in _COLUMNS))
-            self.bar.set_postfix(loss=f"{row['loss']:.4f}")
+            say(" ".join(form.format(row[name]) for name, form in _COLUMNS))
+            with _screen():
+                self.bar.set_postfix(loss=f"{row['loss']:.4f}")
         self.pending = []
-        self.file.flush()
+        self._write_out()
 
     def close(self):
-        self.flush()
-        self.bar.close()
-        self.file.close()
+        """Write what is pending, and end the bar. Evaluations and the end of a run can still be
+        written after."""
+        try:
+            self.flush()
+        finally:
+            with _screen():
+                self.bar.close()
 
-    def _write(self, row):
-        self.history.append(row)
-        self.file.write(json.dumps(row) + "\n")
+    def finish(self):
+        """Draw the curves and say how many steps were skipped; a failure is a warning."""
+        if self.curves:
+            try:
+                self.plot()
+            except Exception as error:  # matplotlib and its back ends raise all kinds
+                self.curves = False
+                _warn(f"curves.png could not be drawn ({_line(error)})")
+        self._write_out()
+        if self._unwritten:
+            _warn(f"the end of {self.path} is missing, {len(self._unwritten)} bytes")
+        steps = [row for row in self.history if "skipped_steps" in row]
+        if steps and (skipped := steps[-1]["skipped_steps"]):
+            say(f"skipped {skipped} of {self.done} steps: the gradient's norm was not finite")
 
     def plot(self):
-        """``curves.png``: masked loss, held out too where it was measured, over the learning rate."""
-        import matplotlib
+        """``curves.png``: masked loss, held out too where it was measured, over the learning
+        rate."""
+        image, path = io.BytesIO(), self.out / "curves.png"
+        _draw(self.history, image, dpi=120)
+        try:
+            path.write_bytes(image.getvalue())
+        except OSError:
+            with suppress(OSError):
+                path.unlink()  # half an image
+            raise
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+    def _try_curves(self):
+        example = [{"step": 1, "loss": 2.0, "lr": 1e-3}, {"step": 1, "eval": {"loss": 2.0}}]
+        try:
+            if (self.out / "curves.png").is_dir():
+                raise IsADirectoryError(f"{self.out / 'curves.png'} is a folder")
+            _draw(example, io.BytesIO(), dpi=30)
+        except Exception as error:
+            _warn(f"curves.png cannot be drawn, the run goes on without ({_line(error)})")
+            return False
+        return True
 
-        steps = [row for row in self.history if "loss" in row]
-        held_out = [row for row in self.history if "eval" in row]
-        figure, (loss, lr) = pyplot.subplots(2, 1, sharex=True, figsize=(8, 6), height_ratios=(3, 1))
-        loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], linewidth=1, label="train")
-        if held_out:
-            loss.plot([r["step"] for r in held_out], [r["eval"]["loss"] for r in held_out], "o-", label="held out")
-        loss.set_ylabel("masked loss, nats a token")
-        loss.legend()
-        lr.plot([r["step"] for r in steps], [r["lr"] for r in steps], color="tab:gray")
-        lr.set_ylabel("learning rate")
-        lr.set_xlabel("optimiser step")
-        for axis in (loss, lr):
-            axis.grid(alpha=0.3)
-        figure.tight_layout()
-        figure.savefig(self.out / "curves.png", dpi=120)
-        pyplot.close(figure)
+    def _write(self, row, at_once=True):
+        self.history.append(row)
+        self._unwritten += (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        if at_once:
+            self._write_out()
+
+    def _write_out(self):
+        try:
+            with self.path.open("ab", buffering=0) as file:  # a buffer would write again
+                while self._unwritten:
+                    self._unwritten = self._unwritten[file.write(self._unwritten) :]
+        except OSError as error:
+            if not self._warned:
+                _warn(f"{self.path} could not be written, to be tried again ({_line(error)})")
+            self._warned = True
+
+
+def say(text, file=None):
+    """Print beside the bar. A screen that is gone raises nothing."""
+    with _screen():
+        tqdm.write(text, file=file or sys.stdout)
+
+
+def _warn(text):
+    say(f"warning: {text}", sys.stderr)
+
+
+def _screen():
+    # A terminal that is gone raises OSError; a closed file, or a letter it cannot show, ValueError.
+    return suppress(OSError, ValueError)
+
+
+def _line(error):
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _finite(value):
+    """``value`` with ``None`` in the place of numbers that JSON has not: NaN and infinities."""
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _draw(history, file, dpi):
+    # Not pyplot, which would choose a back end for the whole process.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [row for row in history if "loss" in row]
+    held_out = [row for row in history if "eval" in row]
+    figure = Figure(figsize=(8, 6))
+    FigureCanvasAgg(figure)
+    loss, lr = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], linewidth=1, label="train")
+    if held_out:
+        losses = [r["eval"]["loss"] for r in held_out]
+        loss.plot([r["step"] for r in held_out], losses, "o-", label="held out")
+    loss.set_ylabel("masked loss, nats a token")
+    loss.legend()
+    lr.plot([r["step"] for r in steps], [r["lr"] for r in steps], color="tab:gray")
+    lr.set_ylabel("learning rate")
+    lr.set_xlabel("optimiser step")
+    for axis in (loss, lr):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, format="png", dpi=dpi)
 
 
 def _on_host(rows):
-    """``rows`` with numbers in the place of tensors, which are copied from their device in one piece."""
+    """``rows`` with numbers in the place of tensors, which are copied from their device in one
+    piece."""
     tensors = [value for row in rows for value in row.values() if isinstance(value, torch.Tensor)]
     # fp64 holds fp32 and every count exactly.
     numbers = iter(torch.stack([t.detach().double() for t in tensors]).tolist() if tensors else ())

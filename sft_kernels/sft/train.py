@@ -3,6 +3,7 @@
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +14,12 @@ from .. import AdamW, decay_groups, linear_cross_entropy
 from . import model as models
 from .data import DataError, read_jsonl
 from .evaluate import masked_loss
+from .finish import saved_at_the_end
 from .lr import cosine_factor
 from .masking import Encoder
 from .packing import collate, groups_of, pack_rows
 from .report import RunLog
+from .saving import check_folder, rehearse
 from .stock import check_against_stock
 
 
@@ -120,8 +123,13 @@ def prepare_tokenizer(recipe):
 def train(recipe, *, model=None, tokenizer=None):
     """Run ``recipe``; returns ``(model, tokenizer, log)``, the log being :class:`~.report.RunLog`.
 
-    Everything that can be wrong with the data or the model is found before the first file is written. A model and
-    tokenizer that are handed in are used in place of the recipe's; the model is then tuned as it is.
+    Everything that can be wrong with the data or the model is found before the first file is written, and so is all
+    that would keep the model from being saved. A model and tokenizer that are handed in are used in place of the
+    recipe's; the model is then tuned as it is.
+
+    From the first step on SIGINT and SIGTERM finish the step, save the model and raise :class:`~.finish.Stopped`, a
+    ``KeyboardInterrupt``. A model that cannot be saved in ``out`` is saved elsewhere, and :class:`~.saving.NotSaved`,
+    an ``OSError``, says where. Both carry what would have been returned as ``result``.
     """
     _check(recipe, model)
     torch.manual_seed(recipe.seed)
@@ -158,12 +166,14 @@ def train(recipe, *, model=None, tokenizer=None):
     )
     warmup = round(recipe.warmup * steps.total)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: cosine_factor(t, steps.total, warmup))
+    rehearse(model, tokenizer, recipe.out, encoder.end_of_turn if recipe.mask == "completion+eot" else None)
     log = RunLog(recipe.out, steps.total, recipe.log_every)
-    model.train()
-    try:
+    evaluate = partial(_evaluate, model, evaluation, device, recipe, log)
+    with saved_at_the_end(model, tokenizer, log, evaluate) as stop:
+        model.train()
         with models.boundaries_given(model):
-            _evaluate(model, evaluation, device, recipe, log, 0)
-            for step, micro_batches in enumerate(steps, start=1):
+            evaluate(stop, 0)
+            for step, micro_batches in stop.steps(enumerate(steps, start=1)):
                 batches = [batch(rows, recipe.weigh == "examples") for rows in micro_batches]
                 # One denominator for the whole step, or micro-batches with few kept tokens would weigh more.
                 num_items = sum(b.kept.count if recipe.weigh == "tokens" else b.examples for b in batches)
@@ -197,16 +207,7 @@ def train(recipe, *, model=None, tokenizer=None):
                     skipped_steps=optimizer.skipped_steps.clone(),
                 )
                 if recipe.eval_every and step % recipe.eval_every == 0 and step < steps.total:
-                    _evaluate(model, evaluation, device, recipe, log, step)
-            _evaluate(model, evaluation, device, recipe, log, steps.total)
-    finally:
-        log.close()
-    log.plot()
-    if skipped := int(optimizer.skipped_steps):
-        print(f"skipped {skipped} of {steps.total} steps: the gradient's norm was not finite")
-    if recipe.mask == "completion+eot":
-        models.stop_at(model, encoder.end_of_turn)
-    models.save(model, tokenizer, Path(recipe.out) / "model")
+                    evaluate(stop, step)
     return model, tokenizer, log
 
 
@@ -257,10 +258,10 @@ def _held_out(recipe, encoder, examples):
     return held_out, bad
 
 
-def _evaluate(model, batches, device, recipe, log, step):
+def _evaluate(model, batches, device, recipe, log, stop, step):
     if batches:
-        with _autocast(device, recipe.precision):
-            log.evaluation(step, masked_loss(model, batches, device))
+        with _autocast(device, recipe.precision), models.boundaries_given(model):
+            log.evaluation(step, masked_loss(model, stop.batches(batches), device))
 
 
 def _autocast(device, precision):
@@ -288,6 +289,4 @@ def _check(recipe, model):
     for name in ("warmup", "holdout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(recipe, name)}")
-    for name in ("train.jsonl", "model"):
-        if (Path(recipe.out) / name).exists():
-            raise FileExistsError(f"out: {recipe.out} holds a run already ({name})")
+    check_folder(recipe.out)

@@ -187,7 +187,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(recipe, small_m
     monkeypatch.setattr(training, "linear_cross_entropy", spoilt)
     train(replace(recipe, steps=5), model=small_model(), tokenizer=tokenizer)
     rows = steps_of(recipe.out)
-    assert [math.isnan(row["loss"]) for row in rows] == [False, False, True, False, False]
+    assert [row["loss"] is None for row in rows] == [False, False, True, False, False]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
     assert "skipped 1 of 5 steps" in capsys.readouterr().out
 
