@@ -8,7 +8,7 @@ from bisect import bisect_left
 from itertools import pairwise
 from typing import NamedTuple
 
-from .messages import READ_HERE, printed_as_python, switched_off, with_argument_objects
+from .spoken import READ_HERE, printed_as_python, switched_off, with_argument_objects
 from .templates import ChatTemplate, Refused, first_line
 from .turns import find_turns
 

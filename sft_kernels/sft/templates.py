@@ -4,7 +4,7 @@ import re
 from bisect import bisect
 from typing import NamedTuple
 
-from .messages import missing_words, reasonings, said_by, with_marks
+from .spoken import missing_words, reasonings, said_by, with_marks
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
 _ASK = {"role": "user", "content": "a"}

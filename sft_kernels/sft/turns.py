@@ -7,7 +7,7 @@ template renders a turn in another way once others follow.
 
 import re
 
-from .messages import carries_loss
+from .spoken import carries_loss
 from .templates import Refused, Span
 
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")

@@ -1,4 +1,4 @@
-"""A conversation's messages: which turns carry loss, and what of them a chat template must not lose."""
+"""What an assistant's message has a model say: does it carry loss, and is all of it rendered?"""
 
 import json
 import re

@@ -6,7 +6,7 @@ import pytest
 
 from sft_kernels.sft.data import DataError
 from sft_kernels.sft.masking import Encoder
-from sft_kernels.sft.messages import carries_loss
+from sft_kernels.sft.spoken import carries_loss
 
 from .conftest import TURNS, record
 from .test_masking import learned
