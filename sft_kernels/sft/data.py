@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 from . import formats
 from .formats import ENOUGH, NotJson, Unfit
-from .messages import ROLES, check, check_tools
+from .messages import ROLES as ROLES
+from .messages import check, check_tools
 from .strict_json import parse
-
-__all__ = ["ROLES", "DataError", "Lines", "Record", "check_pipes", "first_of", "read_all", "read_jsonl"]
 
 LONGEST = 1 << 28  # bytes of a line; a longer one is no conversation
 LONGEST_MESSAGE = 4000
@@ -28,7 +27,7 @@ class DataError(ValueError):
 
 
 class Record(NamedTuple):
-    """One line: a conversation (``messages``, and ``tools`` for the template), or plain ``text``."""
+    """One line: a conversation (``messages`` and the template's ``tools``), or plain ``text``."""
 
     path: str
     line: int
@@ -41,7 +40,7 @@ class Record(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """The lines of some files: those that were read, and the :class:`DataError` of each that was left out."""
+    """The lines of some files: those that were read, and why each of the others was left out."""
 
     records: list[Record]
     bad: list[DataError]
@@ -65,19 +64,22 @@ def check_pipes(paths):
             info = os.stat(_source(path))
         except (OSError, ValueError):
             continue  # the reader says so
-        if (not stat.S_ISREG(info.st_mode) and not stat.S_ISDIR(info.st_mode)) or _source(path) == 0:
-            if (info.st_dev, info.st_ino) in seen:
-                raise DataError(path, None, "given twice, but a pipe can be read only once; write it to a file")
-            seen.add((info.st_dev, info.st_ino))
+        again = stat.S_ISREG(info.st_mode) or stat.S_ISDIR(info.st_mode)
+        if again and _source(path) != 0:
+            continue
+        if (info.st_dev, info.st_ino) in seen:
+            reason = "given twice, but a pipe can be read only once; write it to a file"
+            raise DataError(path, None, reason)
+        seen.add((info.st_dev, info.st_ino))
 
 
 def read_jsonl(path, bad=None):
     """The records of a UTF-8 file with one JSON object a line; blank lines are passed over.
 
-    A line is ``{"messages": [{"role": …, "content": …}, …]}``, optionally with ``"tools"``, or
-    ``{"text": …}``. The file may be a pipe, and ``-`` is standard input. The first bad line raises
-    :class:`DataError`; given a list as ``bad``, each is appended there and left out. A file without
-    any record raises in either case.
+    A line is ``{"messages": [{"role": …, "content": …}, …]}``, optionally with ``"tools"``,
+    or ``{"text": …}``. The file may be a pipe, and ``-`` is standard input. The first bad line
+    raises :class:`DataError`; given a list as ``bad``, each is appended there and left out. A
+    file without any record raises in either case.
     """
     records, refused = [], []
     path = "/dev/stdin" if str(path) in STDIN else str(Path(path))

@@ -22,7 +22,11 @@ ENOUGH = 1 << 20  # bytes of a file's beginning, to see what an object over seve
 _FILE = 'open(sys.argv[1], encoding="utf-8-sig")'
 _LINES = f"for r in map(json.loads, filter(str.strip, {_FILE}))"
 _WHOLE = f"json.load({_FILE})"
-_SUFFIXES = "jsonl json ndjson gz bz2 xz zst lz4 tar zip parquet arrow orc xlsx csv tsv yaml yml txt md"
+_SUFFIXES = re.compile(
+    r"\.(messages\d*|jsonl?|ndjson|txt|md|[ct]sv|ya?ml|xlsx|parquet|arrow|orc"
+    r"|gz|bz2|xz|zst|lz4|tar|zip)",
+    re.IGNORECASE,
+)
 
 
 def python(expression, rows=_LINES, modules="json, sys"):
@@ -53,7 +57,8 @@ _CONTAINERS = (  # the first bytes of a file, its format, the program
     (b"\0{", "UTF-16", "iconv -f UTF-16BE -t UTF-8"),
     (b"\0[", "UTF-16", "iconv -f UTF-16BE -t UTF-8"),
 )
-_EXCEL = 'import pandas, sys; pandas.read_excel(sys.argv[1]).to_json(sys.stdout, "records", lines=True)'
+_RECORDS = 'sys.stdout, orient="records", lines=True'
+_EXCEL = f"import pandas, sys; pandas.read_excel(sys.argv[1]).to_json({_RECORDS})"
 _SAVED = "import datasets, sys; datasets.load_from_disk(sys.argv[1]).to_json(sys.stdout.buffer)"
 _PARTS = f"for d in yaml.safe_load_all({_FILE}) for r in (d if isinstance(d, list) else [d])"
 _YAML = python("r, default=str", _PARTS, "json, sys, yaml")
@@ -89,7 +94,7 @@ def _names(path):
     if not (path.is_file() or path.is_dir()):
         return "FILE", "NEW.jsonl"
     stem = path.name
-    while (split := os.path.splitext(stem))[1][1:].lower() in _SUFFIXES.split():
+    while _SUFFIXES.fullmatch((split := os.path.splitext(stem))[1]):
         stem = split[0]
     names = (f"{stem}{'.messages' * (i > 0)}{i if i > 1 else ''}.jsonl" for i in count())
     free = next(new for name in names if not (new := path.with_name(name)).exists())
@@ -165,7 +170,7 @@ def behind_the_value(rest, column):
 
 
 def beginning(head, path):
-    """The refusal of a file whose text begins with ``head``, of which the first line is not JSON; or None."""
+    """The refusal of a file by a ``head`` whose first line is not JSON; None if it says nothing."""
     suffix, line = Path(path).suffix.lower(), head.partition("\n")[0].strip()
     head = head.lstrip()
     if head.startswith("{'"):
@@ -191,7 +196,8 @@ def _json(head, line):
         first = _decode(head[1:].lstrip())
         if is_messages([first]):
             rows = f"for r in [{_WHOLE}]"
-            return Unfit("a JSON array over several lines", python(shape_of([first]).expression, rows))
+            program = python(shape_of([first]).expression, rows)
+            return Unfit("a JSON array over several lines", program)
         if first is None and not re.match(r"\[\s*([\[{\"]|$)", head):
             return None
         return _array("a JSON array", first or {"text": ""}, f"for r in {_WHOLE}", ".[]")
@@ -209,10 +215,10 @@ def _json(head, line):
 
 def _columns(head, line, suffix):
     """The refusal of comma-separated values or the like."""
-    named = suffix in (".csv", ".tsv")
     mark = max("\t,;|", key=line.count)
     columns = [column.strip() for column in line.replace('"', "").split(mark)]
-    if not named and (len(columns) < 2 or not all(re.fullmatch(r"\w[\w .-]{0,39}", c) for c in columns)):
+    header = len(columns) > 1 and all(re.fullmatch(r"\w[\w .-]{0,39}", c) for c in columns)
+    if suffix not in (".csv", ".tsv") and not header:
         return None
     first = {column: "x" for column in columns}
     with suppress(csv.Error, StopIteration):

@@ -1,7 +1,7 @@
 """A conversation's messages and tools, checked before a chat template sees them."""
 
 from .formats import Unfit, python
-from .shapes import ALIASES, decoded, mended, with_system, with_tools
+from .shapes import ALIASES, SYSTEM, decoded, mended, with_system, with_tools
 from .strict_json import parse
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -10,7 +10,7 @@ _SWITCHES = {"weight", "train", "training", "loss"}  # whether a turn carries lo
 
 
 def check(row):
-    """Check ``row["messages"]`` and return them; :class:`~.formats.Unfit` names the message and what it lacks."""
+    """Check ``row["messages"]`` and return them; :class:`~.formats.Unfit` names the bad one."""
     messages = row["messages"]
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         raise Unfit('"messages" is a string, not a list', python(decoded("messages")))
@@ -36,7 +36,7 @@ def check(row):
 
 
 def check_tools(tools):
-    """Return the list of a row's ``"tools"``, which may be a JSON string of it; None if there is none."""
+    """Return the list of a row's ``"tools"``, or None; the list may come as a JSON string."""
     if isinstance(tools, str) and tools.strip():
         try:
             tools = parse(tools)
@@ -55,21 +55,27 @@ def check_tools(tools):
 def _beside(row, messages):
     """Refuse what stands beside the messages and would be lost."""
     if row.get("chat_template_kwargs"):
-        raise Unfit('"chat_template_kwargs" of one line are not supported; write them into the chat template')
+        reason = '"chat_template_kwargs" is not supported; write them into the chat template'
+        raise Unfit(reason)
     if row.get("functions"):
         raise Unfit('"functions" is OpenAI\'s old name for "tools"', python(with_tools()))
-    if row.get("system") and isinstance(row["system"], str):
-        roles = [m.get("role") for m in messages if isinstance(m, dict)]
-        if "system" not in roles and "developer" not in roles:
-            raise Unfit('"system" beside "messages"; a system prompt is the first message', python(with_system()))
+    for key in SYSTEM:
+        if row.get(key) and isinstance(row[key], str):
+            roles = [m.get("role") for m in messages if isinstance(m, dict)]
+            if "system" not in roles and "developer" not in roles:
+                reason = f'"{key}" beside "messages"; a system prompt is the first message'
+                raise Unfit(reason, python(with_system(key)))
 
 
 def _unknown_role(i, message, messages):
     if "from" in message and "value" in message and "role" not in message:
-        return Unfit(f'message {i} has "from" and "value" for "role" and "content"', _mend(messages))
+        reason = f'message {i} has "from" and "value" for "role" and "content"'
+        return Unfit(reason, _mend(messages))
     role = message.get("role")
     known = isinstance(role, str) and (role in ALIASES or role == "function_call")
-    shown = repr(role[:60]) if isinstance(role, str) else "None" if role is None else "that is no string"
+    if role is not None and not isinstance(role, str):
+        return Unfit(f"message {i}: role is not a string")
+    shown = repr(role and role[:60])
     reason = f"message {i} has unknown role {shown}; expected one of {', '.join(ROLES)}"
     return Unfit(reason, _mend(messages) if known else None)
 
@@ -79,20 +85,21 @@ def _content(i, message, messages):
     role, content = message["role"], message.get("content")
     who = f"message {i} ({role})"
     if message.get("function_call"):
-        return Unfit(f'{who}: "function_call" is OpenAI\'s old name for one of "tool_calls"', _mend(messages))
+        reason = f'{who}: "function_call" is OpenAI\'s old name for one of "tool_calls"'
+        return Unfit(reason, _mend(messages))
     if content is None:
         return Unfit(f"{who} has neither a string as content nor tool calls")
     if isinstance(content, list):
-        others = [
-            p
-            for p in content
-            if not isinstance(p, str) and not (isinstance(p, dict) and isinstance(p.get("text"), str))
-        ]
-        if others:
-            return Unfit(f"{who} has neither a string as content nor parts of text alone; only text is supported")
-        return Unfit(f"{who} has parts as content; join their text to one string", _mend(messages))
+        if not all(map(_is_text, content)):
+            return Unfit(f"{who} has neither a string as content nor text parts alone")
+        return Unfit(f"{who} has parts as content; join their text", _mend(messages))
     kind = "an object" if isinstance(content, dict) else "a number or a boolean"
-    return Unfit(f"{who} has {kind} as content, neither a string nor null; write it as a string", _mend(messages))
+    reason = f"{who} has neither a string as content nor null but {kind}; write it as a string"
+    return Unfit(reason, _mend(messages))
+
+
+def _is_text(part):
+    return isinstance(part, str) or (isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
 def _mend(messages):
@@ -106,37 +113,38 @@ def _acts(message):
 
 def _extras(i, message, messages):
     """Check what a message holds beside role and content; returns whether it asks for no loss."""
-    role = message["role"]
+    role, who = message["role"], f"message {i} ({message['role']})"
     if calls := message.get("tool_calls"):
         if role != "assistant":
-            raise Unfit(f"message {i} ({role}) has tool calls, which only an assistant makes")
+            raise Unfit(f"{who} has tool calls, which only an assistant makes")
         if not isinstance(calls, list):
-            raise Unfit(f"message {i} ({role}): tool_calls is not a list")
+            raise Unfit(f"{who}: tool_calls is not a list")
         for j, call in enumerate(calls):
-            _call(f"message {i} ({role}), tool call {j}", call)
+            _call(f"{who}, tool call {j}", call)
     if message.get("function_call"):
         raise _content(i, message, messages)
-    for name in sorted(message.keys() & _THOUGHTS):
+    for name in [key for key in message if key in _THOUGHTS]:
         if message[name] is not None and not isinstance(message[name], str):
-            raise Unfit(f'message {i} ({role}): "{name}" is not a string')
+            raise Unfit(f'{who}: "{name}" is not a string')
     asked = None
-    for name in sorted(message.keys() & _SWITCHES):
+    for name in [key for key in message if key in _SWITCHES]:
         if (value := message[name]) is None:  # a table's way to say that it is not there
             del message[name]
             continue
         if not isinstance(value, (int, float)) or value not in (0, 1):
             kind = "0 or 1" if name == "weight" else "true or false"
-            raise Unfit(f'message {i} ({role}): "{name}" is not {kind}; nothing in between is supported')
+            raise Unfit(f'{who}: "{name}" is not {kind}; nothing else is supported')
         if value and role != "assistant":
-            raise Unfit(f'message {i} ({role}): "{name}" asks for loss, which only an assistant\'s words carry')
+            reason = f'{who}: "{name}" asks for loss, which only assistant turns carry'
+            raise Unfit(reason)
         if asked is not None and asked != value:
-            raise Unfit(f'message {i} ({role}): "{name}" contradicts the key before it; keep one of them')
+            raise Unfit(f'{who}: "{name}" contradicts another key; keep one of them')
         asked = value
     return asked is not None and not asked
 
 
 def _call(where, call):
-    """Check a tool call: ``{"function": {"name": …, "arguments": …}}``, or name and arguments alone."""
+    """Check a tool call: an object with ``"function"``, or name and arguments alone."""
     if not isinstance(call, dict):
         raise Unfit(f'{where} is not an object with a "function"')
     function = call if call.get("function") is None else call["function"]
@@ -151,10 +159,10 @@ def _call(where, call):
         try:
             arguments = parse(arguments)
         except Unfit as error:
-            raise Unfit(f"{where}: arguments is a string but not a JSON object ({error.reason})") from error
+            raise Unfit(f"{where}: arguments is no JSON object ({error.reason})") from error
         if isinstance(arguments, dict):
             return
-        raise Unfit(f"{where}: arguments is a string but not a JSON object")
+        raise Unfit(f"{where}: arguments is a string, but not that of a JSON object")
     if arguments is None:
         raise Unfit(f'{where} has no arguments; write "arguments": {{}} if it takes none')
     raise Unfit(f"{where}: arguments is neither an object nor a JSON object as a string")

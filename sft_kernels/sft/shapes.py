@@ -25,8 +25,9 @@ _ALWAYS = ("human", "gpt")  # as a later line may well have what the one at hand
 _QUESTIONS = ("instruction", "prompt", "question", "query", "problem", "input", "user")
 _ANSWERS = ("output", "completion", "response", "answer", "chosen", "solution", "assistant")
 _MORE = ("input", "context")  # what an instruction is about; often empty
+_CHATS = ("conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-_SYSTEM = '[{"role": "system", "content": r["system"]}] * bool(r.get("system"))'
+SYSTEM = ("system", "system_prompt", "system_message")
 _TOOLS = '**{k: r[k] for k in r if k == "tools"}'
 _CALLS = '[{"type": "function", "function": c} for c in (v if isinstance(v, list) else [v])]'
 
@@ -46,17 +47,18 @@ def shape_of(row):
         return Shape("a list of messages", f'{{"messages": {_messages("r", row)}}}')
     if not isinstance(row, dict):
         return None
-    found = _pair(row) or _conversation(row) or _encoded(row) or _single(row)
+    found = _conversation(row, _CHATS) or _pair(row) or _conversation(row, ("chosen", *row))
+    found = found or _encoded(row) or _single(row)
     return found and Shape(found.name, f'r if "messages" in r else {found.expression}')
 
 
 def is_messages(value):
     """Whether a value is a list of messages, by whatever names."""
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and ("role" in m or ("from" in m and "value" in m)) for m in value)
-    )
+    return isinstance(value, list) and bool(value) and all(map(_is_message, value))
+
+
+def _is_message(value):
+    return isinstance(value, dict) and ("role" in value or ("from" in value and "value" in value))
 
 
 def rows_inside(row):
@@ -71,8 +73,9 @@ def rows_inside(row):
 
 
 def mended(messages):
-    """The expression of a row whose messages have other roles, content or calls; None if it needs none."""
-    return None if (fixed := _messages('r["messages"]', messages)) == 'r["messages"]' else _with(fixed)
+    """The expression of a row with other roles, content or calls; None if it needs none."""
+    fixed = _messages('r["messages"]', messages)
+    return f'{{**r, "messages": {fixed}}}' if fixed != 'r["messages"]' else None
 
 
 def quoted(key):
@@ -80,9 +83,10 @@ def quoted(key):
     return json.dumps(key, ensure_ascii=False)
 
 
-def with_system():
-    """The expression that makes ``"system"`` beside ``"messages"`` the first message."""
-    return f'{{**{{k: r[k] for k in r if k != "system"}}, "messages": {_SYSTEM} + r["messages"]}}'
+def with_system(key):
+    """The expression that makes the system prompt beside ``"messages"`` the first message."""
+    others = f"**{{k: r[k] for k in r if k != {quoted(key)}}}"
+    return f'{{{others}, "messages": {_system([key])} + r["messages"]}}'
 
 
 def with_tools():
@@ -97,8 +101,14 @@ def decoded(key):
     return f"{{**r, {key}: json.loads(r[{key}]) if isinstance(r[{key}], str) else r[{key}]}}"
 
 
-def _with(messages):
-    return f'{{**r, "messages": {messages}}}'
+def _system(keys):
+    """The expression of the system prompt's message, in a list that may be empty."""
+    prompt = f"r.get({quoted(next((key for key in SYSTEM if key in keys), SYSTEM[0]))})"
+    return f'[{{"role": "system", "content": {prompt}}}] * bool({prompt})'
+
+
+def _row(keys, messages):
+    return f'{{"messages": {_system(keys)} + {messages}, {_TOOLS}}}'
 
 
 def _pair(row):
@@ -107,8 +117,10 @@ def _pair(row):
     answer = next((key for key in _ANSWERS if _said(row.get(key)) and key != question), None)
     if question is None or answer is None:
         return None
-    asked = f"r[{quoted(question)}]"
+    asked, reply = f"r[{quoted(question)}]", f"r[{quoted(answer)}]"
+    first = "user"
     if is_messages(row[question]):
+        first = row[question][0].get("role")
         asked = _messages(asked, row[question])
     else:
         more = next((key for key in _MORE if key in row and key not in (question, answer)), None)
@@ -117,35 +129,31 @@ def _pair(row):
         if more:
             asked = f'"\\n\\n".join(filter(None, [{asked}, r.get({quoted(more)})]))'
         asked = f'[{{"role": "user", "content": {asked}}}]'
-    reply = f"r[{quoted(answer)}]"
     if is_messages(row[answer]):
         reply = _messages(reply, row[answer])
+        if "rejected" in row and row[answer][0].get("role") == first:  # it begins with the prompt
+            return Shape("a preference", f'{{"messages": {reply}, {_TOOLS}}}')
     else:
         thought = next((key for key in _THOUGHTS if isinstance(row.get(key), str)), None)
         thought = f', "reasoning_content": r.get({quoted(thought)})' if thought else ""
         reply = f'[{{"role": "assistant", "content": {reply}{thought}}}]'
     earlier = ""
     if "history" in row:
-        pairs = '(("user", q), ("assistant", a))'
-        earlier = f'[{{"role": s, "content": t}} for q, a in r.get("history") or [] for s, t in {pairs}] + '
-    if answer == "chosen" and "rejected" in row and is_messages(row[answer]):
-        whole = row[answer][0].get("role") == (row[question][0].get("role") if is_messages(row[question]) else "user")
-        if whole:  # the chosen conversation begins with the prompt
-            return Shape("a preference", f'{{"messages": {reply}, {_TOOLS}}}')
-    name = f'"{question}" and "{answer}"'
-    return Shape(name, f'{{"messages": {_SYSTEM} + {earlier}{asked} + {reply}, {_TOOLS}}}')
+        turns = 'for t in r.get("history") or [] for s, c in zip(("user", "assistant"), t)'
+        earlier = f'[{{"role": s, "content": c}} {turns}] + '
+    return Shape(f'"{question}" and "{answer}"', _row(row, f"{earlier}{asked} + {reply}"))
 
 
 def _said(value):
     return isinstance(value, str) or is_messages(value)
 
 
-def _conversation(row):
+def _conversation(row, keys):
     """A list of messages under another key: ShareGPT, Gemini, and the like."""
-    for key in ("chosen", *row):
-        if is_messages(value := row.get(key)):
+    for key in keys:
+        if is_messages(value := row.get(key)) and "systemInstruction" not in row:
             messages = _messages(f"r[{quoted(key)}]", value)
-            return Shape(f"a conversation in {key[:60]!r}", f'{{"messages": {_SYSTEM} + {messages}, {_TOOLS}}}')
+            return Shape(f"a conversation in {key[:60]!r}", _row(row, messages))
     return None
 
 
@@ -168,7 +176,7 @@ def _single(row):
 
 
 def _messages(source, messages):
-    """The expression of a list of messages with this project's roles, strings as content, and tool calls."""
+    """The expression of messages with this project's roles, strings as content, and tool calls."""
     said = [m for m in messages if isinstance(m, dict)]
     role, content = "role", "content"
     if not any("role" in m for m in said):
@@ -181,13 +189,12 @@ def _messages(source, messages):
     if role != "role" or any(name in ALIASES for name in roles):
         names = {name: to for name, to in ALIASES.items() if name in roles or name in _ALWAYS}
         fields.append(f'"role": {json.dumps(names)}.get(m["{role}"], m["{role}"])')
+    words = f'c := m.get("{content}")'
     if any(isinstance(m.get(content), list) for m in said):
-        fields.append(
-            f'"content": "".join(p if isinstance(p, str) else p["text"] for p in c) '
-            f'if isinstance(c := m.get("{content}"), list) else c'
-        )
+        joined = '"".join(p if isinstance(p, str) else p["text"] for p in c)'
+        fields.append(f'"content": {joined} if isinstance({words}, list) else c')
     elif any(not isinstance(m.get(content), str | None) for m in said):
-        fields.append(f'"content": c if isinstance(c := m.get("{content}"), (str, type(None))) else json.dumps(c)')
+        fields.append(f'"content": c if isinstance({words}, (str, type(None))) else json.dumps(c)')
     elif content != "content":
         fields.append(f'"content": m["{content}"]')
     if any(m.get("function_call") for m in said):

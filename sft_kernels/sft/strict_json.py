@@ -13,10 +13,11 @@ _DEEP = f"nested deeper than {MAX_DEPTH} levels"
 
 
 def parse(text):
-    """Return the value of a JSON text; raise :class:`~.formats.Unfit` for anything that is not plain JSON.
+    """Return the value of a JSON text; raise :class:`~.formats.Unfit` for anything else.
 
-    Beyond what ``json`` raises, these are refused: NaN and Infinity, a number that is too large, a key
-    that stands twice in one object, half a surrogate pair, nesting deeper than ``MAX_DEPTH``.
+    Beyond what ``json`` raises, these are refused: NaN and Infinity, a number that is too large,
+    a key that stands twice in one object, half a surrogate pair, and nesting deeper than
+    ``MAX_DEPTH``.
     """
     try:
         value = _DECODER.decode(text)
