@@ -2,7 +2,7 @@
 
 import os
 import stat
-from itertools import chain
+from collections import deque
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,17 +83,17 @@ def read_jsonl(path, bad=None):
     """
     records, refused = [], []
     path = "/dev/stdin" if str(path) in STDIN else str(Path(path))
+    ahead = deque()
     with _open(path) as file:
         lines = _lines(path, file)
-        for number, line in lines:
+        for number, line in _taking(ahead, lines):
             if line is not None and line.strip() in (b"", _BOM):
                 continue
             try:
                 records.append(_record(path, number, line))
             except Unfit as error:
                 if line and not records and not refused and isinstance(error, NotJson):
-                    ahead = _ahead(lines)
-                    lines = chain(ahead, lines)
+                    ahead.extend(_ahead(lines))
                     error = _beginning(path, line, ahead) or error
                 refusal = DataError(path, number, error.at(path))
                 if bad is None:
@@ -149,6 +149,14 @@ def _lines(path, file):
             yield number, line
     except OSError as error:
         raise DataError(path, number + 1, f"cannot be read ({error.strerror})") from error
+
+
+def _taking(ahead, lines):
+    """The lines, after each of them those that were taken ahead of the others."""
+    for line in lines:
+        yield line
+        while ahead:
+            yield ahead.popleft()
 
 
 def _ahead(lines):
