@@ -204,7 +204,7 @@ def _json(head, line):
     value = _decode(head)
     if inside := rows_inside(value):
         return _under(*inside, f"for r in {_WHOLE}")
-    if isinstance(value, dict) or line == "{":
+    if isinstance(value, dict) or re.match(r'\{\s*\n\s*"', head):
         return Unfit("an object over several lines, and the reader takes one a line", "jq -c .")
     if found := re.match(r'\{\s*"(\w+)"\s*:\s*\[\s*(?=\{)', head):
         first = _decode(head[found.end() :])

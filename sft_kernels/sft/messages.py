@@ -113,56 +113,61 @@ def _acts(message):
 
 def _extras(i, message, messages):
     """Check what a message holds beside role and content; returns whether it asks for no loss."""
-    role, who = message["role"], f"message {i} ({message['role']})"
+    role = message["role"]
+
+    def fail(reason):
+        raise Unfit(f"message {i} ({role}){reason}")
+
     if calls := message.get("tool_calls"):
         if role != "assistant":
-            raise Unfit(f"{who} has tool calls, which only an assistant makes")
+            fail(" has tool calls, which only an assistant makes")
         if not isinstance(calls, list):
-            raise Unfit(f"{who}: tool_calls is not a list")
+            fail(": tool_calls is not a list")
         for j, call in enumerate(calls):
-            _call(f"{who}, tool call {j}", call)
+            if fault := _fault(call):
+                fail(f": tool call {j} {fault}")
     if message.get("function_call"):
         raise _content(i, message, messages)
-    for name in [key for key in message if key in _THOUGHTS]:
-        if message[name] is not None and not isinstance(message[name], str):
-            raise Unfit(f'{who}: "{name}" is not a string')
     asked = None
-    for name in [key for key in message if key in _SWITCHES]:
-        if (value := message[name]) is None:  # a table's way to say that it is not there
+    for name in [key for key in message if key in _THOUGHTS or key in _SWITCHES]:
+        value = message[name]
+        if name in _THOUGHTS:
+            if value is not None and not isinstance(value, str):
+                fail(f': "{name}" is not a string')
+        elif value is None:  # a table's way to say that it is not there
             del message[name]
-            continue
-        if not isinstance(value, (int, float)) or value not in (0, 1):
+        elif not isinstance(value, (int, float)) or value not in (0, 1):
             kind = "0 or 1" if name == "weight" else "true or false"
-            raise Unfit(f'{who}: "{name}" is not {kind}; nothing else is supported')
-        if value and role != "assistant":
-            reason = f'{who}: "{name}" asks for loss, which only assistant turns carry'
-            raise Unfit(reason)
-        if asked is not None and asked != value:
-            raise Unfit(f'{who}: "{name}" contradicts another key; keep one of them')
-        asked = value
+            fail(f': "{name}" is not {kind}; nothing else is supported')
+        elif value and role != "assistant":
+            fail(f': "{name}" asks for loss, which only assistant turns carry')
+        elif asked is not None and asked != value:
+            fail(f': "{name}" contradicts another key; keep one of them')
+        else:
+            asked = value
     return asked is not None and not asked
 
 
-def _call(where, call):
-    """Check a tool call: an object with ``"function"``, or name and arguments alone."""
+def _fault(call):
+    """A tool call's fault. It is an object with ``"function"``, or name and arguments alone."""
     if not isinstance(call, dict):
-        raise Unfit(f'{where} is not an object with a "function"')
+        return 'is not an object with a "function"'
     function = call if call.get("function") is None else call["function"]
     if not isinstance(function, dict):
-        raise Unfit(f'{where}: "function" is not an object with "name" and "arguments"')
+        return 'has a "function" that is not an object with "name" and "arguments"'
     name, arguments = function.get("name"), function.get("arguments")
     if not isinstance(name, str) or not name.strip():
-        raise Unfit(f"{where} has no name")
+        return 'has no "name" that is a string'
     if isinstance(arguments, dict) or arguments == "":
-        return
-    if isinstance(arguments, str):
-        try:
-            arguments = parse(arguments)
-        except Unfit as error:
-            raise Unfit(f"{where}: arguments is no JSON object ({error.reason})") from error
-        if isinstance(arguments, dict):
-            return
-        raise Unfit(f"{where}: arguments is a string, but not that of a JSON object")
+        return None
     if arguments is None:
-        raise Unfit(f'{where} has no arguments; write "arguments": {{}} if it takes none')
-    raise Unfit(f"{where}: arguments is neither an object nor a JSON object as a string")
+        return 'has no "arguments"; write {} if it takes none'
+    if not isinstance(arguments, str):
+        return 'has "arguments" that are not an object'
+    try:
+        return None if isinstance(parse(arguments), dict) else _NOT_OBJECT
+    except Unfit as error:
+        return f"{_NOT_OBJECT} ({error.reason})"
+
+
+_NOT_OBJECT = 'has "arguments" in a string that is not a JSON object'

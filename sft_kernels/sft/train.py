@@ -73,7 +73,7 @@ class Recipe:
     """Of weights, split and order."""
 
 
-def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading"):
+def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading", name="data"):
     """All examples of some JSONL files, and the :class:`~.data.DataError` of each line left out (``skip_bad``).
 
     Instead of paths, :class:`~.data.Lines` may be given, as :func:`~.data.read_all` returns them.
@@ -92,7 +92,7 @@ def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading"):
             bad.append(error)
     if not examples:
         files = ", ".join(dict.fromkeys(record.path for record in records))
-        raise ValueError(f"data: no usable conversation in {files}; {first_of(bad)}")
+        raise ValueError(f"{name}: no usable conversation in {files}; {first_of(bad)}")
     return examples, bad
 
 
@@ -251,7 +251,8 @@ def _held_out(recipe, encoder, examples):
     """Examples to measure on: files of their own, and a share that is taken out of ``examples``, in place."""
     held_out, bad = [], []
     if recipe.eval_data:
-        held_out, bad = load_examples(recipe.eval_data, encoder, recipe.row_tokens, recipe.skip_bad, "reading held-out")
+        desc, name = "reading held-out", "eval_data"
+        held_out, bad = load_examples(recipe.eval_data, encoder, recipe.row_tokens, recipe.skip_bad, desc, name)
     if recipe.holdout:
         random.Random(f"{recipe.seed}/holdout").shuffle(examples)
         count = max(1, round(recipe.holdout * len(examples)))
