@@ -176,7 +176,7 @@ def beginning(head, path):
     if head.startswith("{'"):
         return Unfit("not JSON but Python's notation, with single quotes", _LITERALS)
     if head.startswith(("[", "{")):
-        return _json(head, line)
+        return _json(head)
     if suffix in (".yaml", ".yml") or re.match(r"---$|- \w+:", line):
         return Unfit("is YAML, and the reader takes JSONL", _YAML)
     if line.startswith("version https://git-lfs"):
@@ -190,7 +190,7 @@ def beginning(head, path):
     return None
 
 
-def _json(head, line):
+def _json(head):
     """The refusal of a value over several lines, as far as ``head`` shows it."""
     if head[0] == "[":
         first = _decode(head[1:].lstrip())
