@@ -86,6 +86,7 @@ def _train(argv):
 def _inspect(argv):
     import tyro
 
+    from .sft.data import read_all
     from .sft.inspection import label_table, summary
     from .sft.masking import Encoder
     from .sft.model import load_tokenizer
@@ -96,7 +97,7 @@ def _inspect(argv):
         """Show what a run would train on."""
 
         data: Annotated[list[str], tyro.conf.Positional]
-        """JSONL files."""
+        """JSONL files; - is standard input."""
         tokenizer: str | None = None
         """Folder of a tokenizer; None: a byte-level BPE trained on the data."""
         chat_template: str | None = None
@@ -116,13 +117,14 @@ def _inspect(argv):
     options = tyro.cli(Inspect, prog="sft-kernels inspect", args=argv)
     if not options.data:
         raise ValueError("data: expected at least one JSONL file")
+    lines = read_all(options.data, options.skip_bad)
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
     else:
-        tokenizer = train_tokenizer_on(options.data, 4096, options.skip_bad, options.chat_template)
+        tokenizer = train_tokenizer_on(lines, 4096, options.skip_bad, options.chat_template)
         print("no --tokenizer: a byte-level BPE of up to 4096 tokens, trained on the data\n")
     encoder = Encoder(tokenizer, options.mask, options.split_turns)
-    examples, bad = load_examples(options.data, encoder, options.row_tokens, options.skip_bad)
+    examples, bad = load_examples(lines, encoder, options.row_tokens, options.skip_bad)
     for example in examples[: max(0, options.show)]:
         print(label_table(example, tokenizer) + "\n")
     print(summary(examples, options.row_tokens))

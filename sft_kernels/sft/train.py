@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .. import AdamW, decay_groups, linear_cross_entropy
 from . import model as models
-from .data import DataError, read_jsonl
+from .data import DataError, check_pipes, first_of, read_all
 from .evaluate import masked_loss
 from .finish import saved_at_the_end
 from .lr import cosine_factor
@@ -79,11 +79,13 @@ class Recipe:
     """Of weights, split and order."""
 
 
-def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading"):
-    """All examples of some JSONL files, and the :class:`~.data.DataError` of each line left out (``skip_bad``)."""
-    bad = [] if skip_bad else None
-    records = [record for path in paths for record in read_jsonl(path, bad)]
-    examples = []
+def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading", name="data"):
+    """All examples of some JSONL files, and the :class:`~.data.DataError` of each line left out (``skip_bad``).
+
+    Instead of paths, :class:`~.data.Lines` may be given, as :func:`~.data.read_all` returns them.
+    """
+    records, bad = read_all(paths, skip_bad)
+    bad, examples = list(bad), []
     for record in tqdm(records, desc=desc, unit="line", leave=False, disable=len(records) < 1000):
         try:
             found = encoder.examples(record)
@@ -92,17 +94,21 @@ def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading"):
                 raise record.error(f"{longest} tokens, longer than the row of {row_tokens}")
             examples += found
         except DataError as error:
-            if bad is None:
+            if not skip_bad:
                 raise
             bad.append(error)
     if not examples:
-        raise ValueError(f"data: no usable conversation in {', '.join(map(str, paths))}")
-    return examples, bad or []
+        files = ", ".join(dict.fromkeys(record.path for record in records))
+        raise ValueError(f"{name}: no usable conversation in {files}; {first_of(bad)}")
+    return examples, bad
 
 
 def train_tokenizer_on(paths, vocab_size, skip_bad=False, chat_template=None):
-    """A byte-level BPE of at most ``vocab_size`` tokens, trained on what the conversations in ``paths`` say."""
-    records = [r for path in paths for r in read_jsonl(path, [] if skip_bad else None)]
+    """A byte-level BPE of at most ``vocab_size`` tokens, trained on what the conversations in ``paths`` say.
+
+    ``paths`` may be :class:`~.data.Lines`, as for :func:`load_examples`.
+    """
+    records = read_all(paths, skip_bad).records
     texts = (r.text or "\n".join(str(m.get("content") or m.get("tool_calls")) for m in r.messages) for r in records)
     tokenizer = models.train_tokenizer(texts, vocab_size)
     if chat_template:
@@ -110,14 +116,17 @@ def train_tokenizer_on(paths, vocab_size, skip_bad=False, chat_template=None):
     return tokenizer
 
 
-def prepare_tokenizer(recipe):
-    """The recipe's tokenizer; for a bare config one that is trained on the data, of the config's vocabulary."""
+def prepare_tokenizer(recipe, lines=None):
+    """The recipe's tokenizer; for a bare config one of the config's vocabulary that is trained on the data.
+
+    ``lines`` are the data, if they have been read.
+    """
     if recipe.tokenizer or not models.is_config(recipe.model):
         return models.load_tokenizer(recipe.tokenizer or recipe.model, recipe.chat_template)
     from transformers import AutoConfig
 
     vocab_size = AutoConfig.from_pretrained(recipe.model).get_text_config().vocab_size
-    return train_tokenizer_on(recipe.data, vocab_size, recipe.skip_bad, recipe.chat_template)
+    return train_tokenizer_on(lines or recipe.data, vocab_size, recipe.skip_bad, recipe.chat_template)
 
 
 def train(recipe, *, model=None, tokenizer=None):
@@ -137,9 +146,11 @@ def train(recipe, *, model=None, tokenizer=None):
         device = model.device
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = tokenizer or prepare_tokenizer(recipe)
+    lines = read_all(recipe.data, recipe.skip_bad)
+    tokenizer = tokenizer or prepare_tokenizer(recipe, lines)
     encoder = Encoder(tokenizer, recipe.mask, recipe.split_turns)
-    examples, bad = load_examples(recipe.data, encoder, recipe.row_tokens, recipe.skip_bad)
+    examples, bad = load_examples(lines, encoder, recipe.row_tokens, recipe.skip_bad)
+    del lines
     held_out, more_bad = _held_out(recipe, encoder, examples)
     for note in encoder.notes:
         print(note)
@@ -247,7 +258,8 @@ def _held_out(recipe, encoder, examples):
     """Examples to measure on: files of their own, and a share that is taken out of ``examples``, in place."""
     held_out, bad = [], []
     if recipe.eval_data:
-        held_out, bad = load_examples(recipe.eval_data, encoder, recipe.row_tokens, recipe.skip_bad, "reading held-out")
+        desc, name = "reading held-out", "eval_data"
+        held_out, bad = load_examples(recipe.eval_data, encoder, recipe.row_tokens, recipe.skip_bad, desc, name)
     if recipe.holdout:
         random.Random(f"{recipe.seed}/holdout").shuffle(examples)
         count = max(1, round(recipe.holdout * len(examples)))
@@ -277,6 +289,7 @@ def _autocast(device, precision):
 def _check(recipe, model):
     if not recipe.data:
         raise ValueError("data: expected at least one JSONL file")
+    check_pipes([*recipe.data, *recipe.eval_data])
     if model is None and not recipe.model:
         raise ValueError("model: expected a folder or a config")
     for name in ("row_tokens", "rows", "accumulate", "log_every"):

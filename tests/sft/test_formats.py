@@ -1,0 +1,326 @@
+"""Each format that is not read is refused with a command. The command is run, its output read."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import os
+import pickle
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from sft_kernels.sft.data import DataError, read_jsonl
+
+ASK, SAY = "hi?", 'It\'s "yo" é.'
+
+
+def turns(*said, names=("user", "assistant")):
+    return [{"role": names[i % 2], "content": words} for i, words in enumerate(said)]
+
+
+USER, REPLY = CHAT = turns(ASK, SAY)
+ROW, SYSTEM = {"messages": CHAT}, {"role": "system", "content": "Be kind."}
+SHARED = [{"from": "human", "value": ASK}, {"from": "gpt", "value": SAY}]
+SHAREGPT = {"conversations": SHARED}
+ALPACA, ADDED = {"instruction": "Add.", "input": "1 2", "output": SAY}, turns("Add.\n\n1 2", SAY)
+FUNCTION = {"name": "f", "arguments": {"a": 1}}
+CALL, TOOL = ({"type": "function", "function": f} for f in (FUNCTION, {"name": "f"}))
+RESULT = {"role": "tool", "content": "3"}
+CHECKED = [USER, RESULT, REPLY]
+OLD_CALL = {"role": "assistant", "content": None, "function_call": FUNCTION}
+NEW_CALL = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+AS_SHARED = {"from": "function_call", "value": json.dumps(FUNCTION)}
+THOUGHT = {**REPLY, "reasoning_content": "hm"}
+PARTS = [{"type": "text", "text": "hi"}, {"type": "text", "text": "?"}]
+SAID_IN_PARTS = [{"role": r, "parts": [{"text": t}]} for r, t in (("user", ASK), ("model", SAY))]
+
+
+def refusal(path):
+    """The refusal of a file, None if it is read."""
+    try:
+        read_jsonl(path)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def converted(path):
+    """The records of a file after the commands of its refusals, each run in a shell."""
+    for _ in range(4):
+        if (said := refusal(path)) is None:
+            return read_jsonl(path)
+        assert said.startswith(str(path))
+        assert "\n" not in said
+        _, found, command = said.partition("To convert it: ")
+        assert found, f"no command in {said}"
+        program = command.split()[0]
+        if not shutil.which(program) and program != "python":
+            pytest.skip(f"no {program} here")
+        before = path.read_bytes()
+        shell = f'python() {{ {shlex.quote(sys.executable)} "$@"; }}; {command}'
+        done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        assert path.read_bytes() == before  # no command writes over its source
+        path = Path(shlex.split(command)[-1])
+    raise AssertionError(f"still not read: {said}")
+
+
+def messages(records):
+    return [record.messages for record in records]
+
+
+def jsonl(*rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+ROWS = {  # rows in other shapes, and the messages that they become
+    "ShareGPT": (SHAREGPT, CHAT),
+    "ShareGPT with a system prompt": ({"system": "Be kind.", **SHAREGPT}, [SYSTEM, *CHAT]),
+    "ShareGPT beside a prompt": ({"prompt": "x", "output": "y", **SHAREGPT}, CHAT),
+    "conversations with roles": ({"conversations": CHAT}, CHAT),
+    "another key": ({"id": 5, "spoken": CHAT}, CHAT),
+    "a quote in the key": ({"it's \"$(touch x)`": CHAT}, CHAT),
+    "a conversation as a string": ({"conversations": json.dumps(SHARED)}, CHAT),
+    "messages as a string": ({"messages": json.dumps(CHAT)}, CHAT),
+    "Alpaca": (ALPACA, ADDED),
+    "Alpaca without input": ({**ALPACA, "input": ""}, turns("Add.", SAY)),
+    "Alpaca with history": ({**ALPACA, "history": [["q", "a"]]}, turns("q", "a") + ADDED),
+    "prompt and completion": ({"prompt": ASK, "completion": SAY}, CHAT),
+    "prompt and completion as messages": ({"prompt": [USER], "completion": [REPLY]}, CHAT),
+    "question and answer": ({"question": ASK, "answer": SAY}, CHAT),
+    "OpenOrca": ({"system_prompt": "Be kind.", "question": ASK, "response": SAY}, [SYSTEM, *CHAT]),
+    "input and output": ({"input": ASK, "output": SAY}, CHAT),
+    "thinking": ({"question": ASK, "thinking": "hm", "answer": SAY}, [USER, THOUGHT]),
+    "a preference": ({"prompt": ASK, "chosen": CHAT, "rejected": CHAT[:1]}, CHAT),
+    "a preference in strings": ({"prompt": ASK, "chosen": SAY, "rejected": "no"}, CHAT),
+    "a preference of replies": ({"prompt": [USER], "chosen": [REPLY], "rejected": [USER]}, CHAT),
+    "a list of messages": (CHAT, CHAT),
+    "Gemini": ({"contents": SAID_IN_PARTS}, CHAT),
+    "human and gpt": ({"messages": turns(ASK, SAY, names=("human", "gpt"))}, CHAT),
+    "model": ({"messages": turns(ASK, SAY, names=("user", "model"))}, CHAT),
+    "from and value in messages": ({"messages": SHARED}, CHAT),
+    "function": ({"messages": [USER, {**RESULT, "role": "function"}, REPLY]}, CHECKED),
+    "ipython": ({"messages": [USER, {**RESULT, "role": "ipython"}, REPLY]}, CHECKED),
+    "parts": ({"messages": [{"role": "user", "content": PARTS}, REPLY]}, CHAT),
+    "an object": (
+        {"messages": [USER, {"role": "tool", "content": {"a": 1}}, REPLY]},
+        [USER, {"role": "tool", "content": '{"a": 1}'}, REPLY],
+    ),
+    "function_call": (
+        {"messages": [USER, OLD_CALL, {"role": "function", "content": "3"}, REPLY]},
+        [USER, NEW_CALL, RESULT, REPLY],
+    ),
+    "function_call as ShareGPT has it": (
+        {"conversations": [SHARED[0], AS_SHARED, {"from": "observation", "value": "3"}, SHARED[1]]},
+        [USER, {**NEW_CALL, "content": ""}, RESULT, REPLY],
+    ),
+    "a system prompt beside messages": ({"system": "Be kind.", **ROW}, [SYSTEM, *CHAT]),
+    "a text beside messages": ({**ROW, "text": "hi yo"}, CHAT),
+}
+
+
+@pytest.mark.parametrize("shape", ROWS)
+def test_a_row_in_another_shape_becomes_messages(shape, tmp_path):
+    row, expected = ROWS[shape]
+    path = tmp_path / "it's chats.jsonl"
+    path.write_text(jsonl(row, row), encoding="utf-8")
+    assert refusal(path).startswith(f"{path}:1: ")
+    assert messages(converted(path)) == [expected] * 2
+    assert {file.name.split(".")[0] for file in tmp_path.iterdir()} == {"it's chats"}
+
+
+@pytest.mark.parametrize("shape", ["ShareGPT", "Alpaca", "question and answer"])
+def test_tools_stay_and_rows_that_fit_stay_as_they_are(shape, tmp_path):
+    row, expected = ROWS[shape]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(jsonl(ROW, {**row, "tools": json.dumps([TOOL])}))
+    assert refusal(path).startswith(f"{path}:2: ")
+    records = converted(path)
+    assert messages(records) == [CHAT, expected]
+    assert [record.tools for record in records] == [None, [TOOL]]
+
+
+@pytest.mark.parametrize("row", ["Once.", {"content": "Once."}], ids=["a string", "another key"])
+def test_a_row_of_text_becomes_text(row, tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text(jsonl(row))
+    assert [record.text for record in converted(path)] == ["Once."]
+
+
+def test_old_functions_become_tools(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(jsonl({**ROW, "functions": [TOOL["function"]]}))
+    assert [(r.messages, r.tools) for r in converted(path)] == [(CHAT, [TOOL])]
+
+
+def table(rows, delimiter=","):
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*rows[0]], delimiter=delimiter)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+LONG = [('hi?\n"x", y', "yo"), ("a", "b" * 200_000)]  # past the csv module's limit
+QA, ANSWERS = [{"question": q, "answer": a} for q, a in LONG], [turns(q, a) for q, a in LONG]
+OBJECT, ONE, MANY = json.dumps(ROW), json.dumps(ROW, indent=1), 20_000
+YAML = "- messages:\n  - {role: user, content: 'q'}\n  - role: assistant\n    content: a\n"
+TEXTS = {  # name, text, messages
+    "an array": ("a.json", json.dumps([ROW, ROW]), [CHAT] * 2),
+    "an array over lines": ("a.json", json.dumps([ROW, ROW], indent=1), [CHAT] * 2),
+    "an array with a row a line": ("a.json", f"[\n{OBJECT},\n{OBJECT}\n]", [CHAT] * 2),
+    "an array named jsonl": ("a.jsonl", json.dumps([ROW], indent=1), [CHAT]),
+    "ShareGPT": ("a.json", json.dumps([SHAREGPT] * 2), [CHAT] * 2),
+    "ShareGPT over lines": ("a.json", json.dumps([SHAREGPT] * 2, indent=1), [CHAT] * 2),
+    "Alpaca over lines": ("a.json", json.dumps([ALPACA], indent=4), [ADDED]),
+    "messages over lines": ("a.json", json.dumps(CHAT, indent=1), [CHAT]),
+    "rows under a key": ("a.json", json.dumps({"data": [ROW, ROW]}), [CHAT] * 2),
+    "under a key over lines": ("a.json", json.dumps({"x": [ALPACA] * 2}, indent=1), [ADDED] * 2),
+    "many": ("a.json", json.dumps({"data": [SHAREGPT] * MANY}, indent=1), [CHAT] * MANY),
+    "an object over lines": ("a.json", ONE, [CHAT]),
+    "objects over lines": ("a.json", ONE + ONE, [CHAT] * 2),
+    "an object of ShareGPT over lines": ("a.json", json.dumps(SHAREGPT, indent=1), [CHAT]),
+    "two objects on a line": ("a.jsonl", OBJECT + OBJECT, [CHAT] * 2),
+    "a comma behind each object": ("a.jsonl", f"{OBJECT},\n{OBJECT},\n", [CHAT] * 2),
+    "Python's notation": ("a.jsonl", f"{ROW}\n{ROW}\n", [CHAT] * 2),
+    "NaN": ("a.jsonl", json.dumps({**ROW, "score": float("nan")}), [CHAT]),
+    "CSV": ("a.csv", table(QA), ANSWERS),
+    "CSV by another name": ("a.jsonl", table(QA), ANSWERS),
+    "TSV": ("a.tsv", table(QA, "\t"), ANSWERS),
+    "CSV with semicolons": ("a.csv", table(QA, ";"), ANSWERS),
+    "CSV with messages": ("a.csv", table([{"id": 1, "messages": json.dumps(CHAT)}]), [CHAT]),
+    "CSV with ShareGPT": ("a.csv", table([{"conversations": json.dumps(SHARED)}]), [CHAT]),
+    "YAML": ("a.yaml", YAML, [turns("q", "a")]),
+    "YAML documents": ("a.yml", "---\nquestion: q\nanswer: a\n" * 2, [turns("q", "a")] * 2),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_text_in_another_format_is_converted(kind, tmp_path):
+    name, text, expected = TEXTS[kind]
+    (tmp_path / name).write_bytes(text.encode())
+    assert refusal(tmp_path / name).startswith(f"{tmp_path / name}:1: ")
+    assert messages(converted(tmp_path / name)) == expected
+
+
+@pytest.mark.parametrize("kind", ["an array over lines", "CSV", "ShareGPT over lines", "NaN"])
+def test_a_byte_order_mark_does_not_hide_the_format(kind, tmp_path):
+    name, text, expected = TEXTS[kind]
+    (tmp_path / name).write_bytes(("\ufeff" + text).encode())
+    assert messages(converted(tmp_path / name)) == expected
+
+
+def archive(name, text):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as file:
+        file.writestr(name, text)
+    return out.getvalue()
+
+
+def made_by(*command):
+    if not shutil.which(command[0]):
+        pytest.skip(f"no {command[0]} here")
+    line = jsonl(ROW).encode()
+    return subprocess.run(command, input=line, capture_output=True, check=True).stdout
+
+
+def tabular(kind):
+    pa = pytest.importorskip("pyarrow")
+    rows, sink = pa.Table.from_pylist([ROW]), pa.BufferOutputStream()
+    if kind in ("parquet", "orc"):
+        pytest.importorskip(f"pyarrow.{kind}").write_table(rows, sink)
+    else:
+        with getattr(pa.ipc, kind)(sink, rows.schema) as writer:
+            writer.write_table(rows)
+    return sink.getvalue().to_pybytes()
+
+
+BINARY = {
+    "gzip": lambda: gzip.compress(jsonl(ROW).encode()),
+    "bzip2": lambda: bz2.compress(jsonl(ROW).encode()),
+    "xz": lambda: lzma.compress(jsonl(ROW).encode()),
+    "zstd": lambda: made_by("zstd", "-c"),
+    "zip": lambda: archive("chats.jsonl", jsonl(ROW)),
+    "tar": lambda: made_by("tar", "-c", "-f", "-", "-C", "/dev", "stdin", "--dereference"),
+    "Parquet": lambda: tabular("parquet"),
+    "ORC": lambda: tabular("orc"),
+    "Arrow": lambda: tabular("new_file"),
+    "Arrow (stream)": lambda: tabular("new_stream"),
+    **{name: lambda name=name: jsonl(ROW).encode(name) for name in ("UTF-16", "UTF-32")},
+    **{name: lambda name=name: jsonl(ROW).encode(name) for name in ("UTF-16LE", "UTF-16BE")},
+}
+
+
+@pytest.mark.parametrize("kind", BINARY)
+def test_a_binary_file_is_converted(kind, tmp_path):
+    path = tmp_path / "chats.data"
+    path.write_bytes(BINARY[kind]())
+    name = kind.split()[0].removesuffix("LE").removesuffix("BE")
+    with pytest.raises(DataError, match=rf"chats\.data:1: is (a )?{name}"):
+        read_jsonl(path, [])  # no line of it is skipped
+    if kind != "tar":  # which holds an empty file
+        assert messages(converted(path)) == [CHAT]
+
+
+def test_what_no_command_of_this_machine_converts_is_named(tmp_path):
+    path = tmp_path / "chats.bin"
+    path.write_bytes(archive("[Content_Types].xml", "<x/>"))
+    assert ":1: is Excel" in refusal(path)
+    path.write_bytes(pickle.dumps(ROW))
+    assert ":1: is binary" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a pointer of Git LFS"),
+        ("<!DOCTYPE html>\n<html>\n", "is HTML or XML"),
+        ('{"a": "b", "c": "d"}\n', r".*got the keys 'a', 'c' .*r\[\"QUESTION\"\]"),
+        ('{"messages": [{"role": "user", "content": "a"}, {"role": "assis', "not JSON"),
+        ('{"text": "a\n', "not JSON"),
+        ("5\n", ".*got 5"),
+        ("{}\n", ".*got {}"),
+        ("[[1]]\n", ".*got an array"),
+        ("[1,\n2]\n", ".*got an array"),
+        ("{'messages': 1}\n", "not JSON but Python's notation"),
+        ("hello\n", "not JSON"),
+        ("\u00a0\n", "not JSON"),
+    ],
+)
+def test_what_is_no_conversation_is_named(text, reason, tmp_path):
+    (tmp_path / "chats").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=f":1: {reason}"):
+        read_jsonl(tmp_path / "chats")
+
+
+def test_another_format_in_some_lines_is_so_many_bad_lines(tmp_path):
+    bad, path = [], tmp_path / "chats.jsonl"
+    path.write_text(f"[\nquestion,answer\n{OBJECT}\n{{\n{OBJECT}\n")
+    assert [record.line for record in read_jsonl(path, bad)] == [3, 5]
+    assert [error.line for error in bad] == [1, 2, 4]
+
+
+def test_a_folder_says_what_to_give(tmp_path):
+    assert f"is a folder; give the files in it, for example {tmp_path}/*.jsonl" in refusal(tmp_path)
+    (tmp_path / "dataset_info.json").touch()
+    (tmp_path / "state.json").touch()
+    assert "load_from_disk" in refusal(tmp_path)
+    assert refusal(tmp_path).endswith(f"{tmp_path} > {tmp_path}.jsonl")
+    (tmp_path / "dataset_dict.json").touch()
+    assert "one of the folders in it" in refusal(tmp_path)
+
+
+def test_the_command_for_a_pipe_has_placeholders():
+    read, write = os.pipe()
+    os.write(write, gzip.compress(jsonl(ROW).encode()))
+    os.close(write)
+    assert refusal(f"/dev/fd/{read}").endswith("To convert it: zcat FILE > NEW.jsonl")
+    os.close(read)
