@@ -95,8 +95,10 @@ def causal_lm(model):
     return model if get_base_model is None else get_base_model()
 
 
-def check_adapters(model):
-    """Raise if PEFT has wrapped ``model`` in a way that packed rows, or this trainer's loss, would leave out."""
+def check_given(model):
+    """Raise if ``model`` has nothing to train, or adapters that packed rows or this trainer's loss would leave out."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model: no parameter requires a gradient, so that there is nothing to train")
     if not hasattr(model, "peft_config"):
         return
     name = type(model).__name__
@@ -222,5 +224,7 @@ def save(model, tokenizer, path):
         raise FileExistsError(f"{path} exists already")
     partial = path.with_name(path.name + ".partial")
     model.save_pretrained(partial)
+    if causal_lm(model) is not model:  # PEFT saves adapters alone; what ends an answer is for its user to load
+        causal_lm(model).generation_config.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     partial.rename(path)

@@ -91,8 +91,7 @@ def check_against_stock(model, batch):
                 _check_head(model, batch)
                 stock, moved = _stock_backward(model, batch, hidden.detach())
             reference = _take_gradients(model)
-            _compare(model, ours.detach(), stock, gradients, reference)
-            _compare_hidden(model, moved)
+            _compare(model, (ours.detach(), gradients), (stock, reference), moved)
     finally:
         model.zero_grad(set_to_none=True)
         model.train(was_training)
@@ -121,38 +120,42 @@ def _in_fp32(model):
             tensor.data = tensor.data.to(dtype)
 
 
-def _compare(model, ours, stock, gradients, reference):
-    if not torch.isclose(ours, stock, rtol=_TOLERANCE, atol=0):
-        message = f"the packed loss is {float(ours):.6g}, the model's own is {float(stock):.6g}"
-        raise NotStock(f"model: {message}{_hint(model)}")
+def _compare(model, ours, stock, moved):
+    """Raise for the first difference. ``ours`` and ``stock`` are losses and gradients, ``moved`` the hidden states."""
+    name = type(model).__name__
+    leaks = [(tokens, distance / norm) for tokens, distance, norm in moved if not distance <= _TOLERANCE * norm]
+    reason = ""
+    if leaks:
+        tokens, share = max(leaks, key=lambda leak: leak[1])
+        reason = (
+            f"{name} computes other hidden states for an example of {tokens} tokens in a packed row than for the "
+            f"example alone, by {share:.2%}: examples see each other, or something depends on the lengths of all"
+        )
+    reason = f"{reason}{_hint(model)}".removeprefix("; ")
+    (loss, gradients), (expected_loss, reference) = ours, stock
+    if not torch.isclose(loss, expected_loss, rtol=_TOLERANCE, atol=0):
+        message = f"the packed loss is {float(loss):.6g}, the model's own is {float(expected_loss):.6g}"
+        raise NotStock(f"model: {message}; {reason}".rstrip("; "))
     # Some gradients are zero but for rounding (a key's bias, say); they are held to a thousandth of the whole.
     whole = float(torch.nn.utils.get_total_norm(reference.values()))
-    for name, expected in reference.items():
-        found = gradients.get(name)
+    for parameter, expected in reference.items():
+        found = gradients.get(parameter)
         distance = float("inf") if found is None else float((found - expected).norm())
         if not distance <= _TOLERANCE * max(float(expected.norm()), 1e-3 * whole):
-            message = f"the gradient of {name} differs from the model's own by {distance:.3g}"
-            raise NotStock(f"model: {message}{_hint(model)}")
-
-
-def _compare_hidden(model, moved):
-    for tokens, distance, norm in moved:
-        if not distance <= _TOLERANCE * norm:
-            raise NotStock(
-                f"model: {type(model).__name__} computes other hidden states for an example of {tokens} tokens in a "
-                f"packed row than for the example alone, by {distance / norm:.2%}: examples see each other, or "
-                f"something depends on the lengths of all{_hint(model)}"
-            )
+            message = f"the gradient of {parameter} differs from the model's own by {distance:.3g}"
+            raise NotStock(f"model: {message}; {reason}".rstrip("; "))
+    if leaks:
+        raise NotStock(f"model: {reason}")
 
 
 def _hint(model):
-    """What else a user can do about examples that a packed row changes."""
+    """Returns a proposal to use our attention, for a model with another one."""
     from ..integrations.calls import GIVEN, NAME
 
     name = model.config._attn_implementation
-    if name not in (NAME, GIVEN):
-        return f"; its attention is {name!r}: load it with attn_implementation={NAME!r}, which keeps examples apart"
-    return ""
+    if name in (NAME, GIVEN):
+        return ""
+    return f"; its attention is {name!r}, use attn_implementation={NAME!r}, which keeps examples apart or says why not"
 
 
 def _check_head(model, batch):

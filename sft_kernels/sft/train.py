@@ -123,7 +123,7 @@ def train(recipe, *, model=None, tokenizer=None):
     _check(recipe, model)
     torch.manual_seed(recipe.seed)
     if model is not None:
-        models.check_adapters(model)
+        models.check_given(model)
         device = model.device
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
