@@ -16,15 +16,6 @@ from sft_kernels.sft.train import Recipe, load_examples, train
 
 from .conftest import chat
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -43,20 +34,6 @@ DYNAMIC = {
     "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 8.0},
     "max_position_embeddings": 40,
 }
-
-
-@pytest.fixture(scope="module")
-def small_model(tokenizer):
-    import transformers
-
-    attention.register()
-
-    def make(kind="llama", attention="sft_kernels", **options):
-        torch.manual_seed(0)
-        config = transformers.AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**SMALL, **options})
-        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-
-    return make
 
 
 def of_length(n, kept=None):
