@@ -107,8 +107,11 @@ def packed_hidden_states(model, batch):
 
 @contextmanager
 def _in_fp32(model):
-    """Parameters and buffers of fp16 and bf16 in fp32 as long as the block runs; the way back is exact."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Parameters and buffers of fp16 and bf16 in fp32 as long as the block runs; the way back is exact.
+
+    Tensors of other classes stay as they are: a quantised one may claim a dtype that it does not store.
+    """
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if type(t.data) is torch.Tensor]
     lower = [(t, t.dtype) for t in tensors if t.dtype in (torch.float16, torch.bfloat16)]
     for tensor, _ in lower:
         tensor.data = tensor.data.float()

@@ -152,6 +152,21 @@ def test_an_attention_that_cannot_do_it_is_refused_with_the_one_that_can(config,
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_transformers_own_attention_trains_as_ours_where_it_keeps_examples_apart(recipe, small_model, tokenizer):
+    """Its masks follow positions that restart. BLOOM's and MPT's do not."""
+    losses = []
+    for name in ("sft_kernels", "sdpa", "eager"):
+        model = small_model("llama", name)
+        _, _, log = train(replace(recipe, out=recipe.out + name), model=model, tokenizer=tokenizer)
+        losses.append([row["loss"] for row in log.history if "loss" in row])
+        assert model.config._attn_implementation == name
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
+    for kind in ("bloom", "mpt"):
+        with pytest.raises(NotStock, match=r"see each other.*its attention is 'eager', use attn_impl"):
+            train(recipe, model=small_model(kind, "eager"), tokenizer=tokenizer)
+
+
 def test_long_examples_beside_short_ones_train_as_they_do_alone(write_jsonl, recipe, small_model, tokenizer):
     """The loss of the first step over all examples, against the stock model on each of them."""
     rows = [json.loads(line) for line in lines_of(recipe)]
