@@ -88,8 +88,8 @@ def check_against_stock(model, batch):
             ours.backward()
             gradients = _take_gradients(model)
             with stock_attention(model):
-                source = _check_head(model, batch)
-                stock, moved = _stock_backward(model, batch, hidden.detach(), source)
+                _check_head(model, batch)
+                stock, moved = _stock_backward(model, batch, hidden.detach())
             reference = _take_gradients(model)
             _compare(model, (ours.detach(), gradients), (stock, reference), moved)
     finally:
@@ -162,33 +162,26 @@ def _hint(model):
 
 
 def _check_head(model, batch):
-    """Raise unless the model's logits are those of :func:`~.model.head`; returns the module that gives hidden states.
-
-    That is the base model, or the decoder inside it if the model calls this one itself (OPT).
-    """
-    base, seen = causal_lm(model).base_model, {}
+    """Whether the model's logits are those of :func:`~.model.head` and nothing else."""
+    seen = {}
 
     def enlarge(module, args, output):
         seen["hidden"] = output.last_hidden_state = output.last_hidden_state * 1000
         return output
 
     start, end = batch.cu_seqlens[:2].tolist()
-    for source in (base, getattr(base, "decoder", None)):
-        if not isinstance(source, torch.nn.Module):
-            continue
-        forget_lengths(model)
-        hook = source.register_forward_hook(enlarge)
-        try:
-            with torch.no_grad():
-                logits = model(input_ids=batch.input_ids[:, start:end], use_cache=False).logits
-        finally:
-            hook.remove()
-        if "hidden" in seen:
-            break
-    else:
-        raise NotStock(f"model: {type(model).__name__} does not compute its logits from its base model's output")
-    with torch.no_grad():
-        expected = _logits(seen["hidden"], **head(model))
+    forget_lengths(model)
+    hook = causal_lm(model).base_model.register_forward_hook(enlarge)
+    try:
+        with torch.no_grad():
+            logits = model(input_ids=batch.input_ids[:, start:end], use_cache=False).logits
+            if "hidden" not in seen:
+                raise NotStock(
+                    f"model: {type(model).__name__} does not compute its logits from its base model's output"
+                )
+            expected = _logits(seen["hidden"], **head(model))
+    finally:
+        hook.remove()
     if logits.shape != expected.shape or not float((logits - expected).norm()) <= _TOLERANCE * float(expected.norm()):
         config = model.config.get_text_config()
         found = {name: getattr(config, name) for name in _SUSPECTS if getattr(config, name, None) is not None}
@@ -197,7 +190,6 @@ def _check_head(model, batch):
             f"model: {type(model).__name__} does something else to its logits than scale and cap them{hint}; "
             "this trainer's loss would leave that out"
         )
-    return source
 
 
 def _logits(hidden, linear_weight, linear_bias, logit_scale, softcap):
@@ -207,17 +199,18 @@ def _logits(hidden, linear_weight, linear_bias, logit_scale, softcap):
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _stock_backward(model, batch, packed, source):
+def _stock_backward(model, batch, packed):
     """Returns ``(loss, moved)``: the sum of the examples' stock losses over the batch's divisor, and of each example
     ``(tokens, distance, norm)``: how far ``packed``, its hidden states in the row, are from those alone.
 
-    ``source`` is the module whose output they are. Gradients are accumulated in the model. An example without labels is
-    asked for hidden states alone. Padding, which is one token again and again, is left out.
+    Gradients are accumulated in the model. An example without labels is asked for hidden states alone. Padding, which
+    is one token again and again, is left out.
     """
     labels = torch.full_like(batch.input_ids[0], -100)
     labels[batch.kept.rows] = batch.kept.targets  # already at the place that predicts them
     total, moved, seen = torch.zeros((), device=labels.device), [], {}
-    hook = source.register_forward_hook(lambda module, args, output: seen.update(hidden=output.last_hidden_state))
+    base = causal_lm(model).base_model
+    hook = base.register_forward_hook(lambda module, args, output: seen.update(hidden=output.last_hidden_state))
     try:
         for start, end in pairwise(batch.cu_seqlens.tolist()):
             ids = batch.input_ids[:, start:end]
@@ -232,7 +225,7 @@ def _stock_backward(model, batch, packed, source):
                 continue
             else:
                 with torch.no_grad():
-                    causal_lm(model).base_model(input_ids=ids, use_cache=False)
+                    base(input_ids=ids, use_cache=False)
             alone = seen.pop("hidden").detach()
             distance, norm = (float(x.norm()) for x in (packed[:, start:end] - alone, alone))
             moved.append((end - start, distance, norm))
