@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.eval_frame import skip_code
 
 from ..ops.packed_attention.tiles import AttentionTiles
+from . import rotary
 
 NAME = "sft_kernels"
 GIVEN = f"{NAME}_boundaries_given"  # the same attention for a caller that always passes cu_seq_lens_q: no mask is made
@@ -38,10 +39,11 @@ class Call:
         max_length: a bound on the examples' lengths, or None.
         T: the number of tokens in the row.
         masked: True if the call has an attention_mask, which then has been looked at.
+        own_rotary: True if rotary embeddings must be computed for each example alone.
     """
 
-    def __init__(self, model, T, boundaries=None, max_length=None, masked=False):
-        self.model, self.T = weakref.ref(model), T
+    def __init__(self, model, T, boundaries=None, max_length=None, masked=False, own_rotary=False):
+        self.model, self.T, self.own_rotary = weakref.ref(model), T, own_rotary
         self.boundaries, self.max_length, self.masked = boundaries, max_length, masked
         self._tiles = None
 
@@ -186,8 +188,39 @@ def _after(model, args, kwargs, output):
         _running.calls.pop()
 
 
+def _watch_rotary(model):
+    """Let :func:`_after_rotary` see the rotary modules of ``model``; returns False if there are none that it knows."""
+    found = rotary.modules(model)
+    for module in found:
+        if _after_rotary not in module._forward_hooks.values():
+            module.register_forward_hook(_after_rotary, with_kwargs=True)
+    return bool(found)
+
+
+def _after_rotary(module, args, kwargs, output):
+    """Replace rotary embeddings of a packed row by those of each example alone."""
+    if torch.compiler.is_compiling():
+        return rotary.assert_short(module, args, kwargs)
+    return _after_rotary_eagerly(module, args, kwargs)
+
+
+@torch.compiler.disable
+def _after_rotary_eagerly(module, args, kwargs):
+    call = current()
+    positions = kwargs["position_ids"] if "position_ids" in kwargs else args[1]
+    if call is not None:
+        boundaries = call.boundaries if call.own_rotary else None
+        if boundaries is not None and positions.shape[-1] != call.T:
+            raise ValueError(rotary.message(rotary.limit(module.config)))
+    elif module.config._attn_implementation in (NAME, GIVEN) and len(positions) == 1:  # a layer that is recomputed
+        boundaries = _found(positions, None)
+    else:
+        boundaries = None
+    return None if boundaries is None else rotary.by_example(module, args, kwargs, boundaries)
+
+
 # Parts of a graph, or run as they are written, but no graphs of their own: is_compiling() would say the wrong thing.
-for _hook in (_before, _after):
+for _hook in (_before, _after, _after_rotary):
     skip_code(_hook.__code__)
 
 
@@ -239,11 +272,14 @@ def _decide(model, given):
         raise ValueError(
             f"position_ids: {type(model).__name__} counts positions from {first}, got {int(positions.min())}"
         )
-    if limit := _rope_limit(model.config):
+    own_rotary = False
+    if limit := rotary.limit(model.config):
         reached = _positions(cu_seqlens, tokens.shape[1]) if positions is None else positions
-        if reached.max() >= limit:
-            raise ValueError(_rope_message(limit))
-    return Call(model, tokens.shape[1], cu_seqlens, given.get("max_length_q"), masked=True)
+        length = int(reached.max()) + 1
+        own_rotary = length >= limit and _watch_rotary(model)  # at the limit, an earlier call's frequencies would stay
+        if length > limit and not own_rotary:
+            raise ValueError(rotary.message(limit))
+    return Call(model, tokens.shape[1], cu_seqlens, given.get("max_length_q"), masked=True, own_rotary=own_rotary)
 
 
 def _before_a_graph(model, args, kwargs):
@@ -264,14 +300,14 @@ def _before_a_graph(model, args, kwargs):
         raise ValueError("attention_mask: leave it out beside cu_seq_lens_q under torch.compile")
     if not _is_text(model.config) and any(given.get(n) is not None for n in ("token_type_ids", "mm_token_type_ids")):
         raise ValueError(f"token_type_ids: attn_implementation={NAME!r} cannot see under torch.compile what they mask")
-    first, limit = _first_position(id(model)), _rope_limit(model.config)
+    first, limit = _first_position(id(model)), rotary.limit(model.config)
     if positions is None:
         positions = _positions(cu_seqlens, tokens.shape[1]) + first
         kwargs = {**kwargs, "position_ids": positions}
     elif first:
         torch._assert_async(positions.min() >= first, f"position_ids: this model counts positions from {first}")
     if limit:
-        torch._assert_async(positions.max() < limit, _rope_message(limit))
+        torch._assert_async(positions.max() < limit, rotary.message(limit))
     return args, kwargs
 
 
@@ -417,20 +453,3 @@ def first_position(model):
 @torch._dynamo.assume_constant_result
 def _first_position(key):
     return first_position(_models[key])
-
-
-def _rope_limit(config):
-    """Returns None, or the position from which rotary embeddings of a row change with the row's longest example."""
-    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    for kind in kinds:
-        if kind.get("rope_type") in ("longrope", "dynamic"):
-            return kind.get("original_max_position_embeddings") or config.get_text_config().max_position_embeddings
-    return None
-
-
-def _rope_message(limit):
-    return (
-        f"position_ids: with this model's rotary embeddings an example of more than {limit} tokens would change all "
-        "others of its row; pack only shorter ones"
-    )

@@ -90,6 +90,36 @@ def load_model(path, device):
     return model.to(device)
 
 
+def causal_lm(model):
+    """The transformers model inside a PEFT model; any other model is returned as it is."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return model if get_base_model is None else get_base_model()
+
+
+def check_given(model):
+    """Raise if ``model`` has nothing to train, or adapters that packed rows or this trainer's loss would leave out."""
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError("model: no parameter requires a gradient, so that there is nothing to train")
+    if not hasattr(model, "peft_config"):
+        return
+    name = type(model).__name__
+    if not hasattr(model, "get_base_model"):
+        raise ValueError(f"model: {name} cannot be saved; use get_peft_model without mixed=True")
+    for config in (model.peft_config[adapter] for adapter in model.active_adapters):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise ValueError(
+                f"model: the adapter {kind} puts tokens of its own before a row, not before each packed example; "
+                "use one that changes layers, such as LoRA"
+            )
+        if getattr(config, "alora_invocation_tokens", None) or kind == "XLORA":
+            raise ValueError(
+                f"model: an adapter of the kind {'aLoRA' if kind == 'LORA' else kind} looks at the whole row before it "
+                "is computed, so that packed examples would share it; use plain LoRA"
+            )
+    head(model)
+
+
 def check_vocabulary(model, tokenizer):
     """Raise where the tokenizer has tokens that the model has no embedding for."""
     rows = model.get_input_embeddings().weight.shape[0]
@@ -103,9 +133,14 @@ def head(model):
     Weight and bias, and from the config the scale of the logits (Cohere multiplies, Granite divides) and their softcap
     (Gemma 2). That this is all the model does to them is for :mod:`.stock` to find out.
     """
-    layer = model.get_output_embeddings()
+    layer = causal_lm(model).get_output_embeddings()
     if layer is None:
         raise ValueError(f"model: {type(model).__name__} has no output embeddings, so it is no causal LM")
+    if hasattr(layer, "base_layer") or hasattr(layer, "token_adapter"):
+        raise ValueError(
+            "model: an adapter on the head is not supported, since the loss multiplies by the head's weight itself; "
+            "leave the head out of target_modules, or train it whole with modules_to_save"
+        )
     config = model.config.get_text_config()
     scale, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
     return {
@@ -118,15 +153,19 @@ def head(model):
 
 def hidden_states(model, batch):
     """``[1, T, D]`` of a packed :class:`~.packing.Batch`, every example seeing itself alone."""
-    return model.base_model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        cu_seq_lens_q=batch.cu_seqlens,
-        cu_seq_lens_k=batch.cu_seqlens,
-        max_length_q=batch.max_seqlen,
-        max_length_k=batch.max_seqlen,
-        use_cache=False,
-    ).last_hidden_state
+    return (
+        causal_lm(model)
+        .base_model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            cu_seq_lens_q=batch.cu_seqlens,
+            cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen,
+            max_length_k=batch.max_seqlen,
+            use_cache=False,
+        )
+        .last_hidden_state
+    )
 
 
 @contextmanager
@@ -139,6 +178,7 @@ def boundaries_given(model):
     """
     from ..integrations import calls
 
+    model = causal_lm(model)
     if model.config._attn_implementation != calls.NAME:
         yield
         return
@@ -155,17 +195,23 @@ def stock_attention(model):
     after."""
     was_training, implementation = model.training, model.config._attn_implementation
     model.eval()
-    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which sdpa leaves out
-    model.set_attn_implementation("sdpa" if model._supports_sdpa and not capped else "eager")
+    causal_lm(model).set_attn_implementation(stock_implementation(model))
     try:
         yield
     finally:
-        model.set_attn_implementation(implementation)
+        causal_lm(model).set_attn_implementation(implementation)
         model.train(was_training)
+
+
+def stock_implementation(model):
+    """The name of the attention under :func:`stock_attention`."""
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)  # which sdpa leaves out
+    return "sdpa" if causal_lm(model)._supports_sdpa and not capped else "eager"
 
 
 def stop_at(model, token):
     """Let ``generate`` end an answer at ``token``, beside whatever ended one before."""
+    model = causal_lm(model)
     known = model.generation_config.eos_token_id
     known = known.tolist() if isinstance(known, torch.Tensor) else known
     known = [] if known is None else list(known) if isinstance(known, (list, tuple)) else [known]
@@ -186,6 +232,8 @@ def save(model, tokenizer, path):
             raise FileExistsError(f"{taken} exists already")
     partial(path).mkdir()
     model.save_pretrained(partial(path))
+    if causal_lm(model) is not model:  # PEFT saves adapters alone; what ends an answer is for its user to load
+        causal_lm(model).generation_config.save_pretrained(partial(path))
     tokenizer.save_pretrained(partial(path))
     for file in partial(path).rglob("*"):
         if file.is_file():

@@ -88,7 +88,7 @@ class Batch(NamedTuple):
     """Packed rows laid end to end as one row of T tokens, block-diagonal by ``cu_seqlens``."""
 
     input_ids: torch.Tensor  # int64 [1, T]
-    position_ids: torch.Tensor  # int64 [1, T], from 0 in every segment
+    position_ids: torch.Tensor  # int64 [1, T], from 0 in every example, and in padding from 0 again and again
     cu_seqlens: torch.Tensor  # int32 [B + 1], one segment an example, one more for each row's padding
     max_seqlen: int
     kept: KeptTokens  # shift=True
@@ -112,24 +112,28 @@ class Batch(NamedTuple):
 def collate(rows, capacity, pad_id, weigh_examples=False):
     """The :class:`Batch` of some rows, each a list of examples that fits ``capacity``.
 
-    The rest of a row is a segment of its own, so that padding neither sees nor is seen. No example predicts the next
-    one's first token, since every first label is ignored.
+    The rest of a row is a segment of its own, so that padding neither sees nor is seen. Its positions start again
+    before they pass those of the longest example, which the model is known to have. No example predicts the next one's
+    first token, since every first label is ignored.
 
     ``weigh_examples`` gives each kept token the weight 1 / (its example's kept tokens): with the number of examples as
     ``num_items`` every example weighs the same.
     """
     ids, labels, positions, weights, bounds = [], [], [], [], [0]
+    longest = max((len(example.input_ids) for row in rows for example in row), default=capacity)
     for row in rows:
         used = 0
         for example in row:
-            used += _segment(ids, labels, positions, bounds, example.input_ids, example.labels)
+            positions += range(len(example.input_ids))
+            used += _segment(ids, labels, bounds, example.input_ids, example.labels)
             if weigh_examples:
                 weights += [1 / example.kept] * len(example.input_ids)
         pad = capacity - used
         if pad < 0:
             raise ValueError(f"rows: {used} tokens in a row of {capacity}")
         if pad:
-            _segment(ids, labels, positions, bounds, [pad_id] * pad, [IGNORE] * pad)
+            positions += (i % longest for i in range(pad))
+            _segment(ids, labels, bounds, [pad_id] * pad, [IGNORE] * pad)
             weights += [0.0] * pad if weigh_examples else []
     labels = torch.tensor([labels])
     return Batch(
@@ -144,9 +148,8 @@ def collate(rows, capacity, pad_id, weigh_examples=False):
     )
 
 
-def _segment(ids, labels, positions, bounds, segment_ids, segment_labels):
+def _segment(ids, labels, bounds, segment_ids, segment_labels):
     ids += segment_ids
     labels += segment_labels
-    positions += range(len(segment_ids))
     bounds.append(len(ids))
     return len(segment_ids)

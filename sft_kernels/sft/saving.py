@@ -142,6 +142,7 @@ def reason_of(error):
 
 
 def _prepare_generation(model, tokenizer, end_of_turn, folder):
+    model = models.causal_lm(model)
     if getattr(model, "generation_config", None) is None:
         return
     changes = [generation.move_from_model_config(model)]

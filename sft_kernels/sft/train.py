@@ -18,9 +18,10 @@ from .finish import saved_at_the_end
 from .lr import cosine_factor
 from .masking import Encoder
 from .packing import collate, groups_of, pack_rows
+from .positions import most_positions, without_longer
 from .report import RunLog
 from .saving import check_folder, rehearse
-from .stock import check_against_stock
+from .stock import batch_to_check, check_against_stock, packed_hidden_states
 
 
 @dataclass
@@ -143,6 +144,7 @@ def train(recipe, *, model=None, tokenizer=None):
     _check(recipe, model)
     torch.manual_seed(recipe.seed)
     if model is not None:
+        models.check_given(model)
         device = model.device
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,10 +169,13 @@ def train(recipe, *, model=None, tokenizer=None):
     def batch(rows, weigh_examples=False):
         return collate(rows, recipe.row_tokens, pad_id or 0, weigh_examples)
 
+    with models.boundaries_given(model):  # as in training, where a window that only a mask holds would be lost
+        most = most_positions(model, packed_hidden_states)
+        examples, held_out = (without_longer(some, most, recipe.skip_bad) for some in (examples, held_out))
+        checked = batch_to_check(model, examples + held_out, recipe.row_tokens, pad_id or 0)
+        check_against_stock(model, checked.to(device))
     steps = _Steps(examples, recipe)
     evaluation = [batch(rows) for rows in groups_of(recipe.rows, pack_rows(held_out, recipe.row_tokens))]
-    with models.boundaries_given(model):  # as in training, where a window that only a mask holds would be lost
-        check_against_stock(model, batch(steps.first()).to(device))
 
     optimizer = AdamW(
         decay_groups(model, recipe.weight_decay), lr=recipe.lr, max_grad_norm=recipe.max_grad_norm, skip_nonfinite=True
@@ -233,10 +238,6 @@ class _Steps:
         rows = len(pack_rows(examples, recipe.row_tokens))
         per_epoch = -(-rows // (recipe.rows * recipe.accumulate))
         self.total = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * per_epoch))
-
-    def first(self):
-        """The first micro-batch."""
-        return next(iter(self))[0]
 
     def __iter__(self):
         done = epoch = 0

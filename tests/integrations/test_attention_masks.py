@@ -284,17 +284,6 @@ def test_layers_that_receive_no_boundaries_go_by_those_of_the_call(name):
     torch.testing.assert_close(model(IDS, cu_seq_lens_q=BOUNDS).logits[0], alone)
 
 
-@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
-def test_rotary_embeddings_that_change_with_the_longest_example_are_refused_for_long_ones(rope):
-    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4} if rope == "longrope" else {"factor": 2.0}
-    parameters = {"rope_type": rope, "rope_theta": 1e4, "original_max_position_embeddings": 10, **factors}
-    model = llama(rope_parameters=parameters, max_position_embeddings=10)
-    with pytest.raises(ValueError, match="an example of more than 10 tokens"):
-        model(IDS, position_ids=POSITIONS)
-    model(IDS, position_ids=torch.arange(29)[None])  # one example
-    model(IDS[:, :14], position_ids=torch.arange(7).repeat(2)[None])
-
-
 def test_sparse_attention_is_refused():
     model = census_models.build("DeepseekV32ForCausalLM", NAME, {"index_topk": 4})
     with pytest.raises(ValueError, match="does not support sparse attention"):

@@ -65,3 +65,32 @@ def write_jsonl(tmp_path):
 
 def chat(question, reply):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]}
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.fixture(scope="session")
+def small_model(tokenizer):
+    """A random model of any architecture, attending as the trainer's do unless another attention is named."""
+    import torch
+    import transformers
+
+    from sft_kernels.integrations import attention as ours
+
+    ours.register()
+
+    def make(kind="llama", attention="sft_kernels", **options):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**SMALL, **options})
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+
+    return make
