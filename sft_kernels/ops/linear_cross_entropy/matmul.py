@@ -7,6 +7,8 @@ autocast, if memory is short for a copy); then it is cast a slice of the vocabul
 import torch
 import torch.nn.functional as F
 
+from ..._plain import autocast_on
+
 _SLICE = 4096  # rows of the weight that are cast at a time
 
 
@@ -17,7 +19,7 @@ def compute_dtype(x):
     """
     device = x.device.type
     dtype = x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if autocast_on(x.device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return torch.float32 if device == "cpu" and dtype != torch.float64 else dtype
 
