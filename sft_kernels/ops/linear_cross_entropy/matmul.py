@@ -87,8 +87,13 @@ def grad_bias(dlogits):
 def accumulate(acc, a, b, beta=1):
     """``acc = beta · acc + a b`` in place, ``beta`` 0 or 1, summed in the dtype of ``acc`` and each product in fp32 at
     least; with a ``beta`` of 0 ``acc`` is not read."""
-    if a.dtype == acc.dtype:
+    traced = torch.compiler.is_compiling()
+    if a.dtype == acc.dtype and not traced:
+        torch.addmm(acc, a, b, beta=beta, out=acc)  # torch's FlopCounterMode does not count addmm_
+    elif a.dtype == acc.dtype:
         acc.addmm_(a, b, beta=beta)
+    elif acc.dtype == torch.float32 and a.dtype.itemsize < 4 and acc.is_cuda and not traced:
+        _addmm_cuda(acc, a, b, beta)
     elif acc.dtype == torch.float32 and a.dtype.itemsize < 4:
         torch.ops.sft_kernels.addmm_(acc, a, b, beta)
     else:  # float64 beside another dtype, under autocast

@@ -155,7 +155,7 @@ def _divisor(N, reduction, num_items, of_target, ones):
     if reduction != "mean":
         return 1
     if num_items is None and of_target is None:
-        return max(N, 1) if ones is None else ones.sum().clamp_(min=1)
+        return max(N, 1) if ones is None else ones.sum().clamp(min=1)
     divisor = of_target.sum() if num_items is None else num_items
     return divisor + (divisor == 0)
 
