@@ -34,13 +34,14 @@ def why_plain(*tensors):
     if torch.compiler._is_exporting_flag:  # up to torch 2.12 Dynamo takes is_exporting() for True
         return "torch.export"
     for tensor in tensors:
-        if tensor is not None and (tensor.is_meta or not (type(tensor) in _PLAIN or _has_values(tensor))):
+        if tensor is not None and (tensor.is_meta or (type(tensor) not in _PLAIN and is_without_values(tensor))):
             return "meta and fake tensors"
     return None
 
 
-def _has_values(tensor):
-    return not (tensor.is_meta or isinstance(tensor, _WITHOUT_VALUES))
+def is_without_values(tensor):
+    """Returns True for a tensor on the meta device, a fake one, and one of a trace."""
+    return tensor.is_meta or isinstance(tensor, _WITHOUT_VALUES)
 
 
 def values_of(tensor):
@@ -53,7 +54,7 @@ def values_of(tensor):
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         batched = batched or torch._C._functorch.is_batchedtensor(tensor)
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    known = _has_values(tensor) and not _is_traced()
+    known = not is_without_values(tensor) and not _is_traced()
     return tensor if known else None, batched
 
 

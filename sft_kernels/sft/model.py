@@ -100,16 +100,25 @@ def head(model):
     """What :func:`sft_kernels.linear_cross_entropy` has to know of the model's head, as its keyword arguments.
 
     Weight and bias, and from the config the scale of the logits (Cohere multiplies, Granite divides) and their softcap
-    (Gemma 2). That this is all the model does to them is for :mod:`.stock` to find out.
+    (Gemma 2). That this is all the model does to them, and that hooks on the head do nothing to them, is for
+    :mod:`.stock` to find out.
+
+    Raises ``ValueError`` for a model without a head, or with one that is no plain linear layer: adapted or quantised.
     """
+    from ..ops.linear_cross_entropy.head import weight_and_bias
+
     layer = model.get_output_embeddings()
     if layer is None:
         raise ValueError(f"model: {type(model).__name__} has no output embeddings, so it is no causal LM")
+    try:
+        weight, bias = weight_and_bias(layer, f"model: the head of {type(model).__name__}", hooks=True)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     config = model.config.get_text_config()
     scale, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
     return {
-        "linear_weight": layer.weight,
-        "linear_bias": getattr(layer, "bias", None),
+        "linear_weight": weight,
+        "linear_bias": bias,
         "logit_scale": 1 / divisor if divisor else scale,
         "softcap": getattr(config, "final_logit_softcapping", None),
     }

@@ -21,6 +21,7 @@ from ..softmax_grad.reduction import (
 )
 from . import matmul
 from .function import Dtypes, LinearCrossEntropy, Needs, Options, plain_products, whole_logits
+from .head import weight_and_bias
 from .kept import KeptTokens, carried_labels, number_of_tokens
 from .parallel import Shards, local_head, replicated
 from .plan import make_plan
@@ -307,7 +308,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     """The head and its loss as one module, as ``torch.nn.LinearCrossEntropyLoss``: the head is ``self.linear``.
 
     ``weight`` ``[num_classes]`` holds class weights and is a buffer. For a head that a model already has, assign it
-    (``loss.linear = model.lm_head``) or call :func:`linear_cross_entropy`.
+    (``loss.linear = model.lm_head``) or call :func:`linear_cross_entropy`. It must be a ``torch.nn.Linear`` that
+    computes ``x Wᵀ + b`` and nothing else: its weight may be parametrised, but each call refuses hooks, a forward of
+    its own, quantised weights and adapters (``TypeError``).
     """
 
     def __init__(
@@ -357,10 +360,10 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     def forward(self, input, target=None, *, num_items=None, token_weight=None, kept=None):
         """The loss of one batch, with the batch's own divisor, token weights and kept tokens."""
         places = (self.num_classes, *self.out_features)
-        bias = self.linear.bias
+        weight, bias = weight_and_bias(self.linear, "linear")
         return linear_cross_entropy(
             input,
-            self.linear.weight.reshape(*places, -1),
+            weight.reshape(*places, -1),
             target,
             linear_bias=None if bias is None else bias.reshape(places),
             weight=self.weight,

@@ -49,7 +49,7 @@ def _segment(query, key, value, *, scale, window_size, softcap):
         key, value = (_each_head(t, Hq // Hkv) for t in (key, value))
     # In fp32 torch's flash kernel for the CPU takes a fast exponential: twice the error budget where scores are large.
     # No kernel has a second derivative, nor one in forward mode.
-    exact = (query.device.type == "cpu" and query.dtype.itemsize >= 4) or is_transformed()
+    exact = (query.device.type == "cpu" and query.dtype == torch.float32) or is_transformed()
     with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
         out = F.scaled_dot_product_attention(
             *(t.transpose(0, 1)[None] for t in (query, key, value)),  # [1, H, l, D]
