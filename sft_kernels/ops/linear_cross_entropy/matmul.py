@@ -46,7 +46,7 @@ def logits(x, weight, bias=None):
         columns = out[:, s]
         if bias is not None:
             columns.copy_(bias[s])
-        columns.addmm_(x, weight[s].to(x.dtype).T, beta=0 if bias is None else 1)
+        _addmm_(columns, x, weight[s].to(x.dtype).T, beta=0 if bias is None else 1)
     return out
 
 
@@ -87,12 +87,9 @@ def grad_bias(dlogits):
 def accumulate(acc, a, b, beta=1):
     """``acc = beta · acc + a b`` in place, ``beta`` 0 or 1, summed in the dtype of ``acc`` and each product in fp32 at
     least; with a ``beta`` of 0 ``acc`` is not read."""
-    traced = torch.compiler.is_compiling()
-    if a.dtype == acc.dtype and not traced:
-        torch.addmm(acc, a, b, beta=beta, out=acc)  # torch's FlopCounterMode does not count addmm_
-    elif a.dtype == acc.dtype:
-        acc.addmm_(a, b, beta=beta)
-    elif acc.dtype == torch.float32 and a.dtype.itemsize < 4 and acc.is_cuda and not traced:
+    if a.dtype == acc.dtype:
+        _addmm_(acc, a, b, beta)
+    elif acc.dtype == torch.float32 and a.dtype.itemsize < 4 and acc.is_cuda and not torch.compiler.is_compiling():
         _addmm_cuda(acc, a, b, beta)
     elif acc.dtype == torch.float32 and a.dtype.itemsize < 4:
         torch.ops.sft_kernels.addmm_(acc, a, b, beta)
@@ -100,6 +97,14 @@ def accumulate(acc, a, b, beta=1):
         part = torch.empty_like(acc, dtype=accumulator_dtype(a.dtype))
         accumulate(part, a, b, beta=0)
         acc.copy_(part) if beta == 0 else acc.add_(part)
+
+
+def _addmm_(acc, a, b, beta):
+    """The same for one dtype: as torch's FlopCounterMode counts it, except in a compiler's trace."""
+    if torch.compiler.is_compiling():
+        acc.addmm_(a, b, beta=beta)
+    else:
+        torch.addmm(acc, a, b, beta=beta, out=acc)
 
 
 def _slices(weight):
