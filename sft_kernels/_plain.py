@@ -27,14 +27,15 @@ is_transformed._dynamo_marked_constant = True  # a compiler guards on the transf
 def why_plain(*tensors):
     """Returns the kind of call that kernels and counted rows cannot serve, in words; None for an ordinary call.
 
-    ``tensors`` may contain None.
+    ``tensors`` may contain None, and whatever else is still to be refused.
     """
     if is_transformed():
         return "torch.func, vmap, forward-mode derivatives and traces"
     if torch.compiler._is_exporting_flag:  # up to torch 2.12 Dynamo takes is_exporting() for True
         return "torch.export"
     for tensor in tensors:
-        if tensor is not None and (tensor.is_meta or (type(tensor) not in _PLAIN and is_without_values(tensor))):
+        kind = type(tensor)
+        if tensor.is_meta if kind in _PLAIN else isinstance(tensor, _WITHOUT_VALUES):
             return "meta and fake tensors"
     return None
 

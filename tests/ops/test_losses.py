@@ -1,5 +1,7 @@
 """What both losses promise alike: ``cross_entropy`` and every loop of ``linear_cross_entropy``."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -326,6 +328,12 @@ def test_on_a_device_that_is_not_asked_a_label_outside_gives_nan_and_no_access_o
         ({"reduction": "avg"}, ValueError, "reduction"),
         ({"num_items": 5, "reduction": "sum"}, ValueError, "num_items"),
         ({"num_items": -1}, ValueError, "num_items"),
+        ({"num_items": torch.tensor(-3.0)}, ValueError, r"num_items: expected a count, got -3\.0"),
+        ({"num_items": torch.tensor(-3)}, ValueError, "num_items: expected a count, got -3"),
+        ({"num_items": torch.tensor(math.nan)}, ValueError, "num_items: expected a count, got nan"),
+        ({"num_items": torch.tensor(math.inf)}, ValueError, "num_items: expected a count, got inf"),
+        ({"num_items": math.nan}, ValueError, "num_items: expected a count, got nan"),
+        ({"num_items": torch.tensor(3j)}, TypeError, "num_items: expected a real number"),
         ({"num_items": torch.ones(1)}, ValueError, "num_items"),
         ({"token_weight": torch.ones(N - 1)}, ValueError, "token_weight"),
         ({"token_weight": torch.ones(N, dtype=torch.int64)}, TypeError, "token_weight"),
