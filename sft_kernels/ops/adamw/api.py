@@ -181,9 +181,10 @@ class AdamW(_TorchAdamW):
         self._choose_path()
 
     def _check_group(self, group):
-        for name in (*_OPTIONS, "impl"):
-            # ZeroRedundancyOptimizer hands the options of the whole to each group, too.
-            if name in group and group[name] != (self._asked_impl if name == "impl" else getattr(self, name)):
+        # ZeroRedundancyOptimizer hands the options of the whole to each group, too.
+        own = {name: getattr(self, name) for name in _OPTIONS} | {"impl": self._asked_impl}
+        for name in own:
+            if name in group and not (group[name] == own[name] and zero_ranks()):
                 raise ValueError(f"{name} holds for all parameters: an option of AdamW, not of a group")
         seed = group.get("seed", 0)
         if not (isinstance(seed, int) and 0 <= seed < 2**32):

@@ -72,7 +72,7 @@ class Ranks:
 def zero_ranks():
     """Returns over how many ranks the ``ZeroRedundancyOptimizer`` that makes an optimiser now splits the parameters.
 
-    1 if there is none. The parameters that a rank gets are plain tensors, and nothing about them says that there are
+    0 if there is none. The parameters that a rank gets are plain tensors, and nothing about them says that there are
     more. So it is found among the callers; to be called while the optimiser is made.
     """
     zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
@@ -83,7 +83,7 @@ def zero_ranks():
             if isinstance(owner, zero.ZeroRedundancyOptimizer):
                 return owner.world_size
         frame = frame.f_back
-    return 1
+    return 0
 
 
 def are_flat_shards(params):
