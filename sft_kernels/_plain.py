@@ -18,7 +18,8 @@ def is_transformed():
 
 
 def _is_traced():
-    return torch._C._get_dispatch_mode(_PROXY) is not None or torch._C._get_tracing_state() is not None
+    proxy = torch._C._len_torch_dispatch_stack() and torch._C._get_dispatch_mode(_PROXY) is not None
+    return proxy or torch._C._get_tracing_state() is not None
 
 
 is_transformed._dynamo_marked_constant = True  # a compiler guards on the transforms itself
@@ -69,9 +70,9 @@ def untransformed():
     return torch._C._DisableFuncTorch() if torch._C._are_functorch_transforms_active() else nullcontext()
 
 
-def masked(tensor, mask, value):
-    """``tensor`` with ``value`` where ``mask``, in place unless a batch may stand in the way."""
-    return tensor.masked_fill(mask, value) if is_transformed() else tensor.masked_fill_(mask, value)
+def masked(tensor, mask, value, plain):
+    """``tensor`` with ``value`` where ``mask``, in place unless ``plain``: a batch may stand in the way."""
+    return tensor.masked_fill(mask, value) if plain else tensor.masked_fill_(mask, value)
 
 
 def autocast_on(device):

@@ -197,9 +197,9 @@ def cross_entropy(
         labels = target.reshape(-1).long()
         keep = labels != ignore_index
         targets = labels * keep
-        outside = check_labels(targets, V)
-        of_target = target_weight(weight, targets, outside, keep, scalar)
-    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep)
+        outside = check_labels(targets, V, plain)
+        of_target = target_weight(weight, targets, outside, keep, scalar, plain)
+    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep, plain)
     reduce = reduction != "none"
     if composed or plain:
         if keep is not None and (plain or torch.compiler.is_compiling()):  # no count is known: masked rows count too

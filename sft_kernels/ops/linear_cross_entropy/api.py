@@ -157,8 +157,8 @@ def linear_cross_entropy(
             kept = kept._replace(rows=kept.rows[:0], targets=kept.targets[:0], capacity=None)
         rows, targets, keep = kept.rows, kept.targets, kept.keep
     if not probabilities:
-        outside = check_labels(targets, V)
-        of_target = target_weight(weight, targets, outside, keep, scalar)
+        outside = check_labels(targets, V, plain)
+        of_target = target_weight(weight, targets, outside, keep, scalar, plain)
     padding = None if keep is None else ~keep
     weights = None
     if token_weight is not None:
@@ -169,7 +169,7 @@ def linear_cross_entropy(
             weights = weights[min(shift, len(weights) - 1) :][rows]
         elif rows is not None and (keep is not None or rows.numel() != weights.numel()):
             weights = weights[rows]
-    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep)
+    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep, plain)
     reduce, per_token = reduction != "none", return_stats == "tokens"
     hidden = input.reshape(-1, D)
     with plain_products(device):

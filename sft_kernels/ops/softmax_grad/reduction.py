@@ -96,34 +96,40 @@ def check_class_weight(weight, V, device):
         raise ValueError("weight is a constant of the loss: detach it")
 
 
-def check_labels(targets, V):
+def check_labels(targets, V, plain=None):
     """Returns a mask of the labels outside ``[0, V)``, or None if none is known to be.
 
     On the CPU, and elsewhere under ``SFT_KERNELS_CHECK=1``, a label outside raises ``IndexError``. A GPU is not asked:
-    the answer is a mask on the device, and the losses of the labels outside become NaN.
+    the answer is a mask on the device, and the losses of the labels outside become NaN. ``plain`` is of
+    :func:`~sft_kernels._plain.why_plain`, here and below.
     """
     outside = targets.clamp(0, V - 1) != targets
     if not checks_enabled(targets.device):
         return outside
+    if not plain:
+        return _check_none(outside, targets, V)
     (wrong, _), (labels, _) = values_of(outside), values_of(targets)
     if wrong is None or labels is None:
         return outside
     with untransformed():
-        if wrong.any():
-            position = int(wrong.flatten().nonzero()[0])
-            raise IndexError(f"target: label {int(labels.flatten()[position])} of token {position} is outside [0, {V})")
-    return None
+        return _check_none(wrong.flatten(), labels.flatten(), V)
 
 
-def target_weight(weight, targets, outside, keep, dtype):
+def _check_none(outside, targets, V):
+    if outside.any():
+        position = int(outside.nonzero()[0])
+        raise IndexError(f"target: label {int(targets[position])} of token {position} is outside [0, {V})")
+
+
+def target_weight(weight, targets, outside, keep, dtype, plain=None):
     """``weight[targets]`` in ``dtype``, ``[N]``, 0 where not kept; None without class weights."""
     if weight is None:
         return None
     of_target = weight.to(dtype)[targets if outside is None else targets.clamp(0, weight.numel() - 1)]
-    return of_target if keep is None else masked(of_target, ~keep, 0)
+    return of_target if keep is None else masked(of_target, ~keep, 0, plain)
 
 
-def row_scale(targets, dtype, reduction, num_items, token_weight, of_target, outside, keep):
+def row_scale(targets, dtype, reduction, num_items, token_weight, of_target, outside, keep, plain=None):
     """``[N]`` factors that the tokens' losses enter with: token weight over divisor, 0 where not kept, NaN where
     ``outside``.
 
@@ -140,14 +146,14 @@ def row_scale(targets, dtype, reduction, num_items, token_weight, of_target, out
     if token_weight is not None:
         scale = token_weight.to(device, dtype) / divisor
         if keep is not None:
-            scale = masked(scale, ~keep, 0)
+            scale = masked(scale, ~keep, 0, plain)
     elif ones is not None:
         scale = ones / divisor
     elif isinstance(divisor, torch.Tensor):
         scale = torch.ones(N, dtype=dtype, device=device) / divisor
     else:
         scale = torch.full((N,), 1 / divisor, dtype=dtype, device=device)
-    return scale if outside is None else masked(scale, outside, float("nan"))
+    return scale if outside is None else masked(scale, outside, float("nan"), plain)
 
 
 def _divisor(N, reduction, num_items, of_target, ones):

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..._plain import masked
+from ..._plain import is_transformed, masked
 
 
 class LossStats(NamedTuple):
@@ -82,7 +82,7 @@ class TokenStats(NamedTuple):
         """These values, but zeros and -1 for the rows ``dropped``, NaN, also as gradients, for those ``outside``."""
         *values, prediction = self
         if outside is not None:
-            unknown = masked(torch.ones_like(self.lse), outside, float("nan"))
+            unknown = masked(torch.ones_like(self.lse), outside, float("nan"), is_transformed())
             values = [value * unknown for value in values]
         if dropped is not None:
             values = [value.masked_fill(dropped, 0) for value in values]
