@@ -179,6 +179,9 @@ def test_the_second_derivatives_of_everything():
         (lambda x: cross_entropy(x @ x.T, Y.clamp(max=N - 1), **options, reduction="none"), (hidden,)),
     ):
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+        value = function(*inputs).sum()
+        with_a_graph = torch.autograd.grad(value, inputs, create_graph=True)
+        torch.testing.assert_close(with_a_graph, torch.autograd.grad(value, inputs))
 
 
 @pytest.mark.parametrize("capacity", [None, 8])
