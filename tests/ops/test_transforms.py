@@ -175,7 +175,7 @@ def test_the_second_derivatives_of_everything():
 
     for function, inputs in (
         (values, (hidden, head, bias)),
-        (lambda x: linear_cross_entropy(x, torch.cat([x, x[:3].exp()]), Y), (hidden,)),
+        (lambda head: linear_cross_entropy(head[:N].sin(), head, Y), (head,)),
         (lambda x: cross_entropy(x @ x.T, Y.clamp(max=N - 1), **options, reduction="none"), (hidden,)),
     ):
         assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
