@@ -1,6 +1,7 @@
 """Masked cross-entropy, AdamW and packed attention for supervised fine-tuning."""
 
-from .ops.adamw.api import AdamW, decay_groups
+from .ops.adamw.api import AdamW
+from .ops.adamw.groups import decay_groups
 from .ops.cross_entropy.api import CrossEntropyLoss, cross_entropy
 from .ops.linear_cross_entropy.api import LinearCrossEntropyLoss, linear_cross_entropy
 from .ops.linear_cross_entropy.kept import KeptTokens

@@ -80,7 +80,7 @@ def resolve(op, impl="auto", device=None, needs_torch=None, needs_triton=None):
         impl = "triton" if triton else "torch"
     reason = None
     if impl in ("triton", "cuda") and needs_torch:
-        reason = f"{needs_torch} are torch's own code"
+        reason = f"{needs_torch} are torch's own code; use impl='torch' or 'auto'"
     elif impl == "triton":
         reason = _why_no_triton(device, interpreted=True)
     elif impl == "cuda":

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from ..ops.linear_cross_entropy.head import why_not_a_matrix
 from . import fused, recorded, watch  # noqa: F401  (what lazy logits do)
 from .heads import HeadCall
 from .lazy import LazyLogits
@@ -301,12 +302,10 @@ def _is_fully_sharded(model, weight):
 
 def _check_layer(name, layer):
     """Raise ``TypeError`` for a linear layer whose weight is not simply a matrix."""
-    weight = layer.weight
-    if type(weight) not in _PLAIN or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+    if reason := why_not_a_matrix(layer.weight):
         raise TypeError(
-            f"model: the head {name} is a {type(layer).__name__} with a weight of {type(weight).__name__},"
-            f" {weight.dtype}; dequantise it, or, if it is split over ranks, call linear_cross_entropy with a"
-            " process_group"
+            f"model: the head {name} is a {type(layer).__name__} with {reason}, or, if it is split over ranks, call"
+            " linear_cross_entropy with a process_group"
         )
 
 

@@ -131,8 +131,13 @@ def head(model):
     """What :func:`sft_kernels.linear_cross_entropy` has to know of the model's head, as its keyword arguments.
 
     Weight and bias, and from the config the scale of the logits (Cohere multiplies, Granite divides) and their softcap
-    (Gemma 2). That this is all the model does to them is for :mod:`.stock` to find out.
+    (Gemma 2). That this is all the model does to them, and that hooks on the head do nothing to them, is for
+    :mod:`.stock` to find out.
+
+    Raises ``ValueError`` for a model without a head, or with one that is no plain linear layer: adapted or quantised.
     """
+    from ..ops.linear_cross_entropy.head import weight_and_bias
+
     layer = causal_lm(model).get_output_embeddings()
     if layer is None:
         raise ValueError(f"model: {type(model).__name__} has no output embeddings, so it is no causal LM")
@@ -141,11 +146,17 @@ def head(model):
             "model: an adapter on the head is not supported, since the loss multiplies by the head's weight itself; "
             "leave the head out of target_modules, or train it whole with modules_to_save"
         )
+    if hasattr(layer, "modules_to_save"):  # PEFT's copy of the head, which it trains
+        layer = layer.modules_to_save[layer.active_adapters[0]]
+    try:
+        weight, bias = weight_and_bias(layer, f"model: the head of {type(model).__name__}", hooks=True)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     config = model.config.get_text_config()
     scale, divisor = (getattr(config, name, None) for name in ("logit_scale", "logits_scaling"))
     return {
-        "linear_weight": layer.weight,
-        "linear_bias": getattr(layer, "bias", None),
+        "linear_weight": weight,
+        "linear_bias": bias,
         "logit_scale": 1 / divisor if divisor else scale,
         "softcap": getattr(config, "final_logit_softcapping", None),
     }

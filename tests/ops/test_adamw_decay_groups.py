@@ -1,8 +1,11 @@
 """``decay_groups``: what decays and what does not."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 from sft_kernels import AdamW, decay_groups
 
@@ -45,14 +48,107 @@ def test_decay_groups_makes_an_optimiser_even_where_nothing_is_decayed():
         )
 
 
+class Squared(nn.Module):
+    def forward(self, tensor):
+        return tensor.square()
+
+
+class LowRank(nn.Module):
+    """A parametrisation with a matrix of its own."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.ones(1, columns)), nn.Parameter(torch.ones(rows, 1))
+
+    def forward(self, tensor):
+        return tensor + self.up @ self.down
+
+
+class Vocabulary(nn.Module):
+    """An embedding that is no ``torch.nn.Embedding``: a slice of the vocabulary, say."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_embeddings, self.table = 12, nn.Parameter(torch.ones(6, 4))
+
+
+class TokenEmbedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.project = nn.Parameter(torch.ones(6, 4)), nn.Linear(4, 4)
+
+
+class Adapted(nn.Module):
+    """An adapter around a layer, as PEFT lays it out."""
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer, self.adapter = base_layer, nn.ParameterDict({"default": torch.ones(2, 4)})
+
+
+def parametrized(module, parametrization=None, name="weight"):
+    parametrize.register_parametrization(module, name, parametrization or Squared())
+    return module
+
+
+def _old(function, module):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return function(module)
+
+
+MODULES = {
+    "bag": (lambda: nn.EmbeddingBag(6, 4), []),
+    "subclass": (lambda: type("Positions", (nn.Embedding,), {})(6, 4), []),
+    "by num_embeddings": (Vocabulary, []),
+    "by name": (TokenEmbedding, ["project.weight"]),
+    "adapted": (lambda: Adapted(nn.Embedding(6, 4)), []),
+    "adapted linear": (lambda: Adapted(nn.Linear(4, 4)), ["base_layer.weight", "adapter.default"]),
+    "parametrized": (lambda: parametrized(nn.Embedding(6, 4)), []),
+    "parametrized bag": (lambda: parametrized(nn.EmbeddingBag(6, 4)), []),
+    "of low rank": (lambda: parametrized(nn.Embedding(6, 4), LowRank(6, 4)), []),
+    "orthogonal": (lambda: parametrizations.orthogonal(nn.Embedding(6, 4)), []),
+    "weight norm": (lambda: parametrizations.weight_norm(nn.Embedding(6, 4)), []),
+    "norm": (lambda: parametrized(RootMeanSquareNorm()), []),
+    "bias": (lambda: parametrized(nn.Bilinear(4, 4, 4), name="bias"), ["weight"]),
+    "linear": (lambda: parametrized(nn.Linear(4, 4)), ["parametrizations.weight.original"]),
+    "linear, of low rank": (
+        lambda: parametrized(nn.Linear(4, 4), LowRank(4, 4)),
+        ["parametrizations.weight.original", "parametrizations.weight.0.down", "parametrizations.weight.0.up"],
+    ),
+    "scale": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), ["parametrizations.weight.original1"]),
+    "old scale": (lambda: _old(nn.utils.weight_norm, nn.Linear(4, 4)), ["weight_v"]),
+    "spectral": (lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), ["parametrizations.weight.original"]),
+}
+
+
+@pytest.mark.parametrize("name", [*MODULES])
+def test_decay_groups_knows_a_layer_by_its_kind(name):
+    make, expected = MODULES[name]
+    model = nn.ModuleDict({"layer": make()})
+    decayed, _ = decay_groups(model)
+    names = {id(p): name.removeprefix("layer.") for name, p in model.named_parameters()}
+    assert sorted(names[id(p)] for p in decayed["params"]) == sorted(expected)
+
+
+def test_a_head_tied_to_a_parametrized_embedding_is_not_decayed():
+    model = nn.ModuleDict({"embedding": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    parametrized(model["embedding"])
+    decayed, exempt = decay_groups(model)
+    assert decayed["params"] == []
+    assert [id(p) for p in exempt["params"]] == [id(model["head"].weight)]
+
+
 @pytest.mark.parametrize(
     ("model", "weight_decay", "match"),
     [
         (nn.Linear(2, 2), -0.1, "weight_decay"),
+        (nn.Linear(2, 2), float("nan"), "weight_decay"),
         (nn.Linear(2, 2).requires_grad_(False), 0.1, "model"),
         (nn.ReLU(), 0.1, "model"),
     ],
-    ids=["negative", "frozen", "nothing"],
+    ids=["negative", "not a number", "frozen", "nothing"],
 )
 def test_decay_groups_names_what_is_wrong(model, weight_decay, match):
     with pytest.raises(ValueError, match=match):

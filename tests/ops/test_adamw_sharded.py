@@ -1,5 +1,9 @@
 """``AdamW`` over DTensors on several gloo ranks: FSDP2, tensor parallelism, and both, as over whole tensors."""
 
+import copy
+import warnings
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from sft_kernels import AdamW
@@ -295,3 +299,72 @@ def test_what_is_collected_is_as_precise_as_the_state():
     step(optimizer, [p], [torch.ones(3).bfloat16()])
     assert (precise(optimizer, p) < 1).all()
     assert (p == 1).all()
+
+
+# ---- shards in plain tensors, which know nothing of one another
+
+
+def norms_of_shards():
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    class Unlike(ZeroRedundancyOptimizer):
+        def _init_local_optimizer(self):
+            super()._init_local_optimizer()
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    params, alone = list(model.parameters()), [dist.new_group([rank]) for rank in range(2)][dist.get_rank()]
+    zero = partial(ZeroRedundancyOptimizer, params)
+    refused = {
+        "max_grad_norm": [
+            lambda: zero(AdamW, max_grad_norm=1.0),
+            lambda: zero(AdamW, max_grad_norm=float("inf")),
+            lambda: zero(partial(AdamW, max_grad_norm=1.0)),
+            lambda: zero(lambda params, **options: AdamW(params, max_grad_norm=1.0, **options), lr=0.1),
+            lambda: Unlike(params, AdamW, max_grad_norm=1.0, parameters_as_bucket_view=True),
+        ],
+        "skip_nonfinite": [lambda: zero(AdamW, skip_nonfinite=True)],
+    }
+    for name, calls in refused.items():
+        for call in calls:
+            with pytest.raises(ValueError, match=rf"^{name}: ZeroRedundancyOptimizer .*shard's; .*clip_grad_norm_"):
+                call()
+    AdamW(params, max_grad_norm=1.0, skip_nonfinite=True)  # beside one
+    zero(AdamW, max_grad_norm=1.0, process_group=alone)  # whose shard is the whole
+
+    optimizer, reference = zero(AdamW, lr=0.1, state_dtype=torch.float64, impl="torch"), copy.deepcopy(model)
+    plain = AdamW(reference.parameters(), lr=0.1, state_dtype=torch.float64, impl="torch")
+    for _ in range(2):
+        for module in (model, reference):
+            module.zero_grad()
+            module(torch.ones(2, 4)).square().sum().backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        plain.step()
+    assert same_bits(list(model.parameters()), list(reference.parameters()))
+    with pytest.raises(ValueError, match="impl holds for all parameters"):
+        AdamW([{"params": params, "impl": "triton"}])
+
+
+def norms_of_flat_shards():
+    for use_orig_params in (False, True):
+        for split in (ShardingStrategy.FULL_SHARD, ShardingStrategy.NO_SHARD):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = FullyShardedDataParallel(
+                    nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)),
+                    sharding_strategy=split,
+                    use_orig_params=use_orig_params,
+                    device_id=torch.device("cpu"),
+                )
+            AdamW(model.parameters())
+            if split == ShardingStrategy.NO_SHARD:
+                AdamW(model.parameters(), max_grad_norm=1.0)
+                continue
+            for options in ({"max_grad_norm": 1.0}, {"skip_nonfinite": True}):
+                with pytest.raises(ValueError, match=r"FullyShardedDataParallel .*shard's; .*model.clip_grad_norm_"):
+                    AdamW(model.parameters(), **options)
+
+
+@pytest.mark.parametrize("function", [norms_of_shards, norms_of_flat_shards])
+def test_a_norm_of_a_shard_is_refused(two, function):
+    two(function)

@@ -1,5 +1,7 @@
 """What both losses promise alike: ``cross_entropy`` and every loop of ``linear_cross_entropy``."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -268,10 +270,16 @@ def test_a_second_backward_is_right_whatever_became_of_the_first_gradient(loss, 
         check("second gradient", b, a, a)
 
 
-def test_gradients_of_gradients_raise_rather_than_be_wrong(loss):
-    leaves = [t.requires_grad_() for t in loss.tensors()]
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        torch.autograd.grad(loss.ours(*leaves, labels()), leaves, create_graph=True)
+def test_gradients_of_gradients_are_those_of_plain_code(loss):
+    def second(function, dtype=torch.float32):
+        leaves = [t.to(dtype).requires_grad_() for t in tensors]
+        first = torch.autograd.grad(function(*leaves, y), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    y, tensors = labels(), loss.tensors()
+    reference = second(loss.plain, torch.float64)
+    for found, ref, eager in zip(second(loss.ours), reference, second(loss.plain), strict=True):
+        check("second gradient", found, ref, eager)
 
 
 def test_micro_batches_with_a_common_divisor_add_up(loss):
@@ -320,6 +328,12 @@ def test_on_a_device_that_is_not_asked_a_label_outside_gives_nan_and_no_access_o
         ({"reduction": "avg"}, ValueError, "reduction"),
         ({"num_items": 5, "reduction": "sum"}, ValueError, "num_items"),
         ({"num_items": -1}, ValueError, "num_items"),
+        ({"num_items": torch.tensor(-3.0)}, ValueError, r"num_items: expected a count, got -3\.0"),
+        ({"num_items": torch.tensor(-3)}, ValueError, "num_items: expected a count, got -3"),
+        ({"num_items": torch.tensor(math.nan)}, ValueError, "num_items: expected a count, got nan"),
+        ({"num_items": torch.tensor(math.inf)}, ValueError, "num_items: expected a count, got inf"),
+        ({"num_items": math.nan}, ValueError, "num_items: expected a count, got nan"),
+        ({"num_items": torch.tensor(3j)}, TypeError, "num_items: expected a real number"),
         ({"num_items": torch.ones(1)}, ValueError, "num_items"),
         ({"token_weight": torch.ones(N - 1)}, ValueError, "token_weight"),
         ({"token_weight": torch.ones(N, dtype=torch.int64)}, TypeError, "token_weight"),

@@ -1,5 +1,6 @@
 """``AdamW``: torch's, with the defaults of fine-tuning, and clipping and skipping inside the step."""
 
+import numbers
 from itertools import chain
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch
 from ..._backend import named, resolve
 from ..._checks import unlike_dense
 from .double_clip import DoubleClip
+from .sharding import are_flat_shards, zero_ranks
 from .state import HALF, MASTERS, MOMENTS, check_fit, check_half, refuse_unfit
 
 _TorchAdamW = torch.optim.AdamW  # under whose name ours may stand later
@@ -58,8 +60,10 @@ class AdamW(_TorchAdamW):
         ValueError: an option out of range, or a combination that cannot work: ``differentiable`` with an option that
             torch's lacks; ``foreach`` or ``fused`` where dtypes are to differ; ``foreach`` with ``capturable`` and
             ``skip_nonfinite``; ``stochastic_rounding`` with ``master_weights``; either but for ``"float32"`` with fp16
-            parameters; parameters in fp8 or integers, sparse or nested, if they are to be trained; from ``step``, a
-            DTensor that is rounded stochastically and neither sharded nor replicated.
+            parameters; parameters in fp8 or integers, sparse or nested, if they are to be trained; ``max_grad_norm`` or
+            ``skip_nonfinite`` where each rank has a shard in plain tensors (``ZeroRedundancyOptimizer``,
+            ``FullyShardedDataParallel``), for the norm would be a shard's; from ``step``, a DTensor
+            that is rounded stochastically and neither sharded nor replicated.
         RuntimeError: from ``step``, gradients in fp8 or integers, sparse or nested; sparse ones also in torch.
         Unavailable: from ``step``, an ``impl`` that cannot run where the parameters are, or does not carry them; at
             once if they are on a GPU already.
@@ -88,8 +92,7 @@ class AdamW(_TorchAdamW):
         impl="auto",
     ):
         named("adamw", impl)
-        if max_grad_norm is not None and (isinstance(max_grad_norm, bool) or not max_grad_norm > 0):
-            raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
+        max_grad_norm = _checked_norm(max_grad_norm)
         if impl not in ("auto", "torch") and (foreach is not None or fused is not None):
             raise ValueError(f"foreach and fused are options of impl='torch'; got impl={impl!r}")
         if master_weights not in (None, "float32", "split"):
@@ -113,6 +116,7 @@ class AdamW(_TorchAdamW):
             raise ValueError("update_stats: torch's foreach and fused kernels count nothing")
         if capturable and skip_nonfinite and foreach:
             raise ValueError("skip_nonfinite reads a flag back with foreach=True, which capturable=True forbids")
+        self._asked_impl = impl
         self._impl = "torch" if foreach is not None or fused is not None else impl
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -122,6 +126,13 @@ class AdamW(_TorchAdamW):
         self.update_stats = bool(update_stats)
         self._double_clip = self._watch_for_a_double_clip()
         self._forget()
+        measured = "max_grad_norm" if max_grad_norm is not None else "skip_nonfinite" if skip_nonfinite else None
+        if measured and zero_ranks() > 1:
+            raise ValueError(
+                f"{measured}: ZeroRedundancyOptimizer hands each rank its shard of the parameters, so the norm would be"
+                f" a shard's; leave {measured} out and call torch.nn.utils.clip_grad_norm_(model.parameters(), …)"
+                " before the step"
+            )
         super().__init__(
             params,
             lr,
@@ -135,6 +146,11 @@ class AdamW(_TorchAdamW):
             differentiable=differentiable,
             fused=fused,
         )
+        if measured and are_flat_shards([p for group in self.param_groups for p in group["params"]]):
+            raise ValueError(
+                f"{measured}: FullyShardedDataParallel hands each rank its shard of the parameters, so the norm would"
+                f" be a shard's; leave {measured} out and call model.clip_grad_norm_ before the step"
+            )
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         if device is not None and device.type == "cuda":  # elsewhere the parameters may yet be moved to a GPU
             resolve("adamw", self._impl, device)
@@ -165,8 +181,10 @@ class AdamW(_TorchAdamW):
         self._choose_path()
 
     def _check_group(self, group):
-        for name in (*_OPTIONS, "impl"):
-            if name in group:
+        # ZeroRedundancyOptimizer hands the options of the whole to each group, too.
+        own = {name: getattr(self, name) for name in _OPTIONS} | {"impl": self._asked_impl}
+        for name in own:
+            if name in group and not (group[name] == own[name] and zero_ranks()):
                 raise ValueError(f"{name} holds for all parameters: an option of AdamW, not of a group")
         seed = group.get("seed", 0)
         if not (isinstance(seed, int) and 0 <= seed < 2**32):
@@ -349,6 +367,7 @@ class AdamW(_TorchAdamW):
     def __getstate__(self):
         own = (
             "_impl",
+            "_asked_impl",
             *_OPTIONS,
             "last_grad_norm",
             "skipped_steps",
@@ -377,6 +396,19 @@ class UpdateStatistics(NamedTuple):
     skipped_steps: torch.Tensor
 
 
+def _checked_norm(max_grad_norm):
+    """``max_grad_norm`` as a number, or None; raises by name for anything that is not a positive number."""
+    if max_grad_norm is None:
+        return None
+    if isinstance(max_grad_norm, torch.Tensor) and max_grad_norm.numel() == 1 and not max_grad_norm.is_complex():
+        max_grad_norm = max_grad_norm.item()
+    if isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, numbers.Real):
+        raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm!r}")
+    if not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
+    return max_grad_norm
+
+
 _OPTIONS = ("max_grad_norm", "skip_nonfinite", "master_weights", "stochastic_rounding", "state_dtype", "update_stats")
 _LOSSLESS = (*MOMENTS, *MASTERS)
 
@@ -391,35 +423,3 @@ def _fusible(p):
     if not (unlike_dense(p) is None and p.is_floating_point() and p.device.type in ("cpu", "cuda")):
         return False
     return torch.empty_like(p, device="meta").stride() == p.stride()
-
-
-def decay_groups(model, weight_decay=0.1):
-    """Parameter groups of ``model``: matrices with decay; biases, norms and embeddings without.
-
-    Only trainable parameters; a weight that is tied appears once. An embedding is not decayed, nor a head tied to it: a
-    batch gives no gradient to the rows of tokens that it lacks, so that decay would only shrink what fine-tuning never
-    touches. Whatever has fewer than two dimensions, or sits in a module whose class name says ``Norm``, is not decayed.
-
-    Returns:
-        ``[{"params": …, "weight_decay": weight_decay}, {"params": …, "weight_decay": 0.0}]``, for any optimiser.
-
-    Raises:
-        ValueError: a negative ``weight_decay``, or nothing to train.
-    """
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay: expected at least 0, got {weight_decay}")
-    exempt = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding) or "norm" in type(module).__name__.lower()
-        for p in module.parameters(recurse=False)
-    }
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise ValueError("model: no parameter requires a gradient")
-    decayed = [p for p in trainable if p.dim() >= 2 and id(p) not in exempt]
-    chosen = {id(p) for p in decayed}
-    return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": [p for p in trainable if id(p) not in chosen], "weight_decay": 0.0},
-    ]

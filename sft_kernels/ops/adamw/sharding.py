@@ -1,6 +1,7 @@
 """What of a DTensor lies here, and over whom a norm is summed."""
 
 import math
+import sys
 
 import torch.distributed as dist
 
@@ -66,6 +67,33 @@ class Ranks:
         for group in self.groups:
             dist.all_reduce(tensor, group=group)
         return tensor
+
+
+def zero_ranks():
+    """Returns over how many ranks the ``ZeroRedundancyOptimizer`` that makes an optimiser now splits the parameters.
+
+    0 if there is none. The parameters that a rank gets are plain tensors, and nothing about them says that there are
+    more. So it is found among the callers; to be called while the optimiser is made.
+    """
+    zero = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    frame = sys._getframe() if zero else None
+    while frame is not None:
+        if frame.f_globals is vars(zero):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, zero.ZeroRedundancyOptimizer):
+                return owner.world_size
+        frame = frame.f_back
+    return 0
+
+
+def are_flat_shards(params):
+    """Returns True if ``params`` are the shards, in plain tensors, that ``FullyShardedDataParallel`` made of others."""
+    marked = [p for p in params if getattr(p, "_fsdp_flattened", False)]
+    whole = [getattr(p, "_unpadded_unsharded_size", None) for p in marked]
+    if any(size is not None and p.numel() < size.numel() for p, size in zip(marked, whole, strict=True)):
+        return True
+    # With ``use_orig_params`` each parameter is a piece of the flat one, or, if that is not split, has its own shape.
+    return bool(marked) and all(size is None and p.dim() == 1 for p, size in zip(marked, whole, strict=True))
 
 
 def placement_in_whole(p):

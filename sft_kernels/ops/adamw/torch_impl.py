@@ -2,6 +2,7 @@
 
 import torch
 
+from ..._plain import is_without_values
 from .rounding import decode, encode, round_stochastically
 from .sharding import Ranks, aligned_gradient, is_sharded, local, placement_in_whole
 from .state import follow, laid_out_as, moments, state_of
@@ -41,7 +42,7 @@ def step(optimizer):
                 bad |= ranks.sum_((found_inf > 0).float()).to(bad.device) > 0
             found_inf = bad.float()
             optimizer.skipped_steps += bad.to(optimizer.skipped_steps)
-            if not fused and not optimizer._mixed and bad:
+            if not fused and not optimizer._mixed and not is_without_values(bad) and bad:
                 return None
         if optimizer.max_grad_norm not in (None, float("inf")):  # an infinite norm over infinity is NaN
             clip = ((norm + 1e-6) / optimizer.max_grad_norm).clamp(min=1)  # torch's clip_grad_norm_, inverted

@@ -6,6 +6,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..._checks import check_floating
+from ..._plain import autocast_on, why_plain
 from ..softmax_grad.api import Core
 from ..softmax_grad.composed import composed_loss
 from ..softmax_grad.options import LossOptions
@@ -14,7 +15,7 @@ from ..softmax_grad.reduction import (
     check_labels,
     check_options,
     check_target,
-    differentiable_once,
+    or_again,
     reduce_rows,
     row_scale,
     target_weight,
@@ -37,12 +38,12 @@ class _CrossEntropy(torch.autograd.Function):
     In fp32 and with a reduction, the forward makes the gradient in its one pass of exponentials, and the first backward
     multiplies it by the upstream scalar. In half precision that would be a second rounding, so the forward only reads
     the logits and the backward makes the gradient. A backward that finds no gradient computes its own, and so does one
-    in which a gradient arrives through a statistic.
+    in which a gradient arrives through a statistic. Gradients of gradients repeat the loss in plain torch.
     """
 
     @staticmethod
     def forward(ctx, input, targets, scale, keep, outside, options):
-        ctx.options = options
+        ctx.options, ctx.differentiable = options, 1
         per_token = options.return_stats == "tokens"
         early = options.reduce and options.need_grad and input.dtype.itemsize >= 4
         # In a compiler's trace every statistic has a gradient, if only zeros: that of the loss alone is of no use.
@@ -64,7 +65,16 @@ class _CrossEntropy(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable_once
+    def _again(ctx, input):
+        _, targets, scale, keep, outside, *_ = ctx.saved_tensors
+        options = ctx.options
+        logits, targets = input.where(keep[:, None], 0), targets.clamp(0, input.shape[1] - 1)
+        asked = options.return_stats == "tokens" and "tokens"
+        out = composed_loss(None, logits, targets, None, scale, outside, ~keep, options.loss, options.reduce, asked)
+        return out if asked else (out,)
+
+    @staticmethod
+    @or_again(_again)
     def backward(ctx, grad, *of_stats):
         options = ctx.options
         input, targets, scale, keep, outside, lse, entropy = ctx.saved_tensors
@@ -132,7 +142,10 @@ def cross_entropy(
 
     Returns:
         The loss; or ``(loss, LossStats)``, or ``(loss, TokenStats)``. Nothing kept gives 0 and a zero gradient (torch:
-        NaN). Differentiable once.
+        NaN).
+
+    Works as torch's own does under ``torch.func`` and ``vmap``, with forward-mode derivatives, on meta and fake tensors
+    and in ``torch.export``: in plain torch, masked rows computed too. So do gradients of gradients, whatever ``impl``.
 
     Counting the kept tokens of a GPU tensor syncs once. Probability targets, and class weights together with label
     smoothing, are torch's own code in fp32: two or three more copies of the logits.
@@ -171,7 +184,8 @@ def cross_entropy(
     check_class_weight(weight, V, input.device)
     loss_options = LossOptions.checked(V, label_smoothing, softcap, logit_scale, z_loss)
     composed = probabilities or (weight is not None and bool(label_smoothing))
-    core = Core.resolve(impl, input.device, input.dtype, loss_options, composed, return_stats)
+    plain = why_plain(input, target, weight, token_weight)
+    core = Core.resolve(impl, input.device, input.dtype, loss_options, composed, return_stats, plain)
 
     logits = input.movedim(classes, -1).reshape(-1, V)
     weights = None if token_weight is None else token_weight.reshape(-1)
@@ -183,12 +197,12 @@ def cross_entropy(
         labels = target.reshape(-1).long()
         keep = labels != ignore_index
         targets = labels * keep
-        outside = check_labels(targets, V)
-        of_target = target_weight(weight, targets, outside, keep, scalar)
-    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep)
+        outside = check_labels(targets, V, plain)
+        of_target = target_weight(weight, targets, outside, keep, scalar, plain)
+    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep, plain)
     reduce = reduction != "none"
-    if composed:
-        if keep is not None and torch.compiler.is_compiling():  # which knows no count: masked rows are computed too
+    if composed or plain:
+        if keep is not None and (plain or torch.compiler.is_compiling()):  # no count is known: masked rows count too
             logits = logits.where(keep[:, None], 0)
         elif keep is not None:
             rows, keep = keep.nonzero()[:, 0], None
@@ -196,7 +210,16 @@ def cross_entropy(
             outside = None if outside is None else outside[rows]
         dropped = None if keep is None else ~keep
         out = composed_loss(
-            core.softmax_grad, logits, targets, weight, scale, outside, dropped, loss_options, reduce, return_stats
+            None if plain else core.softmax_grad,
+            logits,
+            targets,
+            weight,
+            scale,
+            outside,
+            dropped,
+            loss_options,
+            reduce,
+            return_stats,
         )
     else:
         if of_target is not None:
@@ -205,7 +228,7 @@ def cross_entropy(
         options = _Options(core, loss_options, need_grad, reduce, return_stats)
         out = _CrossEntropy.apply(logits, targets, scale, keep, outside if return_stats == "tokens" else None, options)
     loss, stats = unpack(out, rows, shape, reduction, return_stats)
-    if dtype is None and not torch.is_autocast_enabled(input.device.type):
+    if dtype is None and not autocast_on(input.device):
         dtype = input.dtype
     loss = loss if dtype is None else loss.to(dtype)
     return (loss, stats) if return_stats else loss

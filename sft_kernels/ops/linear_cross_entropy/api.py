@@ -4,9 +4,9 @@ import math
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from ..._checks import check_floating
+from ..._plain import autocast_on, why_plain
 from ..softmax_grad.api import Core
 from ..softmax_grad.composed import composed_loss
 from ..softmax_grad.options import LossOptions
@@ -20,8 +20,9 @@ from ..softmax_grad.reduction import (
     unpack,
 )
 from . import matmul
-from .function import Dtypes, LinearCrossEntropy, Needs, Options, gather, plain_products
-from .kept import KeptTokens, number_of_tokens
+from .function import Dtypes, LinearCrossEntropy, Needs, Options, plain_products, whole_logits
+from .head import weight_and_bias
+from .kept import KeptTokens, carried_labels, number_of_tokens
 from .parallel import Shards, local_head, replicated
 from .plan import make_plan
 
@@ -98,12 +99,16 @@ def linear_cross_entropy(
         and zero gradients (torch: NaN).
 
     Gradients flow to ``input``, ``linear_weight`` and ``linear_bias``, each in its own dtype; one that is not required
-    costs nothing. What stands at masked positions, NaN included, enters neither loss nor gradients. Differentiable
-    once. Under autocast and on the CPU see ``matmul.compute_dtype`` for the dtype of the products.
+    costs nothing. What stands at masked positions, NaN included, enters neither loss nor gradients. Under autocast and
+    on the CPU see ``matmul.compute_dtype`` for the dtype of the products.
 
     Probability targets, class weights together with label smoothing, and heads of more than two dimensions are torch's
     own code over the kept rows' logits as a whole; ``kept``, ``shift``, ``chunking`` and ``max_logits_bytes`` say
     nothing about the first and the last and are refused there, the latter two with all three.
+
+    Under ``torch.func`` and ``vmap``, with forward-mode derivatives, on meta and fake tensors and in ``torch.export``
+    this is plain torch over the logits of all rows, masked ones too; ``kept`` leaves those out. Gradients of gradients
+    and ``is_grads_batched=True`` are plain torch over the kept rows' logits. ``process_group`` goes with none of these.
 
     Raises:
         ValueError, TypeError: an argument of a wrong shape, dtype or device, or out of range, by name.
@@ -111,6 +116,9 @@ def linear_cross_entropy(
             is NaN, and so are the token's logprob, lse and entropy.
     """
     check_floating("linear_weight", linear_weight)
+    plain = why_plain(input, linear_weight, linear_bias, target, weight, token_weight)
+    if plain and process_group is not None:
+        raise ValueError(f"process_group: {plain} take a whole head; call the loss of the split head without them")
     shards = None if process_group is None else Shards.of(linear_weight, process_group)
     linear_weight, linear_bias = local_head(linear_weight, linear_bias, shards)
     input, target = replicated(input, "input", shards), replicated(target, "target", shards)
@@ -134,34 +142,42 @@ def linear_cross_entropy(
     composed = whole or (weight is not None and bool(label_smoothing))
     if composed and shards is not None:
         raise ValueError("process_group: probabilities, and class weights with label smoothing, take a whole head")
-    core = Core.resolve(impl, device, dtype, loss_options, composed, return_stats)
+    core = Core.resolve(impl, device, dtype, loss_options, composed, return_stats, plain)
 
     rows, keep, outside, of_target = None, None, None, None
     if probabilities:
         targets = target.movedim(-1 - len(places), -1).reshape(-1, V)
+    elif plain and kept is None:  # nothing may be counted: all rows are computed, and masked
+        carried = _carried(target, ignore_index, shift)
+        keep = carried != (-100 if ignore_index is None else ignore_index)
+        targets = carried * keep
     else:
         kept = _kept_tokens(kept, target, shape, device, -100 if ignore_index is None else ignore_index, shift)
         if kept.size == 0:  # nothing to be gathered for what is padded
             kept = kept._replace(rows=kept.rows[:0], targets=kept.targets[:0], capacity=None)
         rows, targets, keep = kept.rows, kept.targets, kept.keep
-        outside = check_labels(targets, V)
-        of_target = target_weight(weight, targets, outside, keep, scalar)
+    if not probabilities:
+        outside = check_labels(targets, V, plain)
+        of_target = target_weight(weight, targets, outside, keep, scalar, plain)
     padding = None if keep is None else ~keep
     weights = None
     if token_weight is not None:
         weights = token_weight.reshape(-1)
-        if shift:  # a view from which every row reads its label's weight, and a row of -1 any
+        if shift and rows is None:
+            weights = torch.cat([weights[shift:], torch.zeros_like(weights[:shift])])
+        elif shift:  # a view from which every row reads its label's weight, and a row of -1 any
             weights = weights[min(shift, len(weights) - 1) :][rows]
-        elif keep is not None or (rows is not None and rows.numel() != weights.numel()):
+        elif rows is not None and (keep is not None or rows.numel() != weights.numel()):
             weights = weights[rows]
-    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep)
+    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep, plain)
     reduce, per_token = reduction != "none", return_stats == "tokens"
     hidden = input.reshape(-1, D)
     with plain_products(device):
-        if composed:
-            logits = _whole_logits(hidden, linear_weight, linear_bias, rows, padding, dtype)
+        if composed or plain:
+            logits = whole_logits(hidden, linear_weight, linear_bias, rows, padding, dtype)
+            softmax_grad = None if plain else core.softmax_grad
             out = composed_loss(
-                core.softmax_grad, logits, targets, weight, scale, outside, padding, loss_options, reduce, return_stats
+                softmax_grad, logits, targets, weight, scale, outside, padding, loss_options, reduce, return_stats
             )
         else:
             if of_target is not None:
@@ -220,24 +236,6 @@ def _with_classes(shape, V, places):
     return torch.Size((*shape[:batch], V, *places))
 
 
-def _whole_logits(hidden, weight, bias, rows, padding, dtype):
-    """The kept rows' logits under autograd, ``[K, V]``; with ``rows`` None all of them."""
-    V, *places, D = weight.shape
-    if not places and rows is not None:
-        hidden = gather(hidden, rows, padding, dtype)
-    elif rows is not None:  # what stands where no place carries loss must not reach the products
-        used = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
-        used[rows // math.prod(places)] = True
-        hidden = hidden.where(used[:, None], 0)
-    logits = F.linear(
-        hidden.to(dtype), weight.reshape(-1, D).to(dtype), None if bias is None else bias.reshape(-1).to(dtype)
-    )
-    if places:
-        logits = logits.reshape(hidden.shape[0], V, -1).movedim(1, 2).reshape(-1, V)
-        logits = logits if rows is None else logits[rows]
-    return logits
-
-
 def _check_head(input, linear_weight, linear_bias):
     check_floating("input", input)
     if input.dim() == 0:
@@ -260,7 +258,7 @@ def _check_head(input, linear_weight, linear_bias):
     for name, tensor in head.items():
         if tensor.device != input.device:
             raise ValueError(f"{name}: expected device {input.device} as input, got {tensor.device}")
-        if not torch.is_autocast_enabled(input.device.type) and tensor.dtype != input.dtype:
+        if not autocast_on(input.device) and tensor.dtype != input.dtype:
             raise TypeError(f"{name}: expected {input.dtype} as input, got {tensor.dtype}")
 
 
@@ -284,6 +282,14 @@ def _check_loops(whole, unchunked, shift, kept, chunking, max_logits_bytes):
         )
 
 
+def _carried(target, ignore_index, shift):
+    if target is None:
+        raise ValueError("target: expected class indices (or kept=KeptTokens)")
+    if not isinstance(ignore_index, int | None):
+        raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    return carried_labels(target, -100 if ignore_index is None else ignore_index, shift)
+
+
 def _kept_tokens(kept, target, shape, device, ignore_index, shift):
     if kept is None and target is None:
         raise ValueError("target: expected class indices (or kept=KeptTokens)")
@@ -302,7 +308,9 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     """The head and its loss as one module, as ``torch.nn.LinearCrossEntropyLoss``: the head is ``self.linear``.
 
     ``weight`` ``[num_classes]`` holds class weights and is a buffer. For a head that a model already has, assign it
-    (``loss.linear = model.lm_head``) or call :func:`linear_cross_entropy`.
+    (``loss.linear = model.lm_head``) or call :func:`linear_cross_entropy`. It must be a ``torch.nn.Linear`` that
+    computes ``x Wᵀ + b`` and nothing else: its weight may be parametrised, but each call refuses hooks, a forward of
+    its own, quantised weights and adapters (``TypeError``).
     """
 
     def __init__(
@@ -352,10 +360,10 @@ class LinearCrossEntropyLoss(torch.nn.Module):
     def forward(self, input, target=None, *, num_items=None, token_weight=None, kept=None):
         """The loss of one batch, with the batch's own divisor, token weights and kept tokens."""
         places = (self.num_classes, *self.out_features)
-        bias = self.linear.bias
+        weight, bias = weight_and_bias(self.linear, "linear")
         return linear_cross_entropy(
             input,
-            self.linear.weight.reshape(*places, -1),
+            weight.reshape(*places, -1),
             target,
             linear_bias=None if bias is None else bias.reshape(places),
             weight=self.weight,

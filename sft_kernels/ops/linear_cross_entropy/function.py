@@ -1,11 +1,15 @@
 """The ``autograd.Function`` of ``linear_cross_entropy``: what the forward makes, and what waits for the backward."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from ..._plain import without_autocast
+from ..softmax_grad.composed import composed_loss
 from ..softmax_grad.options import LossOptions
-from ..softmax_grad.reduction import differentiable_once, hold_back, reduce_rows
+from ..softmax_grad.reduction import hold_back, or_again, reduce_rows
 from ..softmax_grad.rows import RowFactors
 from ..softmax_grad.stats import coefficients
 from . import matmul, tokens, vocab
@@ -75,6 +79,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     fp16 holds neither a gradient without the loss scale nor, perhaps, one of a steep loss: there gradients stay in fp32
     until the upstream scalar has multiplied them, and are then rounded once.
+
+    Gradients of gradients repeat the loss in plain torch, over the logits of all kept rows.
     """
 
     @staticmethod
@@ -82,7 +88,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         x = gather(hidden, rows, padding, options.dtype)
         if options.shards is not None:
             targets = targets - options.shards.start
-        ctx.options = options
+        ctx.options, ctx.differentiable = options, 3
         ctx.logits = ctx.gradients = None
         plan, per_token = options.plan, options.return_stats == "tokens"
         common = (x, weight, bias, targets)
@@ -103,7 +109,33 @@ class LinearCrossEntropy(torch.autograd.Function):
         return out
 
     @staticmethod
-    @differentiable_once
+    def _again(ctx, hidden, weight, bias):
+        *_, rows, targets, scale, padding, outside, _, _ = ctx.saved_tensors
+        options = ctx.options
+        if options.shards is not None:
+            raise RuntimeError(
+                "process_group: the loss of a head that is split over ranks is differentiable once, a gradient at a"
+                " time (no create_graph=True, no is_grads_batched=True)"
+            )
+        asked = options.return_stats == "tokens" and "tokens"
+        with plain_products(hidden.device):
+            logits = whole_logits(hidden, weight, bias, rows, padding, options.dtype)
+            out = composed_loss(
+                None,
+                logits,
+                targets.clamp(0, weight.shape[0] - 1),
+                None,
+                scale,
+                outside,
+                padding,
+                options.loss,
+                options.reduce,
+                asked,
+            )
+        return out if asked else (out,)
+
+    @staticmethod
+    @or_again(_again)
     def backward(ctx, grad, *of_stats):
         options = ctx.options
         hidden, weight, bias, rows, targets, scale, padding, outside, lse, entropy = ctx.saved_tensors
@@ -142,6 +174,33 @@ def gather(hidden, rows, padding, dtype):
     return (hidden if rows.numel() == hidden.shape[0] else hidden[rows]).to(dtype)
 
 
+def whole_logits(hidden, weight, bias, rows, padding, dtype):
+    """The kept rows' logits under autograd, ``[K, V]``; with ``rows`` None all of them.
+
+    ``padding`` are rows that carry no loss: they are 0, whatever stands there. ``weight`` may be ``[V, d1, …, D]``.
+    """
+    V, *places, D = weight.shape
+    P = math.prod(places)
+    if rows is None and padding is not None:
+        hidden = hidden.where(~padding.reshape(-1, P).all(1)[:, None], 0)
+    elif rows is not None and not places:
+        hidden = gather(hidden, rows, padding, dtype)
+    elif rows is not None:  # what stands where no place carries loss must not reach the products
+        used = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+        used[rows // P] = True
+        hidden = hidden.where(used[:, None], 0)
+    logits = F.linear(
+        hidden.to(dtype), weight.reshape(-1, D).to(dtype), None if bias is None else bias.reshape(-1).to(dtype)
+    )
+    if places:
+        logits = logits.reshape(hidden.shape[0], V, -1).movedim(1, 2).reshape(-1, V)
+        if rows is not None:
+            logits = logits[rows]
+        elif padding is not None:
+            logits = logits.where(~padding[:, None], 0)
+    return logits
+
+
 def scatter(dx, hidden, rows, padding):
     """The gradient of all hidden states: ``dx`` at ``rows``, 0 elsewhere; None stays None."""
     if dx is None:
@@ -156,7 +215,7 @@ def scatter(dx, hidden, rows, padding):
 
 def plain_products(device):
     """No autocast inside: the op has chosen its dtype, and casting again would round the weight a second time."""
-    return torch.autocast(device.type, enabled=False)
+    return without_autocast(device)
 
 
 def _held_back(factors, options):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils.data._utils.collate import default_collate_fn_map
 
 from ..._checks import check_tensor
+from ..._plain import values_of
 
 
 class KeptTokens(NamedTuple):
@@ -36,8 +37,8 @@ class KeptTokens(NamedTuple):
         counted on the device: a step captured in a CUDA graph replays with the next batch copied into the same tensors.
         The products are paid for ``capacity`` tokens.
 
-        Raises ``TypeError`` for labels of another dtype and for a ``shift`` that is no number, ``ValueError`` for one
-        that is negative and where more tokens are kept than ``capacity``.
+        Raises ``TypeError`` for labels of another dtype or without values, and for a ``shift`` that is no number,
+        ``ValueError`` for one that is negative and where more tokens are kept than ``capacity``.
         """
         check_tensor("labels", labels)
         if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
@@ -45,13 +46,14 @@ class KeptTokens(NamedTuple):
         if not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index: expected an integer, got {ignore_index!r}")
         shift = number_of_tokens(shift)
-        if shift and labels.dim() == 0:
-            raise ValueError(f"shift={shift} needs labels with a sequence dimension, got a 0-d tensor")
-        carried = labels = labels.long()
-        if shift:
-            carried = torch.full_like(labels, ignore_index)
-            carried[..., : max(labels.shape[-1] - shift, 0)] = labels[..., shift:]
-        carried = carried.reshape(-1)
+        if not torch.compiler.is_compiling():
+            values, batched = values_of(labels)
+            if values is None or batched:
+                raise TypeError(
+                    "labels: the kept tokens of meta, fake and traced tensors and inside vmap cannot be counted;"
+                    " hand labels as target to linear_cross_entropy instead"
+                )
+        carried = carried_labels(labels, ignore_index, shift)
         rows = (carried != ignore_index).nonzero()[:, 0]
         targets, count = carried[rows], rows.numel()
         if capacity is not None:
@@ -106,6 +108,17 @@ def _padded(rows, targets, capacity):
     if capacity is None:
         return rows, targets
     return [F.pad(t, (0, capacity - t.numel()), value=value) for t, value in ((rows, -1), (targets, 0))]
+
+
+def carried_labels(labels, ignore_index, shift):
+    """The label of each hidden state, ``[N]`` int64: that at t + ``shift`` of the same row, or ``ignore_index``."""
+    if shift and labels.dim() == 0:
+        raise ValueError(f"shift={shift} needs labels with a sequence dimension, got a 0-d tensor")
+    carried = labels = labels.long()
+    if shift:
+        carried = torch.full_like(labels, ignore_index)
+        carried[..., : max(labels.shape[-1] - shift, 0)] = labels[..., shift:]
+    return carried.reshape(-1)
 
 
 def number_of_tokens(shift):

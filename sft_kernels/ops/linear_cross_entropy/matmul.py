@@ -7,6 +7,8 @@ autocast, if memory is short for a copy); then it is cast a slice of the vocabul
 import torch
 import torch.nn.functional as F
 
+from ..._plain import autocast_on
+
 _SLICE = 4096  # rows of the weight that are cast at a time
 
 
@@ -17,7 +19,7 @@ def compute_dtype(x):
     """
     device = x.device.type
     dtype = x.dtype
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+    if autocast_on(x.device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
     return torch.float32 if device == "cpu" and dtype != torch.float64 else dtype
 
@@ -44,7 +46,7 @@ def logits(x, weight, bias=None):
         columns = out[:, s]
         if bias is not None:
             columns.copy_(bias[s])
-        columns.addmm_(x, weight[s].to(x.dtype).T, beta=0 if bias is None else 1)
+        _addmm_(columns, x, weight[s].to(x.dtype).T, beta=0 if bias is None else 1)
     return out
 
 
@@ -86,13 +88,23 @@ def accumulate(acc, a, b, beta=1):
     """``acc = beta · acc + a b`` in place, ``beta`` 0 or 1, summed in the dtype of ``acc`` and each product in fp32 at
     least; with a ``beta`` of 0 ``acc`` is not read."""
     if a.dtype == acc.dtype:
-        acc.addmm_(a, b, beta=beta)
+        _addmm_(acc, a, b, beta)
+    elif acc.dtype == torch.float32 and a.dtype.itemsize < 4 and acc.is_cuda and not torch.compiler.is_compiling():
+        _addmm_cuda(acc, a, b, beta)
     elif acc.dtype == torch.float32 and a.dtype.itemsize < 4:
         torch.ops.sft_kernels.addmm_(acc, a, b, beta)
     else:  # float64 beside another dtype, under autocast
         part = torch.empty_like(acc, dtype=accumulator_dtype(a.dtype))
         accumulate(part, a, b, beta=0)
         acc.copy_(part) if beta == 0 else acc.add_(part)
+
+
+def _addmm_(acc, a, b, beta):
+    """The same for one dtype: as torch's FlopCounterMode counts it, except in a compiler's trace."""
+    if torch.compiler.is_compiling():
+        acc.addmm_(a, b, beta=beta)
+    else:
+        torch.addmm(acc, a, b, beta=beta, out=acc)
 
 
 def _slices(weight):

@@ -7,8 +7,9 @@ import operator
 
 import torch
 
-from ..._backend import checks_enabled, resolve
+from ..._backend import Unavailable, checks_enabled, named, resolve
 from ..._checks import check_floating, check_tensor
+from ..._plain import autocast_on, why_plain
 from .segments import segment_lengths
 from .tiles import AttentionTiles, check_boundaries
 
@@ -55,6 +56,10 @@ def packed_attention(
             torch, or an implementation's name. ``"flash"`` takes fp16 and bf16 on an NVIDIA GPU. Its gradients need not
             repeat to the bit but under ``torch.use_deterministic_algorithms``; those of the others always do.
 
+    Under ``torch.func`` and ``vmap``, with forward-mode derivatives, on meta and fake tensors and in ``torch.export``
+    this is plain torch. Where nothing may read ``cu_seqlens`` (a batch of them, meta, fake) scores are formed for the
+    whole row, T² of them, and a NaN in one segment reaches the others.
+
     Returns:
         ``[T, Hq, D]`` in the dtype of ``query``; under autocast all three are cast first, as torch does for its own.
         With ``return_lse`` also ``[Hq, T]`` in fp32 (fp64 for fp64), −∞ in rows from ``cu_seqlens[-1]`` on.
@@ -67,11 +72,16 @@ def packed_attention(
         RuntimeError: a named implementation cannot run here, with what it lacks.
     """
     _check_tensors(query, key, value, cu_seqlens)
-    implementation = resolve("packed_attention", impl, query.device, _needs_torch(query))
+    plain = why_plain(query, key, value, cu_seqlens)
+    if plain and named("packed_attention", impl)[0] == "flash":
+        raise Unavailable(f"impl='flash' does not support {plain}; use impl='torch' or 'auto'")
+    implementation = resolve("packed_attention", impl, query.device, plain or _needs_torch(query))
     if max_seqlen is not None:
         max_seqlen = _checked_length(max_seqlen)
     if scale is not None and not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
         raise ValueError(f"scale: expected a finite number or None, got {scale}")
+    if softcap is not None and not isinstance(softcap, numbers.Real):
+        raise TypeError(f"softcap: expected a number or None, got {type(softcap).__name__}")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     window = isinstance(window_size, tuple | list) and len(window_size) == 2
@@ -80,11 +90,11 @@ def packed_attention(
     # Where reading them costs nothing or is asked for, else left to the implementation.
     lengths = segment_lengths(cu_seqlens, len(query), max_seqlen) if checks_enabled(cu_seqlens.device) else None
     if tiles is not None:
-        _check_tiles(tiles, query, cu_seqlens)
+        _check_tiles(tiles, query, cu_seqlens, plain)
     if causal:
         window_size = (window_size[0], 0)
     plainly = contextlib.nullcontext()
-    if _autocast(query.device):
+    if autocast_on(query.device):
         device = query.device.type
         cast = torch.get_autocast_dtype(device)
         query, key, value = (t if t.dtype == torch.float64 else t.to(cast) for t in (query, key, value))
@@ -108,17 +118,11 @@ def packed_attention(
     return (out, lse.detach()) if return_lse else out
 
 
-def _autocast(device):
-    # torch 2.11 cannot trace is_autocast_available, so the devices that are compiled for are not asked about.
-    available = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
-    return available and torch.is_autocast_enabled(device.type)
-
-
 def _needs_torch(query):
     """Returns what our own kernels do not support of a call with ``query``, or None if they support all of it."""
     if query.dtype == torch.float64:
         return "float64 tensors"
-    if query.shape[2] > (128 if query.dtype == torch.float32 and not _autocast(query.device) else 256):
+    if query.shape[2] > (128 if query.dtype == torch.float32 and not autocast_on(query.device) else 256):
         return "head dimensions above 256 (in float32 above 128)"
     if not query.is_cuda:
         return None
@@ -142,7 +146,7 @@ def _too_small_for_wide_heads(device):
 _too_old._dynamo_marked_constant = _too_small_for_wide_heads._dynamo_marked_constant = True
 
 
-def _check_tiles(tiles, query, cu_seqlens):
+def _check_tiles(tiles, query, cu_seqlens, plain):
     if not isinstance(tiles, AttentionTiles):
         raise TypeError(f"tiles: expected AttentionTiles or None, got {type(tiles).__name__}")
     if tiles.total_tokens != len(query):
@@ -155,7 +159,7 @@ def _check_tiles(tiles, query, cu_seqlens):
         raise ValueError(f"tiles: expected contiguous lists of shape [2, n, 3], got {tuple(lists.shape)}")
     if lists.device != query.device:
         raise ValueError(f"tiles: expected device {query.device} as query, got {lists.device}")
-    if checks_enabled(cu_seqlens.device) and checks_enabled(query.device):
+    if not plain and checks_enabled(cu_seqlens.device) and checks_enabled(query.device):
         same = AttentionTiles.from_cu_seqlens(cu_seqlens, tiles.total_tokens, device=query.device, block=tiles.block)
         if not torch.equal(same.lists, lists):
             raise ValueError("tiles: expected those of cu_seqlens, got those of other boundaries")
@@ -174,7 +178,7 @@ def _check_tensors(query, key, value, cu_seqlens):
             )
         # Under autocast only fp64 is not cast, so it goes with itself alone.
         if tensor.dtype != query.dtype and (
-            torch.float64 in (query.dtype, tensor.dtype) or not _autocast(query.device)
+            torch.float64 in (query.dtype, tensor.dtype) or not autocast_on(query.device)
         ):
             raise TypeError(f"{name}: expected {query.dtype} as query, got {tensor.dtype}")
         if tensor.device != query.device:

@@ -4,10 +4,17 @@ from itertools import pairwise
 
 import torch
 
+from ..._plain import untransformed, values_of
+
 
 def segment_lengths(cu_seqlens, T, max_seqlen):
-    """The segments' lengths, a list of ints, read on the host; ``ValueError`` for boundaries that are none."""
-    bounds = cu_seqlens.tolist()
+    """The segments' lengths, a list of ints, read on the host; ``ValueError`` for boundaries that are none.
+
+    Returns None if nothing may read them: a batch inside ``vmap``, meta and fake tensors, ``torch.export``.
+    """
+    bounds = _read(cu_seqlens)
+    if bounds is None:
+        return None
     lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
@@ -18,6 +25,18 @@ def segment_lengths(cu_seqlens, T, max_seqlen):
     if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
         raise ValueError(f"max_seqlen: {max_seqlen} is less than the longest segment, {max(lengths)}")
     return lengths
+
+
+def _read(cu_seqlens):
+    if torch.compiler._is_exporting_flag:
+        return None
+    if torch.compiler.is_compiling():
+        return cu_seqlens.tolist()
+    values, batched = values_of(cu_seqlens)
+    if values is None or batched:
+        return None
+    with untransformed():
+        return values.tolist()
 
 
 def attend_nothing(query, key, value):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..._plain import is_transformed
 from .segments import attend_nothing, segment_lengths, unseen_lse
 
 
@@ -18,13 +19,16 @@ def packed_attention(
     a call. ``tiles`` say the same, and are not needed.
     """
     T = query.shape[0]
-    lengths = [l for l in (segment_lengths(cu_seqlens, T, max_seqlen) if lengths is None else lengths) if l]
+    options = {"scale": scale, "window_size": window_size, "softcap": softcap}
+    lengths = segment_lengths(cu_seqlens, T, max_seqlen) if lengths is None else lengths
+    if lengths is None:
+        return _whole_row(query, key, value, cu_seqlens, options, return_lse)
+    lengths = [l for l in lengths if l]
     if not lengths:
         return attend_nothing(query, key, value)
     tail = T - sum(lengths)
     # One split, so that the backward is one concatenation rather than a full-size gradient per segment.
     *segments, _ = zip(*(t.split([*lengths, tail]) for t in (query, key, value)), strict=True)
-    options = {"scale": scale, "window_size": window_size, "softcap": softcap}
     out = torch.cat([*(_segment(*s, **options) for s in segments), query.new_zeros(tail, *query.shape[1:])])
     if not return_lse:
         return out, None
@@ -35,17 +39,17 @@ def packed_attention(
 
 def _segment(query, key, value, *, scale, window_size, softcap):
     """The output of one segment, [l, Hq, D]."""
-    (l, Hq, D), Hkv = query.shape, key.shape[1]
+    (l, Hq, _), Hkv = query.shape, key.shape[1]
     if softcap is not None:
         p = _scores(query, key, scale=scale, window_size=window_size, softcap=softcap).softmax(-1)
-        out = p.view(Hkv, Hq // Hkv * l, l) @ value.transpose(0, 1).to(p.dtype)
-        return out.view(Hq, l, D).transpose(0, 1).to(query.dtype)
+        return _weighted(p, value).to(query.dtype)
     left, right = _binding(window_size, l)
     mask = None if left is None and right in (None, 0) else _mask(l, left, right, query.device)
     if Hq != Hkv and query.device.type == "cpu" and query.element_size() < 4:
         key, value = (_each_head(t, Hq // Hkv) for t in (key, value))
     # In fp32 torch's flash kernel for the CPU takes a fast exponential: twice the error budget where scores are large.
-    exact = query.device.type == "cpu" and query.dtype == torch.float32
+    # No kernel has a second derivative, nor one in forward mode.
+    exact = (query.device.type == "cpu" and query.dtype == torch.float32) or is_transformed()
     with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
         out = F.scaled_dot_product_attention(
             *(t.transpose(0, 1)[None] for t in (query, key, value)),  # [1, H, l, D]
@@ -55,6 +59,28 @@ def _segment(query, key, value, *, scale, window_size, softcap):
             enable_gqa=Hq != key.shape[1],
         )
     return out[0].transpose(0, 1)
+
+
+def _whole_row(query, key, value, cu_seqlens, options, return_lse):
+    """Output and lse, if the boundaries may not be read: a mask of T × T made of them on the device."""
+    T, last = query.shape[0], cu_seqlens.shape[0] - 1
+    position = torch.arange(T, device=query.device)
+    segment = (position[:, None] >= cu_seqlens[1:].to(query.device)).sum(1)  # [T], ``last`` behind the last one
+    live = segment < last
+    query, key, value = (t.where(live[:, None, None], 0) for t in (query, key, value))
+    scores = _scores(query, key, **options, among=segment[:, None] == segment)
+    out = _weighted(scores.softmax(-1), value).to(query.dtype).where(live[:, None, None], 0)
+    if not return_lse:
+        return out, None
+    return out, scores.detach().logsumexp(-1).where(live, -torch.inf)
+
+
+def _weighted(p, value):
+    """Values [l, Hkv, D] weighted by probabilities ``p`` [Hq, l, l]: [l, Hq, D]."""
+    Hq, l, _ = p.shape
+    Hkv, D = value.shape[1:]
+    out = p.reshape(Hkv, Hq // Hkv * l, l) @ value.transpose(0, 1).to(p.dtype)
+    return out.reshape(Hq, l, D).transpose(0, 1)
 
 
 def _each_head(tensor, group):
@@ -67,15 +93,16 @@ def _each_head(tensor, group):
     return tensor.float()[:, :, None].expand(l, Hkv, group, D).to(tensor.dtype).reshape(l, Hkv * group, D)
 
 
-def _scores(query, key, *, scale, window_size, softcap):
-    """Scaled, capped and masked scores of one segment, [Hq, l, l], in fp32 or fp64."""
+def _scores(query, key, *, scale, window_size, softcap, among=None):
+    """Scaled, capped and masked scores of one segment, [Hq, l, l], in fp32 or fp64; of the pairs ``among`` [l, l]."""
     (l, Hq, D), Hkv = query.shape, key.shape[1]
     dtype = torch.promote_types(query.dtype, torch.float32)
     q = query.transpose(0, 1).reshape(Hkv, Hq // Hkv * l, D).to(dtype)  # the heads of one key head in one product
     scores = (q @ key.permute(1, 2, 0).to(dtype)).view(Hq, l, l) * (D**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    return scores.masked_fill(~_mask(l, *_binding(window_size, l), query.device), -torch.inf)
+    mask = _mask(l, *_binding(window_size, l), query.device)
+    return scores.masked_fill(~(mask if among is None else mask & among), -torch.inf)
 
 
 def _binding(window_size, l):

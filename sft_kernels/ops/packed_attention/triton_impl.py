@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..._plain import is_batch_of_gradients
 from . import triton_backward, triton_forward
 from .tiles import AttentionTiles
 
@@ -36,9 +37,17 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, _):
         if torch.is_grad_enabled():
-            raise RuntimeError("packed_attention is differentiable once: its backward has no graph (create_graph=True)")
+            raise RuntimeError(
+                "packed_attention: impl='triton' is differentiable once, its backward has no graph (create_graph=True);"
+                " use impl='torch'"
+            )
         if dout is None:
             return (None,) * (4 + len(ctx.options))
+        if not torch.compiler.is_compiling() and is_batch_of_gradients(dout):
+            raise RuntimeError(
+                "packed_attention: impl='triton' does not support batches of gradients (is_grads_batched=True); use"
+                " impl='torch'"
+            )
         gradients = torch.ops.sft_kernels.packed_attention_backward.default(dout, *ctx.saved_tensors, *ctx.options)
         return *gradients, *[None] * (1 + len(ctx.options))
 

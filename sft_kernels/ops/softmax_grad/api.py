@@ -14,14 +14,16 @@ class Core(NamedTuple):
     scale_: Any  # multiplies a gradient in place by a scalar on the device
 
     @classmethod
-    def resolve(cls, impl, device, dtype, options, composed=False, return_stats=False):
+    def resolve(cls, impl, device, dtype, options, composed=False, return_stats=False, plain=None):
         """The implementation ``impl`` for logits of ``dtype`` on ``device``, :class:`LossOptions` and ``return_stats``.
 
-        ``composed`` losses and float64 are torch's own code: ``"auto"`` takes it, another name raises
-        :class:`Unavailable`.
+        ``composed`` losses, float64 and ``plain`` calls (:func:`~sft_kernels._plain.why_plain`) are torch's own code:
+        ``"auto"`` takes it, another name raises :class:`Unavailable`.
         """
-        needs_torch = None
-        if composed:
+        needs_torch = plain
+        if plain:
+            pass
+        elif composed:
             needs_torch = "probabilities, class weights with label smoothing, and heads of more than two dimensions"
         elif dtype == torch.float64:
             needs_torch = "float64"

@@ -1,11 +1,12 @@
-"""What the core does not carry, in plain PyTorch under autograd: the logits at hand, a copy in fp32, their gradients.
+"""The losses in plain PyTorch under autograd: the logits at hand, a copy in fp32, their gradients.
 
-That is probability targets, class weights together with label smoothing, and heads with more dimensions than classes:
-rare in fine-tuning, and torch has them.
+They serve what the core does not support: probability targets, class weights together with label smoothing, heads with
+more dimensions than classes, transforms of ``torch.func``, tensors without values, and gradients of gradients.
 """
 
 import torch
 
+from ..._plain import without_autocast
 from .options import LossOptions
 from .stats import LossStats, TokenStats
 
@@ -20,14 +21,15 @@ def torch_cross_entropy(input, target, weight=None, *, reduction="mean", label_s
     return torch.ops.aten.cross_entropy_loss(input, target, weight, _REDUCTIONS[reduction], -100, label_smoothing)
 
 
-def composed_loss(core, logits, target, weight, scale, outside, dropped, options, reduce, return_stats):
+def composed_loss(softmax_grad, logits, target, weight, scale, outside, dropped, options, reduce, return_stats):
     """The loss, and the fields of :class:`LossStats` or :class:`TokenStats` where wanted, of ``logits`` [K, V].
 
     ``target`` [K] class indices or [K, V] probabilities, through which gradients flow as in torch; ``weight`` [V] or
     None, ``scale`` [K], ``outside`` a mask of invalid labels or None, ``dropped`` one of the rows without loss or None.
-    Differentiable as often as torch's own.
+    Differentiable as often as torch's own. ``softmax_grad`` makes the sums of :class:`LossStats`; None makes them of
+    torch's operators, so that transforms of ``torch.func`` hold.
     """
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device):
         dtype = scale.dtype
         u = options.shape(logits.to(dtype))
         if target.dim() == 2:
@@ -48,4 +50,6 @@ def composed_loss(core, logits, target, weight, scale, outside, dropped, options
     loss = loss.sum() if reduce else loss
     if return_stats is not True:
         return (loss, *stats) if return_stats else loss
-    return loss, *LossStats.of(core(u.detach(), labels, LossOptions(u.shape[1]), stats=True), dropped)
+    if softmax_grad is None:
+        return loss, *LossStats.composed(u, labels, dropped)
+    return loss, *LossStats.of(softmax_grad(u.detach(), labels, LossOptions(u.shape[1]), stats=True), dropped)

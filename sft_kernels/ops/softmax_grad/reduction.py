@@ -8,6 +8,7 @@ import torch
 
 from ..._backend import checks_enabled
 from ..._checks import check_floating, check_tensor
+from ..._plain import is_batch_of_gradients, masked, untransformed, values_of
 from .stats import LossStats, TokenStats
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -26,8 +27,11 @@ def check_options(reduction, return_stats, num_items=None, token_weight=None, ta
             check_tensor("num_items", num_items)
             if num_items.dim() != 0:
                 raise ValueError(f"num_items: expected a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+            if num_items.is_complex():
+                raise TypeError(f"num_items: expected a real number, got {num_items.dtype}")
             if num_items.requires_grad:
                 raise ValueError("num_items is a constant of the loss: detach it")
+            _check_count(num_items)
         elif not isinstance(num_items, numbers.Real):
             raise TypeError(f"num_items: expected a number or a 0-d tensor, got {type(num_items).__name__}")
         elif not 0 <= num_items < math.inf:
@@ -42,6 +46,19 @@ def check_options(reduction, return_stats, num_items=None, token_weight=None, ta
             raise ValueError(f"token_weight: expected device {device} as input, got {token_weight.device}")
         if token_weight.requires_grad:
             raise ValueError("token_weight is a constant of the loss: detach it")
+
+
+def _check_count(num_items):
+    """Raise ``ValueError`` for a tensor that holds no count. A GPU is asked under ``SFT_KERNELS_CHECK=1`` alone."""
+    if not checks_enabled(num_items.device):
+        return
+    values, batched = values_of(num_items)
+    if values is None:
+        return
+    with untransformed():
+        for value in values.flatten().tolist() if batched else [values.item()]:
+            if not 0 <= value < math.inf:
+                raise ValueError(f"num_items: expected a count, got {value}")
 
 
 def check_target(target, shape, probabilities_shape, device):
@@ -79,30 +96,40 @@ def check_class_weight(weight, V, device):
         raise ValueError("weight is a constant of the loss: detach it")
 
 
-def check_labels(targets, V):
+def check_labels(targets, V, plain=None):
     """Returns a mask of the labels outside ``[0, V)``, or None if none is known to be.
 
     On the CPU, and elsewhere under ``SFT_KERNELS_CHECK=1``, a label outside raises ``IndexError``. A GPU is not asked:
-    the answer is a mask on the device, and the losses of the labels outside become NaN.
+    the answer is a mask on the device, and the losses of the labels outside become NaN. ``plain`` is of
+    :func:`~sft_kernels._plain.why_plain`, here and below.
     """
     outside = targets.clamp(0, V - 1) != targets
     if not checks_enabled(targets.device):
         return outside
+    if not plain:
+        return _check_none(outside, targets, V)
+    (wrong, _), (labels, _) = values_of(outside), values_of(targets)
+    if wrong is None or labels is None:
+        return outside
+    with untransformed():
+        return _check_none(wrong.flatten(), labels.flatten(), V)
+
+
+def _check_none(outside, targets, V):
     if outside.any():
         position = int(outside.nonzero()[0])
         raise IndexError(f"target: label {int(targets[position])} of token {position} is outside [0, {V})")
-    return None
 
 
-def target_weight(weight, targets, outside, keep, dtype):
+def target_weight(weight, targets, outside, keep, dtype, plain=None):
     """``weight[targets]`` in ``dtype``, ``[N]``, 0 where not kept; None without class weights."""
     if weight is None:
         return None
     of_target = weight.to(dtype)[targets if outside is None else targets.clamp(0, weight.numel() - 1)]
-    return of_target if keep is None else of_target.masked_fill_(~keep, 0)
+    return of_target if keep is None else masked(of_target, ~keep, 0, plain)
 
 
-def row_scale(targets, dtype, reduction, num_items, token_weight, of_target, outside, keep):
+def row_scale(targets, dtype, reduction, num_items, token_weight, of_target, outside, keep, plain=None):
     """``[N]`` factors that the tokens' losses enter with: token weight over divisor, 0 where not kept, NaN where
     ``outside``.
 
@@ -119,14 +146,14 @@ def row_scale(targets, dtype, reduction, num_items, token_weight, of_target, out
     if token_weight is not None:
         scale = token_weight.to(device, dtype) / divisor
         if keep is not None:
-            scale.masked_fill_(~keep, 0)
+            scale = masked(scale, ~keep, 0, plain)
     elif ones is not None:
-        scale = ones.div_(divisor)
+        scale = ones / divisor
     elif isinstance(divisor, torch.Tensor):
-        scale = torch.ones(N, dtype=dtype, device=device).div_(divisor)
+        scale = torch.ones(N, dtype=dtype, device=device) / divisor
     else:
         scale = torch.full((N,), 1 / divisor, dtype=dtype, device=device)
-    return scale if outside is None else scale.masked_fill_(outside, float("nan"))
+    return scale if outside is None else masked(scale, outside, float("nan"), plain)
 
 
 def _divisor(N, reduction, num_items, of_target, ones):
@@ -134,7 +161,7 @@ def _divisor(N, reduction, num_items, of_target, ones):
     if reduction != "mean":
         return 1
     if num_items is None and of_target is None:
-        return max(N, 1) if ones is None else ones.sum().clamp_(min=1)
+        return max(N, 1) if ones is None else ones.sum().clamp(min=1)
     divisor = of_target.sum() if num_items is None else num_items
     return divisor + (divisor == 0)
 
@@ -159,18 +186,49 @@ def reduce_rows(ctx, rows, loss_options, scale, dropped, reduce, return_stats, o
     return loss, *stats
 
 
-def differentiable_once(backward):
-    """A backward that raises under ``create_graph=True``, where torch's decorator would give a silent constant."""
+def or_again(again):
+    """Decorates the backward of a ``Function``: if kernels cannot make the gradients, ``again`` and autograd do.
 
-    @functools.wraps(backward)
-    def checked(ctx, *grads):
-        if torch.is_grad_enabled():
-            raise RuntimeError("this loss is differentiable once: its backward has no graph (create_graph=True)")
-        if all(grad is None for grad in grads):
-            return (None,) * len(ctx.needs_input_grad)
-        return backward(ctx, *grads)
+    That is so under ``create_graph=True``, which wants a graph of the gradients, and for batches of gradients
+    (``is_grads_batched=True``). ``again(ctx, *inputs)`` repeats the forward in plain torch and returns its outputs;
+    ``inputs`` are the first that were saved, as many as ``ctx.differentiable`` says.
+    """
 
-    return checked
+    def decorate(backward):
+        @functools.wraps(backward)
+        def checked(ctx, *grads):
+            if all(grad is None for grad in grads):
+                return (None,) * len(ctx.needs_input_grad)
+            if torch.is_grad_enabled() or _are_batched(grads):
+                return _again(ctx, again, grads)
+            return backward(ctx, *grads)
+
+        return checked
+
+    return decorate
+
+
+def _are_batched(grads):
+    if torch.compiler.is_compiling():
+        return False
+    return any(is_batch_of_gradients(grad) for grad in grads if grad is not None)
+
+
+def _again(ctx, again, grads):
+    create_graph, saved = torch.is_grad_enabled(), ctx.saved_tensors[: ctx.differentiable]
+    with torch.enable_grad():
+        # Views, so that a gradient by one input does not count what flows to it from another input.
+        inputs = [
+            t.view_as(t) if t is not None and needed else t
+            for t, needed in zip(saved, ctx.needs_input_grad, strict=False)
+        ]
+        outputs = again(ctx, *inputs)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
+    outputs, grads = zip(*pairs, strict=True)
+    places = [i for i in range(len(inputs)) if inputs[i] is not None and ctx.needs_input_grad[i]]
+    found = torch.autograd.grad(outputs, [inputs[i] for i in places], grads, create_graph=create_graph)
+    gradients = dict(zip(places, found, strict=True))
+    return tuple(gradients.get(i) for i in range(len(ctx.needs_input_grad)))
 
 
 def hold_back(factors, options):

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..._plain import is_transformed, masked
+
 
 class LossStats(NamedTuple):
     """Sums over the kept tokens of one call, detached, on the device; reading none of them costs no sync.
@@ -30,6 +32,17 @@ class LossStats(NamedTuple):
                 each.masked_fill_(dropped, 0)
         max_lse = lse.amax() if lse.numel() else lse.new_full((), float("-inf"))
         return cls(kept, nll.sum(), correct.sum(), entropy.sum(), max_lse.to(nll.dtype))
+
+    @classmethod
+    def composed(cls, u, labels, dropped):
+        """The same in plain torch, detached, of scaled and capped logits ``u`` [N, V]."""
+        u = u.detach()
+        values = TokenStats.composed(u, labels, dropped, None)
+        keep = torch.ones_like(labels, dtype=torch.bool) if dropped is None else ~dropped
+        correct = keep & (u.gather(1, labels[:, None])[:, 0] >= u.amax(1))
+        lse = values.lse.where(keep, float("-inf"))
+        max_lse = lse.amax() if lse.numel() else lse.new_full((), float("-inf"))
+        return cls(keep.sum(), -values.logprob.sum(), correct.sum(), values.entropy.sum(), max_lse)
 
 
 class TokenStats(NamedTuple):
@@ -69,7 +82,7 @@ class TokenStats(NamedTuple):
         """These values, but zeros and -1 for the rows ``dropped``, NaN, also as gradients, for those ``outside``."""
         *values, prediction = self
         if outside is not None:
-            unknown = torch.ones_like(self.lse).masked_fill_(outside, float("nan"))
+            unknown = masked(torch.ones_like(self.lse), outside, float("nan"), is_transformed())
             values = [value * unknown for value in values]
         if dropped is not None:
             values = [value.masked_fill(dropped, 0) for value in values]

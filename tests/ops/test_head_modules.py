@@ -1,0 +1,205 @@
+"""``LinearCrossEntropyLoss.linear`` and the trainer's head: the module's own function, or a refusal."""
+
+import types
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from sft_kernels import LinearCrossEntropyLoss
+from sft_kernels.integrations import patch
+from sft_kernels.ops.linear_cross_entropy.head import weight_and_bias
+from sft_kernels.sft import model as models
+
+D, V = 8, 11
+
+
+def linear():
+    return nn.Linear(D, V)
+
+
+def changed(change):
+    head = linear()
+    change(head)
+    return head
+
+
+class Adapter(nn.Module):
+    """A low-rank adapter with its base's weight as its own, as PEFT's layers have; at first it adds nothing."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(D, 2, bias=False), nn.Linear(2, V, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class ScaledCall(nn.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Renamed(nn.Linear):
+    pass
+
+
+class Squared(nn.Module):
+    def forward(self, tensor):
+        return tensor.square()
+
+
+class Wrapper(torch.Tensor):
+    """A tensor with rules of its own, as quantised weights are."""
+
+
+def peft_lora():
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"lm_head": linear()})
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["lm_head"]), model)["lm_head"]
+
+
+def squared(*names):
+    head = linear()
+    for name in names:
+        parametrize.register_parametrization(head, name, Squared())
+    return head
+
+
+def replaced_forward(head):
+    head.forward = lambda x: 2 * F.linear(x, head.weight, head.bias)
+
+
+def quantised(head):
+    head.weight = nn.Parameter(torch.ones(V, D, dtype=torch.int8), requires_grad=False)
+
+
+def wrapped_weight(head):
+    head.weight = nn.Parameter(torch.randn(V, D).as_subclass(Wrapper))
+
+
+def dynamically_quantised():
+    return torch.ao.quantization.quantize_dynamic(nn.ModuleDict({"head": linear()}), {nn.Linear})["head"]
+
+
+def old_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(linear())
+
+
+def patched():
+    return patch(Model(linear())).head
+
+
+COMPUTED = {
+    "linear": linear,
+    "without bias": lambda: nn.Linear(D, V, bias=False),
+    "subclass": lambda: Renamed(D, V),
+    "parametrized": lambda: squared("weight", "bias"),
+    "weight norm": lambda: parametrizations.weight_norm(linear()),
+    "orthogonal": lambda: parametrizations.orthogonal(linear()),
+    "spectral norm": lambda: parametrizations.spectral_norm(linear()).eval(),
+    "compiled": lambda: torch.compile(linear(), backend="eager"),
+    "forward put back": lambda: changed(
+        lambda head: setattr(head, "forward", types.MethodType(nn.Linear.forward, head))
+    ),
+    "patched": patched,
+}
+REFUSED = {
+    "adapter": (lambda: Adapter(linear()), r"got a .*\.Adapter\. Call the head"),
+    "peft": (peft_lora, r"got a peft\."),
+    "own forward": (lambda: Scaled(D, V), "a forward of its own"),
+    "own call": (lambda: ScaledCall(D, V), "a forward of its own"),
+    "replaced forward": (lambda: changed(replaced_forward), "was replaced"),
+    "hook": (lambda: changed(lambda h: h.register_forward_hook(lambda m, x, y: 2 * y)), "has a hook, .*lambda"),
+    "pre-hook": (lambda: changed(lambda h: h.register_forward_pre_hook(lambda m, x: (2 * x[0],))), "has a hook"),
+    "backward hook": (lambda: changed(lambda h: h.register_full_backward_hook(lambda m, x, y: None)), "has a hook"),
+    "pruned": (lambda: prune.l1_unstructured(linear(), "weight", 0.5), "has a hook, L1Unstructured"),
+    "old weight norm": (old_weight_norm, "has a hook, WeightNorm"),
+    "embedding": (lambda: nn.Embedding(V, D), "Embedding, which looks up rows"),
+    "wrapper": (lambda: nn.Sequential(linear()), "Sequential"),
+    "int8": (lambda: changed(quantised), "torch.int8; dequantise it"),
+    "tensor subclass": (lambda: changed(wrapped_weight), "weight of Wrapper.* dequantise it"),
+    "dynamically quantised": (dynamically_quantised, "quantized.dynamic"),
+    "nothing": (lambda: None, "got None"),
+}
+
+
+class Model(nn.Module):
+    """A causal LM as far as its head is concerned."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.config = head, self
+        self.get_output_embeddings = lambda: head
+        self.get_text_config = lambda: self
+
+
+@pytest.mark.parametrize("name", [*COMPUTED])
+def test_a_linear_head_is_computed_and_its_parameters_get_their_gradients(name):
+    head, loss = COMPUTED[name](), LinearCrossEntropyLoss(D, V)
+    loss.linear = head
+    x, y = torch.randn(5, D), torch.randint(0, V, (5,))
+    found, wanted = loss(x, y), F.cross_entropy(head(x) + 0, y)
+    torch.testing.assert_close(found, wanted)
+    parameters = list(head.parameters())
+    assert parameters
+    for a, b in zip(torch.autograd.grad(found, parameters), torch.autograd.grad(wanted, parameters), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", [*REFUSED])
+def test_any_other_head_is_refused(name):
+    make, match = REFUSED[name]
+    loss = LinearCrossEntropyLoss(D, V)
+    loss.linear = make()
+    with pytest.raises(TypeError, match=f"^linear: expected a .*{match}"):
+        loss(torch.randn(5, D), torch.zeros(5, dtype=torch.int64))
+
+
+def test_a_head_that_is_changed_between_two_calls_is_refused():
+    loss, batch = LinearCrossEntropyLoss(D, V), (torch.randn(5, D), torch.zeros(5, dtype=torch.int64))
+    loss(*batch)
+    hook = loss.linear.register_forward_hook(lambda module, args, output: 2 * output)
+    with pytest.raises(TypeError, match=r"^linear: "):
+        loss(*batch)
+    hook.remove()
+    loss(*batch)
+
+
+@pytest.mark.parametrize("name", ["adapter", "own forward", "int8", "embedding"])
+def test_the_trainer_refuses_such_a_head(name):
+    head = REFUSED[name][0]()
+    with pytest.raises(ValueError, match=r"^model: the head of Model: expected a .*(nn\.Linear|plain weight)"):
+        models.head(Model(head))
+    assert models.head(Model(linear()))["linear_weight"].shape == (V, D)
+
+
+def test_a_parametrized_weight_is_computed_once_a_call():
+    class Counted(nn.Module):
+        calls = 0
+
+        def forward(self, tensor):
+            Counted.calls += 1
+            return tensor
+
+    head = linear()
+    parametrize.register_parametrization(head, "weight", Counted())
+    Counted.calls = 0
+    weight, bias = weight_and_bias(head, "linear")
+    assert (Counted.calls, weight.shape, bias is head.bias) == (1, (V, D), True)
