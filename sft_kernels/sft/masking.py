@@ -5,11 +5,13 @@ happens in the loss.
 """
 
 from bisect import bisect_left
-from itertools import pairwise
 from typing import NamedTuple
 
-from .spoken import READ_HERE, printed_as_python, switched_off, with_argument_objects
-from .templates import ChatTemplate, Refused, first_line
+from .endings import Refused
+from .left_out import check_rendered
+from .spoken import READ_HERE, switched_off, with_argument_objects
+from .templates import ChatTemplate
+from .tokens import Tokens
 from .turns import find_turns
 
 IGNORE = -100
@@ -61,13 +63,13 @@ class Encoder:
         self.mode = mode
         self.split_turns = split_turns
         self.notes = []
-        self._template = None
+        self._template = self._tokens = None
         self._keys = set(READ_HERE)
 
     @property
     def end_of_turn(self):
         """The id of the token that ends an assistant's turn, None where the template has none."""
-        end = self._prepared().end
+        end = self._prepared().endings.token
         return self.tokenizer.convert_tokens_to_ids(end) if end else None
 
     def __call__(self, record):
@@ -100,14 +102,25 @@ class Encoder:
         """The text with the tokenizer's own beginning and exactly one end-of-text token behind it."""
         if self.mode != "all":
             raise Refused(f'a "text" has no assistant turn: mask={self.mode!r} leaves nothing to learn from')
-        ids = list(self._encode(record.text, add_special_tokens=True)["input_ids"])
-        first, last = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        while first is not None and first != last and ids[:2] == [first, first]:
-            del ids[0]  # the text begins with it, too
-        if last is not None:
-            while ids and ids[-1] == last:
+        tokenizer, text = self.tokenizer, record.text
+        begin, end = tokenizer.bos_token, tokenizer.eos_token
+        begins = bool(begin) and text.startswith(begin)
+        while begin and text.startswith(begin):
+            text = text[len(begin) :]
+        while end and text.rstrip().endswith(end):
+            text = text.rstrip().removesuffix(end)
+        if not text.strip():
+            raise Refused('the "text" is empty but for special tokens')
+        try:
+            ids = list(tokenizer(text)["input_ids"])
+        except Exception as error:  # the tokenizer's own and its library's
+            raise Refused(f"the tokenizer refuses it: {error}") from error
+        if begins and ids[0] != tokenizer.bos_token_id:
+            ids.insert(0, tokenizer.bos_token_id)
+        if end:
+            while ids[-1] == tokenizer.eos_token_id:
                 ids.pop()
-            ids.append(last)
+            ids.append(tokenizer.eos_token_id)
         return [(ids, list(ids))]
 
     def _conversation(self, record):
@@ -134,19 +147,15 @@ class Encoder:
             messages = with_argument_objects(record.messages)
         except ValueError as error:
             raise Refused(str(error)) from error
-        given_strings = messages != record.messages
+        if messages == record.messages:
+            return messages
+        if self._template.prints_python:
+            return record.messages
         try:
-            name = printed_as_python(messages, self._template.render(messages, record.tools))
+            self._template.render(messages, record.tools)
         except Refused:
-            if given_strings:
-                return record.messages
-            raise
-        if name and not given_strings:
-            raise Refused(
-                f"the chat template prints the arguments of {name!r} as a Python dict, which is no JSON; give them "
-                "as a JSON string"
-            )
-        return record.messages if name else messages
+            return record.messages
+        return messages
 
     def _whole(self, messages, tools):
         """Ids and labels of a conversation every token of which is learned."""
@@ -154,38 +163,19 @@ class Encoder:
             if switched_off(message):
                 raise Refused(f"message {i} asks for no loss, and mask='all' labels every token; use another mask")
         text = self._template.render(messages, tools)
-        self._template.check_rendered(messages, tools, text)
-        ids, _ = self._tokenize(text)
+        check_rendered(messages, text, self._template.endings, lambda changed: self._template.render(changed, tools))
+        ids, _ = self._tokens(text)
         return ids, list(ids)
 
     def _label(self, text, spans):
-        ids, offsets = self._tokenize(text, [span.start for span in spans])
+        cuts = [cut for span in spans for cut in ((span.start,) if span.end else (span.start, span.stop))]
+        ids, starts = self._tokens(text, cuts)
         labels = [IGNORE] * len(ids)
         for span in spans:
             stop = span.stop if self.mode == "completion+eot" else span.stop - span.end
-            here = slice(bisect_left(offsets, span.start), bisect_left(offsets, stop))
+            here = slice(bisect_left(starts, span.start), bisect_left(starts, stop))
             labels[here] = ids[here]
         return ids, labels
-
-    def _tokenize(self, text, cuts=()):
-        """Ids and first characters of the tokens. No token reaches across a cut, as none does when the model
-        answers."""
-        encoded = self._encode(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], [start for start, _ in encoded["offset_mapping"]]
-        if set(cuts) <= {*offsets, len(text)}:
-            return ids, offsets
-        ids, offsets = [], []
-        for start, end in pairwise([0, *cuts, len(text)]):
-            piece_ids, piece_offsets = self._tokenize(text[start:end])
-            ids += piece_ids
-            offsets += [start + offset for offset in piece_offsets]
-        return ids, offsets
-
-    def _encode(self, text, **options):
-        try:
-            return self.tokenizer(text, **options)
-        except Exception as error:  # the tokenizer's own and its library's
-            raise Refused(f"the tokenizer refuses it: {first_line(error)}") from error
 
     def _note(self, sentence):
         if sentence not in self.notes:
@@ -199,8 +189,8 @@ class Encoder:
             without = [{k: v for k, v in message.items() if k != key} for message in messages]
             if self._renders_alike(messages, without, record.tools):
                 self._note(
-                    f"{record.path}:{record.line}: the chat template does not read the message key {key!r}; it is left "
-                    "out of the text"
+                    f"{record.path}:{record.line}: the chat template does not read the message key {key!r} here; it is "
+                    "left out of the text"
                 )
 
     def _renders_alike(self, messages, others, tools):
@@ -214,10 +204,11 @@ class Encoder:
         """The chat template, known once the first conversation comes."""
         if self._template is None:
             template = ChatTemplate(self.tokenizer, self._note)
-            if self.mode == "completion+eot" and not template.end:
+            if self.mode == "completion+eot" and not template.endings.text:
                 raise ValueError(
                     "the chat template ends an assistant's turn with no special token, so a model could not learn to "
                     "stop; mend the template or choose mask='completion'"
                 )
             self._template = template
+            self._tokens = Tokens(self.tokenizer, template.endings.special)
         return self._template

@@ -89,34 +89,64 @@ def _strings(value):
             yield from _strings(item)
 
 
-def missing_words(message, rendered):
-    """Names the first part of an assistant's message, content or reasoning, whose words ``rendered`` lacks.
+def words_end(message, text, start):
+    """The place in ``text`` behind the last of the message's words, as far as they are there from ``start`` on."""
+    parts = (message.get("content") or "", *dict(reasonings(message)).values())
+    found = (_find(part, text, start) for part in parts)
+    return max((end for end in found if end is not None), default=start)
 
-    Words are looked for in their order; the space and the tags around them may differ. Returns None if nothing is
-    missing.
+
+def missing_part(message, rendered, clean=str):
+    """Names the first part of an assistant's message whose words ``rendered`` lacks, or returns None.
+
+    Words and signs of ``clean(part)`` are looked for in their order; the space and the tags around them may differ. Of
+    a call these are its name, and the keys and strings of its arguments.
     """
-    content = message.get("content")
-    if isinstance(content, str) and not _in_order(_THINK_TAG.sub(" ", content), rendered):
-        return "content"
-    return next((key for key, text in reasonings(message) if not _in_order(text, rendered)), None)
-
-
-def _in_order(text, rendered):
+    for part, text in (("the content", message.get("content") or ""), *reasonings(message)):
+        if _find(clean(text), rendered) is None:
+            return f"{part}, or a part of it"
     at = 0
-    for word in re.findall(r"\w+", text) or [text.strip()]:
-        at = rendered.find(word, at)
-        if at < 0:
-            return False
-        at += len(word)
-    return True
+    for call in message.get("tool_calls") or ():
+        function, ends = _function(call), []
+        name = function.get("name") or ""
+        for part, text in ((f"the tool call's name {name!r}", name), *_arguments(function)):
+            ends.append(_find(clean(text), rendered, at))
+            if ends[-1] is None:
+                return part
+        at = max(ends)
+    return None
+
+
+def _arguments(function):
+    arguments, part = function.get("arguments"), f"the arguments of {function.get('name')!r}"
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments) if arguments.strip() else {}
+    return ((part, text) for text in _strings(arguments))
+
+
+def _find(text, rendered, at=0):
+    """The end of the words and signs of ``text`` in ``rendered``, in their order; None if one is missing."""
+    for word in re.findall(r"\w+|[^\w\s]", _THINK_TAG.sub(" ", text)):
+        found = rendered.find(word, at)
+        if found < 0:
+            return None
+        at = found + len(word)
+    return at
+
+
+def has_parts(message):
+    """True if a part of the message could be taken for another one, or for words of the template's."""
+    content = message.get("content")
+    tagged = isinstance(content, str) and _THINK_TAG.search(content)
+    return bool(message.get("tool_calls") or reasonings(message) or tagged)
 
 
 def with_marks(message, first=0):
     """A copy of an assistant's message that says things found nowhere else, and ``(part, text)`` of each.
 
-    A template that renders a part renders its text. Replaced are content and reasoning, unless the content has tags of
-    its own, calls' names, and the strings and numbers in their arguments; keys, booleans and null stay. ``first``
-    tells apart the marks of several messages.
+    A template that renders a part renders its text. Replaced are content (but for its tags) and reasoning, calls'
+    names, and the strings and numbers in their arguments; keys, booleans and null stay. ``first`` tells apart the marks
+    of several messages.
     """
     number, marks = count(7_301_550_001 + first), {}
 
@@ -126,7 +156,9 @@ def with_marks(message, first=0):
         if isinstance(value, list):
             return [mark(part, item) for item in value]
         if isinstance(value, str):
-            replaced = f"zq{next(number)}"
+            word = f"Zq{next(number)}"
+            marks[word] = part
+            return value.replace(value.strip(), word) if value.strip() else word
         elif isinstance(value, int) and not isinstance(value, bool):
             replaced = next(number)
         elif isinstance(value, float):
@@ -137,35 +169,33 @@ def with_marks(message, first=0):
         return replaced
 
     def change(name, arguments):
-        if isinstance(arguments, str):
-            inside = mark(f"the arguments of {name!r}", json.loads(arguments) if arguments.strip() else {})
-            arguments = json.dumps(inside, ensure_ascii=False)
-        else:
-            arguments = mark(f"the arguments of {name!r}", arguments)
-        return mark(f"the tool call's name {name!r}", name), arguments
+        part, text = f"the arguments of {name!r}", isinstance(arguments, str)
+        inside = mark(part, json.loads(arguments or "{}") if text else arguments)
+        return mark(f"the tool call's name {name!r}", name), json.dumps(inside) if text else inside
 
     changed, content = dict(message), message.get("content")
-    if isinstance(content, str) and content.strip() and not _THINK_TAG.search(content):
-        changed["content"] = mark("the content", content)
+    if isinstance(content, str):
+        pieces = re.split(f"({_THINK_TAG.pattern})", content)
+        tagged = (i % 2 or not piece.strip() for i, piece in enumerate(pieces))
+        changed["content"] = "".join(
+            piece if tag else mark("the content", piece) for tag, piece in zip(tagged, pieces, strict=True)
+        )
     same = {}
     for key, text in reasonings(message):
-        changed[key] = same.setdefault(text, None) or mark(key, text)
-        same[text] = changed[key]
+        if text not in same:
+            same[text] = mark(key, text)
+        changed[key] = same[text]
     if message.get("tool_calls"):
         changed = _map_calls(changed, change)
     return changed, [(part, text) for text, part in marks.items()]
 
 
-def printed_as_python(messages, rendered):
+def printed_as_python(message, rendered):
     """The name of a call whose arguments ``rendered`` has as Python writes a dict, which is no JSON; or None."""
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            arguments = _function(call).get("arguments")
+    for call in message.get("tool_calls") or ():
+        arguments = _function(call).get("arguments")
+        if isinstance(arguments, dict):
             python = str(arguments)
-            if (
-                isinstance(arguments, dict)
-                and python in rendered
-                and python != json.dumps(arguments, ensure_ascii=False)
-            ):
+            if python in rendered and python != json.dumps(arguments, ensure_ascii=False):
                 return _function(call).get("name")
     return None

@@ -4,20 +4,15 @@ import re
 from bisect import bisect
 from typing import NamedTuple
 
-from .spoken import missing_words, reasonings, said_by, with_marks
+from .endings import ASK, CALL, CALLING, Endings, Refused, common_start
+from .left_out import check_ends, check_parts, check_words
+from .spoken import missing_part
 
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*generation\b")
-_ASK = {"role": "user", "content": "a"}
-_WORDS = "Words of the assistant."
-_CALL = {"type": "function", "id": "call00001", "function": {"name": "look", "arguments": {"at": "a"}}}
-
-
-class Refused(Exception):
-    """A conversation that cannot be trained on, with the reason."""
 
 
 class Span(NamedTuple):
-    """A turn in a text: the characters [start, stop), the last ``end`` of which are its end token."""
+    """A turn in a text: the characters [start, stop), the last ``end`` of which are its end tokens."""
 
     start: int
     stop: int
@@ -28,8 +23,8 @@ class Turn(NamedTuple):
     """An assistant turn as the model has to say it, being the last of its conversation."""
 
     prompt: str  # the conversation before it, up to where the model begins
-    said: str  # from there on, up to and including the end token
-    end: str  # the end token, "" if the template has none
+    said: str  # from there on, up to and including the end tokens
+    end: str  # the end tokens, "" if the template has none
     borrowed: str = ""  # the tail of `said` that only a following message would render
     options: tuple = ()  # of the template, if its default prompt does not lead to this turn
 
@@ -42,13 +37,13 @@ class ChatTemplate:
         note: called with a sentence for the user, perhaps several times with the same one.
 
     Attributes:
-        end: the special token that ends an assistant's turn, "" if there is none.
-        borrowed: true if the next message begins with that token (GLM), so that a last turn lacks it.
+        endings: :class:`~.endings.Endings` of its turns.
         marks_turns: true if the template has ``{% generation %}`` blocks.
+        prints_python: true if it prints a call's arguments, given as an object, as a Python dict.
 
     Raises:
         ValueError: the tokenizer is not a fast one or has no template; the template cannot render a user's and an
-            assistant's turn.
+            assistant's message.
     """
 
     def __init__(self, tokenizer, note):
@@ -56,54 +51,30 @@ class ChatTemplate:
             raise ValueError("tokenizer: expected a fast one, whose tokens know their characters")
         if not tokenizer.chat_template:
             raise ValueError("tokenizer: has no chat template (give one with chat_template)")
-        self.tokenizer = tokenizer
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= set(tokenizer.all_special_tokens)
-        longest_first = sorted((token for token in special if token), key=len, reverse=True)
-        self.note = note
-        self._special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._learn()
-
-    def _learn(self):
-        source = self.tokenizer.get_chat_template()
+        self.tokenizer, self.note = tokenizer, note
+        source = tokenizer.get_chat_template()
         self.marks_turns = bool(_GENERATION_TAG.search(source))
         switches = [name for name in ("enable_thinking", "thinking") if re.search(rf"\b{name}\b", source)]
         self._options = [(), *(((name, value),) for name in switches for value in (False, True))]
-        reply = {"role": "assistant", "content": _WORDS}
         try:
-            last = self.render([_ASK, reply], None)
+            self.endings = Endings(tokenizer, self.render)
         except Refused as error:
             raise ValueError(f"tokenizer: a user's and an assistant's message: {error}") from error
-        if _WORDS not in last:
-            raise ValueError(
-                "tokenizer: the chat template does not render an assistant's words, given as a string, as they are"
-            )
-        try:
-            followed = self.render([_ASK, reply, _ASK], None)
-        except Refused:
-            followed = last
-        self._tail = last.rpartition(_WORDS)[2]
-        common = common_start(self._tail, followed.partition(_WORDS)[2])
-        behind = list(self._special.finditer(self._tail))
-        stay = [token for token in behind if token.end() <= len(common)]
-        # Tokens that go once a message follows end the conversation, not the turn (Phi-3's <|endoftext|>); if none
-        # stays, the turn's own end token is replaced (gpt-oss).
-        self._closing = {token[0] for token in behind[len(stay) :]} if stay else set()
-        self._end_at = (stay[-1] if stay else behind[0]).span() if behind else None
-        self._followers = {}
-        self.borrowed = self._end_at is None
-        if self.borrowed:
-            self.end = self._follower(reply)[1]
-        else:
-            self.end = self._tail[slice(*self._end_at)]
-        self._ends = {self.end, self.tokenizer.eos_token or "", *self._closing}
+        self._header = self._try([ASK], add_generation_prompt=True).removeprefix(self._try([ASK]))
+        self.prints_python = str(CALL["function"]["arguments"]) in self._try([ASK, CALLING])
 
     def render(self, messages, tools, **options):
-        """The conversation as text. Whatever the template raises becomes :class:`Refused`."""
+        """The conversation as text. Whatever the template raises becomes :class:`~.endings.Refused`."""
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
         except Exception as error:  # templates are programs: they raise anything
             raise Refused(f"the chat template refuses it: {first_line(error)}") from error
+
+    def _try(self, messages, **options):
+        try:
+            return self.render(messages, None, **options)
+        except Refused:
+            return ""
 
     def marked(self, messages, tools, options=()):
         """The [start, end) of what ``{% generation %}`` encloses, in characters of :meth:`render`'s text."""
@@ -128,26 +99,28 @@ class ChatTemplate:
         behind that prompt. If the turn does not begin as that prompt does, the prompt with thinking switched on or off
         is tried. Next, if the template renders the messages before differently once the turn follows, what it says
         begins behind the last message and the generation prompt, and follows the prompt all the same. Last, in a
-        template that marks turns, the prompt is the text in front of the mark. Marks that begin behind the prompt move
-        it to there, unless a part of the message lies between. ``whole`` is the rendered text, if it is known.
+        template that marks turns, the prompt is the text in front of the mark. ``whole`` is the rendered text, if it is
+        known.
 
-        Raises :class:`Refused` if there is no such prompt, if the template ends the turn with no special token, or if
-        it leaves out a part of the message.
+        Raises :class:`~.endings.Refused` if there is no such prompt, if the template ends the turn with no special
+        token, if it leaves out a part of the message or does not mark it, or if the message has an end token in it.
         """
         upto = [*before, message]
+        check_ends(message, self.endings.all)
         whole, start, prompt, options = self._begin(before, upto, tools, whole)
-        stop, end, borrowed = self._stop(whole, start, message)
-        if self.marks_turns:
-            marks = self.marked(upto, tools, options)
-            marked = next((max(left, start) for left, right in marks if start < right and left < stop), start)
-            prompt, start = prompt + whole[start:marked], marked
-            if piece := self.unmarked(whole, marks, Span(start, stop, 0 if borrowed else len(end))):
-                raise Refused(
-                    f"the chat template's {{% generation %}} leaves out {piece[:40]!r} of this turn; mend the marks or "
-                    "take them out"
-                )
+        stop, end, borrowed = self.endings.stop(whole, start, message)
+        end_here = 0 if borrowed else len(end)
         turn = Turn(prompt, whole[start:stop] + borrowed, end, borrowed, options)
-        self._check_parts(upto, tools, turn, start)
+        check_words(message, whole[start : stop - end_here], self.endings.special)
+        rest = whole[stop:]
+
+        def said(changed):
+            text = self.render([*before, changed], tools, **dict(options))
+            return text[start:].removesuffix(rest)
+
+        check_parts(message, said)
+        if self.marks_turns:
+            self._check_marks(self.marked(upto, tools, options), whole, message, Span(start, stop, end_here))
         if options:
             switch = ", ".join(f"{name}={value}" for name, value in options)
             self.note(f"some turns follow the chat template's prompt with {switch}, not its default prompt")
@@ -185,91 +158,52 @@ class ChatTemplate:
                 f"begins this turn with {default[len(stem) : len(stem) + 40]!r}; marks ({{% generation %}}) in the "
                 "template would say where the turn begins"
             )
-        shared = len(common_start(prompted, default))
-        while (token := self._special.match(default, start)) and token.end() <= shared:
-            start = token.end()  # of the header, which the model is given
+        if before:
+            self.note(
+                "some turns begin where the chat template marks them ({% generation %}); its prompt for generation "
+                "does not lead to them"
+            )
+        start = self._behind_header(default, start, prompted)
         return default, start, default[:start], ()
 
-    def _stop(self, whole, start, message):
-        """``(stop, end, borrowed)``: where the turn ends, its end token, and that token again if ``whole`` lacks it."""
-        if self._end_at and whole.endswith(self._tail) and len(whole) - len(self._tail) >= start:
-            return len(whole) - len(self._tail) + self._end_at[1], self.end, ""
-        gap, end = self._follower(message) if self.borrowed else ("", "")
-        if end:
-            return len(whole), end, gap + end
-        tokens = self._trailing(whole, start)
-        while tokens and tokens[-1][0] in self._closing:
-            tokens.pop()
-        if tokens:
-            return tokens[-1].end(), tokens[-1][0], ""
-        if not self.end:
-            return len(whole), "", ""
-        raise Refused("the chat template does not end this turn with a special token, so nothing would teach to stop")
+    def _behind_header(self, whole, start, prompted):
+        """Move ``start``, where a mark begins, behind the header that the model is given and does not say."""
+        if not prompted:  # the assistant comes first
+            at = whole.find(self._header) if self._header else -1
+            return at + len(self._header) if 0 <= at <= start < at + len(self._header) else start
+        shared = len(common_start(prompted, whole))
+        while (token := self.endings.special.match(whole, start)) and token.end() <= shared:
+            start = token.end()
+        return max(start, whole.rfind("\n", start, shared) + 1)
 
-    def _trailing(self, text, start):
-        """The special tokens at the end of ``text`` with nothing but space around them."""
-        found, stop = list(self._special.finditer(text, start)), len(text)
-        for i in reversed(range(len(found))):
-            if text[found[i].end() : stop].strip():
-                return found[i + 1 :]
-            stop = found[i].start()
-        return found
-
-    def _follower(self, message):
-        """``(space, token)`` at the beginning of the message that follows one like ``message``; two "" if no special
-        token is there."""
-        calls = bool(message.get("tool_calls"))
-        if calls not in self._followers:
-            self._followers[calls] = "", ""
-            reply = {"role": "assistant", "content": _WORDS, **({"tool_calls": [_CALL]} if calls else {})}
-            after = {"role": "tool", "content": "a", "tool_call_id": "call00001"} if calls else _ASK
-            try:
-                last, followed = self.render([_ASK, reply], None), self.render([_ASK, reply, after], None)
-            except Refused:
-                last = followed = ""
-            token = self._special.search(followed, len(last)) if followed.startswith(last) else None
-            if token and not followed[len(last) : token.start()].strip():
-                self._followers[calls] = followed[len(last) : token.start()], token[0]
-        return self._followers[calls]
+    def _check_marks(self, spans, whole, message, span):
+        piece = self.unmarked(whole, spans, span)
+        first = next((left for left, right in spans if span.start < right), span.start)
+        if first > span.start and not piece and missing_part(message, whole[first : span.stop]):
+            piece = whole[span.start : first]
+        if piece:
+            raise Refused(
+                f"the chat template's {{% generation %}} leaves out {piece[:40]!r} of this turn; mend the marks or "
+                "take them out"
+            )
 
     def unmarked(self, text, spans, span):
-        """The first part of ``span``, its end token apart, that neither ``spans`` nor special tokens cover; or ""."""
+        """The first words of ``span`` of ``text`` behind its first mark, end tokens apart, that no mark covers; or "".
+
+        Text in front of the first mark is not asked for: the model has to say it, too, since its prompt ends before.
+        """
+        at = max(0, bisect(spans, (span.start,)) - 1)
+        inside = [mark for mark in spans[at:] if span.start < mark[1]]
         start, stop = span.start, span.stop - span.end
-        for left, right in spans[max(0, bisect(spans, (start,)) - 1) :]:
-            if piece := self._special.sub("", text[start : min(left, stop)]).strip():
+        if inside and inside[0][0] < stop:
+            start = max(start, inside[0][0])
+        for left, right in inside:
+            if piece := self.endings.special.sub("", text[start : min(left, stop)]).strip():
                 return piece
             start = max(start, right)
             if start >= stop:
                 return ""
-        return self._special.sub("", text[start:stop]).strip()
-
-    def _check_parts(self, upto, tools, turn, start):
-        message = upto[-1]
-        for part, text in said_by(message):
-            for end in {turn.end, *self._ends} - {""}:
-                if end in text:
-                    raise Refused(f"the assistant's {part} contain {end}, which ends a turn")
-        if part := missing_words(message, turn.said):
-            raise _left_out(f"the message's {part}, or a part of it")
-        if _has_parts(message):
-            changed, marks = with_marks(message)
-            text = self.render([*upto[:-1], changed], tools, **dict(turn.options))
-            _check_marks(marks, text[start:])
-
-    def check_rendered(self, messages, tools, text):
-        """Raises :class:`Refused` if ``text``, the rendered conversation, leaves out something that the assistant
-        says."""
-        changed, marks, ambiguous = [], [], False
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                if part := missing_words(message, text):
-                    raise _left_out(f"{part} of message {i}, or a part of it")
-                ambiguous |= _has_parts(message)
-                message, more = with_marks(message, first=len(marks))
-                marks += more
-            changed.append(message)
-        if ambiguous:
-            _check_marks(marks, self.render(changed, tools))
+        return self.endings.special.sub("", text[start:stop]).strip()
 
 
 def _behind_last(message, prompt, whole):
@@ -281,26 +215,6 @@ def _behind_last(message, prompt, whole):
     at = prompt.rfind(content.strip()) if isinstance(content, str) and content.strip() else -1
     found = whole.rfind(prompt[at:]) if at >= 0 else -1
     return found + len(prompt) - at if found >= 0 else None
-
-
-def _has_parts(message):
-    """True if one part of the message could be taken for another, or its words for the template's."""
-    return bool(message.get("tool_calls") or reasonings(message))
-
-
-def _check_marks(marks, text):
-    for part, mark in marks:
-        if mark not in text:
-            raise _left_out(part)
-
-
-def _left_out(part):
-    return Refused(f"the chat template leaves out {part}, so the model would be taught to leave it out")
-
-
-def common_start(a, b):
-    """The longest text with which both ``a`` and ``b`` begin."""
-    return a[: next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))]
 
 
 def first_line(error):

@@ -7,8 +7,9 @@ template renders a turn in another way once others follow.
 
 import re
 
+from .endings import Refused
 from .spoken import carries_loss
-from .templates import Refused, Span
+from .templates import Span
 
 _EMPTY_THOUGHT = re.compile(r"<think>\s*</think>\s*")
 _EXACT = 4  # turns at either end of a conversation that are compared with their whole prompt
@@ -40,21 +41,48 @@ def find_turns(template, messages, tools, split):
         exact = place < _EXACT or left < _EXACT or left & (left - 1) == 0
         try:
             span, turn = locate(i, exact)
-            if span is None and not split:
-                raise Refused(f"{locate.difference(turn)}; --split-turns makes it an example of its own")
         except Refused as error:
             raise Refused(f"message {i}: {error}") from error
         if span:
             spans.append(span)
-        else:
+        elif split or place == left == 0:  # a turn alone needs no text but its own
             rest.append(turn)
+        elif not locate.text.startswith(turn.prompt + turn.said) and (
+            found := _in_last(template, messages, tools, wanted)
+        ):
+            return found
+        else:
+            raise Refused(f"message {i}: {locate.difference(turn)}; --split-turns makes it an example of its own")
     found = [(locate.text, spans)] if spans else []
     while rest:
-        text = rest[-1].prompt + rest[-1].said
-        here = [turn.options == rest[-1].options and text.startswith(turn.prompt + turn.said) for turn in rest]
+        text, here = _shared(rest)
         found.append((text, [_span(turn) for turn, right in zip(rest, here, strict=True) if right]))
         rest = [turn for turn, right in zip(rest, here, strict=True) if not right]
     return found
+
+
+def _shared(turns):
+    """The text of the last of ``turns``, and for each of them whether it is right in it."""
+    last = turns[-1]
+    text = last.prompt + last.said
+    return text, [turn.options == last.options and text.startswith(turn.prompt + turn.said) for turn in turns]
+
+
+def _in_last(template, messages, tools, wanted):
+    """The one text of :func:`find_turns` if the last turn's own prompt and words have all other turns, else None.
+
+    That is so if the template changes a prompt only once it is answered.
+    """
+    turns = []
+    for i in (wanted[-1], *wanted[:-1]):
+        try:
+            turns.append(template.turn(messages[:i], messages[i], tools))
+        except Refused:
+            return None
+        text, here = _shared([*turns[1:], turns[0]])
+        if not all(here):
+            return None
+    return [(text, [_span(turn) for turn in (*turns[1:], turns[0])])]
 
 
 class _Locator:
@@ -95,17 +123,16 @@ class _Locator:
         """
         j, start = self.known
         head, first = self._window(j)
-        if first is None:
-            return None
         messages = self.messages
+        known = head + messages[first:j]
         try:
-            anchor = self.template.render(head + messages[first:j], self.tools, add_generation_prompt=True)
             turn = self.template.turn(head + messages[first:i], messages[i], self.tools)
+            anchor = self.template.render(known, self.tools, add_generation_prompt=True) if known else None
+            if anchor is None or not turn.prompt.startswith(anchor):
+                anchor = self.template.turn(known, messages[j], self.tools).prompt
         except Refused:
             return None
-        if turn.options or not turn.prompt.startswith(anchor):
-            return None
-        if not self.text.startswith(turn.prompt[len(anchor) :], start):
+        if not turn.prompt.startswith(anchor) or not self.text.startswith(turn.prompt[len(anchor) :], start):
             return None
         return self._at(start + len(turn.prompt) - len(anchor), turn)
 
@@ -130,25 +157,27 @@ class _Locator:
         """
         roles = self.roles
         user = next((k for k in reversed(range(j)) if roles[k] == "user"), None)
-        if user is None:
-            return [], None
         first, head = user, []
-        if j - user > 4:
-            first = next((k for k in range(j - 4, j) if roles[k] == "assistant"), None)
-            head = [self.messages[user]]
-        system = self.messages[:1] if roles[0] in ("system", "developer") and user > 0 else []
+        if user is None or j - user > 4:
+            first = next((k for k in range(max(0, j - 4), j) if roles[k] == "assistant"), j)
+            head = [] if user is None else [self.messages[user]]
+        system = self.messages[:1] if roles[0] in ("system", "developer") and first > 0 else []
         return system + head, first
 
     def difference(self, turn):
         """Says in which way the text does not have ``turn``."""
         if not self.text.startswith(turn.prompt):
+            if turn.options:
+                switch = ", ".join(f"{name}={value}" for name, value in turn.options)
+                return f"only the generation prompt differs: this turn follows the one with {switch}, the others do not"
             return "the chat template renders the messages before it differently once others follow"
         there = self.text[len(turn.prompt) :]
         if there.startswith(turn.said):
             return "the chat template marks it with {% generation %} only if it is the last"
-        if turn.end and there.startswith(turn.said[: -len(turn.end)]):
-            found = there[len(turn.said) - len(turn.end) :][: len(turn.end)]
-            return f"only its end token differs: {turn.end!r} if it is the last, {found!r} once others follow"
+        words = turn.said[: len(turn.said) - len(turn.end)]
+        other = self.template.endings.special.match(there, len(words))
+        if turn.end and other and there.startswith(words):
+            return f"only its end token differs: {turn.end!r} if it is the last, {other[0]!r} once others follow"
         at = next((i for i, (a, b) in enumerate(zip(turn.said, there, strict=False)) if a != b), len(there))
         at = max(0, at - 10)
         return (

@@ -153,7 +153,7 @@ def test_keys_that_nobody_reads_are_noted_once(tokenizer):
     turns = [{**m, "name": "x", "id": i} for i, m in enumerate(TURNS)]
     for _ in range(2):
         encoder(record(turns))
-    assert [note.split("key ")[1].split(";")[0] for note in encoder.notes] == ["'id'", "'name'"]
+    assert [note.split("key ")[1].split(" here")[0] for note in encoder.notes] == ["'id'", "'name'"]
     assert all(note.startswith("chats.jsonl:7: ") for note in encoder.notes)
 
 

@@ -275,7 +275,7 @@ def test_marks_say_where_a_turn_begins_that_no_prompt_leads_to(make):
 
 def test_marks_that_leave_out_words_are_refused(make):
     inside = "{{ m.content[:1] }}{% generation %}{{ m.content[1:] + '<|im_end|>\n' }}{% endgeneration %}"
-    with pytest.raises(DataError, match="message 1: the chat template leaves out the message's content"):
+    with pytest.raises(DataError, match=r"message 1: .*{% generation %} leaves out 'A' of this turn"):
         Encoder(make(marking(inside)))(record(CHATS["one turn"]))
     inside = "{% generation %}{{ m.content }}{% endgeneration %}{{ ' Bye.<|im_end|>\n' }}"
     with pytest.raises(DataError, match=r"message 1: .*{% generation %} leaves out 'Bye.' of this turn"):
@@ -348,4 +348,4 @@ def test_a_template_that_shortens_old_turns_is_refused_however_far_back(make, ke
         "{{ '<|im_end|>' }}{% endfor %}" + START
     )
     with pytest.raises(DataError, match="once others follow"):
-        Encoder(tokenizer)(record(long_chat(keeps + 1)))
+        Encoder(tokenizer)(record(long_chat(keeps + 2)))

@@ -1,0 +1,79 @@
+"""A text as tokens none of which reaches across given places, as none does where a model begins to speak."""
+
+from bisect import bisect_left
+
+from .endings import Refused
+
+_CONTEXT = 64  # characters in front of a piece, if no special token is near
+_JOINTS = ("", "\n", "a", ".")  # what a piece can stand behind, so that it is no beginning
+_DUMMIES = ("▁", "Ġ")
+
+
+class Tokens:
+    """The tokens of texts.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer.
+        special: matches each of its special tokens.
+    """
+
+    def __init__(self, tokenizer, special):
+        self.tokenizer, self.special = tokenizer, special
+
+    def __call__(self, text, cuts=()):
+        """``(ids, starts)``: the tokens of ``text`` and their first characters; no token reaches across a cut.
+
+        The text in front of the first cut has the tokens that it has alone, as a prompt has. What is behind a cut has
+        those that it has behind the text before it, or, if they would reach across, those that it has by itself. Raises
+        :class:`~.endings.Refused` if the tokenizer has none (because it puts a space in front of every text, say).
+        """
+        places = [0, *sorted({cut for cut in cuts if 0 < cut < len(text)}), len(text)]
+        contexts = [self._context(text, start) for start in places[:-1]]
+        pieces = [text[context:stop] for context, stop in zip(contexts, places[1:], strict=True)]
+        ids, starts = [], []
+        for encoded, context, start, stop in zip(self._encode(pieces), contexts, places, places[1:], strict=False):
+            found = _behind(encoded, start - context)
+            if found is None:
+                found = self._alone(text[start:stop])
+            ids += found[0]
+            starts += [min(start + at, stop - 1) for at in found[1]]
+        return ids, starts
+
+    def _context(self, text, start):
+        """Where to begin so that the text behind ``start`` is no beginning: at the last special token before it."""
+        near = max(0, start - _CONTEXT)
+        tokens = list(self.special.finditer(text, near, start))
+        return tokens[-1].start() if tokens else near
+
+    def _alone(self, piece):
+        """Ids and first characters of a piece by itself, without the space that some tokenizers put before a text."""
+        for joint in _JOINTS:
+            found = _behind(self._encode([joint + piece])[0], len(joint))
+            if found is None:
+                continue
+            first = self.tokenizer.convert_ids_to_tokens(found[0][:1])
+            if not (first and first[0].startswith(_DUMMIES) and not piece[0].isspace()):
+                return found
+        raise Refused(f"the tokenizer has no tokens that begin with the turn, {piece[:20]!r}")
+
+    def _encode(self, texts):
+        """Ids and offsets of each text."""
+        try:
+            encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+        except Exception as error:  # the tokenizer's own and its library's
+            raise Refused(f"the tokenizer refuses it: {error}") from error
+        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+
+
+def _behind(encoded, start):
+    """Ids and first characters, from ``start`` on, of the tokens there; None if one may reach across ``start``.
+
+    Some tokenizers leave space out of the offsets, so the token before must end at ``start`` itself.
+    """
+    ids, offsets = encoded
+    first = bisect_left([begin for begin, _ in offsets], start)
+    if first and offsets[first - 1][1] != start:
+        return None
+    if not first and start:
+        return None
+    return ids[first:], [begin - start for begin, _ in offsets[first:]]
