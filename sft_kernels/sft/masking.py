@@ -8,7 +8,9 @@ from bisect import bisect_left
 from typing import NamedTuple
 
 from .endings import Refused
+from .formats import Unfit
 from .left_out import check_rendered
+from .messages import check
 from .spoken import READ_HERE, switched_off, with_argument_objects
 from .templates import ChatTemplate
 from .tokens import Tokens
@@ -125,6 +127,10 @@ class Encoder:
 
     def _conversation(self, record):
         self._prepared()
+        try:
+            check({"messages": record.messages})  # a record may come from elsewhere than a file
+        except Unfit as error:
+            raise Refused(error.reason) from error
         messages = self._readable(record)
         if self.mode == "all":
             found = [self._whole(messages, record.tools)]
@@ -143,10 +149,7 @@ class Encoder:
         """
         if not any(message.get("tool_calls") for message in record.messages):
             return record.messages
-        try:
-            messages = with_argument_objects(record.messages)
-        except ValueError as error:
-            raise Refused(str(error)) from error
+        messages = with_argument_objects(record.messages)
         if messages == record.messages:
             return messages
         if self._template.prints_python:

@@ -42,19 +42,11 @@ def _map_calls(message, change):
 def with_argument_objects(messages):
     """``messages`` with every call's arguments as an object, also if they came as a JSON string (OpenAI's format).
 
-    Raises ``ValueError`` for a string that holds no JSON object. An empty string is the empty object.
+    An empty string is the empty object.
     """
 
     def parse(name, arguments):
-        if not isinstance(arguments, str):
-            return name, arguments
-        try:
-            found = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"the arguments of {name!r} are a string that is not JSON ({error})") from error
-        if not isinstance(found, dict):
-            raise ValueError(f"the arguments of {name!r} are a JSON string without an object in it")
-        return name, found
+        return name, json.loads(arguments.strip() or "{}") if isinstance(arguments, str) else arguments
 
     return [_map_calls(m, parse) if m.get("tool_calls") else m for m in messages]
 

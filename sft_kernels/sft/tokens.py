@@ -5,7 +5,7 @@ from bisect import bisect_left
 from .endings import Refused
 
 _CONTEXT = 64  # characters in front of a piece, if no special token is near
-_JOINTS = ("", "\n", "a", ".")  # what a piece can stand behind, so that it is no beginning
+_JOINTS = ("\n", "a", ".", "")  # what a piece can stand behind; alone it may get a space in front
 _DUMMIES = ("▁", "Ġ")
 
 
@@ -52,7 +52,7 @@ class Tokens:
             if found is None:
                 continue
             first = self.tokenizer.convert_ids_to_tokens(found[0][:1])
-            if not (first and first[0].startswith(_DUMMIES) and not piece[0].isspace()):
+            if not (first and first[0].startswith(_DUMMIES) and not piece.startswith(" ")):
                 return found
         raise Refused(f"the tokenizer has no tokens that begin with the turn, {piece[:20]!r}")
 

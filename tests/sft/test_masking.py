@@ -207,3 +207,55 @@ def test_real_conversations_learn_exactly_what_the_assistant_says(name, which, r
     for line in read_jsonl(REAL_DATA / name)[:100]:
         said = [m["content"] + "<|im_end|>" for m in line.messages if m["role"] == "assistant"]
         assert learned(tokenizer, encoder(line)) == said
+
+
+# Tokenizers of other kinds.
+
+
+def _other_tokenizer(kind):
+    """A BPE over a few words, with the spaces of other tokenizers; its prompts end in a space or in lines."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+    alphabet = []
+    if kind in ("trimmed", "prefix", "lines"):
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=kind == "prefix")
+        bpe.post_processor = processors.ByteLevel(trim_offsets=kind != "lines")
+        bpe.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    elif kind == "prepend":
+        bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=False)
+    texts = ["USER: How many? ASSISTANT: Two words.\n\nNo words.\n\n\nSaid so."] * 20
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<unk>", "</s>"], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ 'USER: ' + m.content }}{% else %}"
+        "{{ header + m.content + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ header }}{% endif %}"
+    )
+    return tokenizer
+
+
+@pytest.mark.parametrize("header", [" ASSISTANT: ", " ASSISTANT:", "\n\n", "\nASSISTANT\n"])
+@pytest.mark.parametrize("words", ["Two words.", "\nTwo words.", "words"])
+@pytest.mark.parametrize("kind", ["trimmed", "prefix", "lines", "prepend", "first", "always"])
+def test_any_tokenizer_keeps_prompt_and_answer_apart(kind, words, header):
+    """The prompt has the tokens that it has alone, and the labels spell the words with no space put before them."""
+    tokenizer = _other_tokenizer(kind)
+    tokenizer.chat_template = tokenizer.chat_template.replace("header", repr(header))
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": words}]
+    example = Encoder(tokenizer)(record(turns))
+    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert example.input_ids[: len(prompt)] == prompt
+    assert example.labels[: len(prompt)] == [IGNORE] * len(prompt)
+    assert example.labels[len(prompt) :] == example.input_ids[len(prompt) :]
+    pieces = "".join(tokenizer.convert_ids_to_tokens(example.input_ids[len(prompt) :]))
+    assert pieces.replace("▁", " ").replace("Ġ", " ").replace("Ċ", "\n") == f"{words}</s>"

@@ -118,8 +118,49 @@ def test_a_template_for_strings_gets_the_string(tokenizer_with, template):
 
 @pytest.mark.parametrize("text", ["{", "[1]", '"x"', "9" * 5000])
 def test_arguments_that_are_no_object_are_refused(tokenizer_with, text):
-    with pytest.raises(DataError, match=r"the arguments of 'look' are a .*string"):
+    with pytest.raises(DataError, match="in a string that is not a JSON object"):
         Encoder(tokenizer_with(AS_JSON))(record(asks(tool_calls=[call(text)])))
+
+
+def test_arguments_in_the_users_words_are_not_the_templates(tokenizer_with):
+    """A Python dict in a question says nothing about how the template prints calls."""
+    tokenizer = tokenizer_with(AS_JSON)
+    messages = [
+        {"role": "user", "content": "Call it with {'city': 'Paris'}."},
+        *asks(tool_calls=[call('{"city":"Paris"}')])[1:],
+    ]
+    (turn,) = learned(tokenizer, Encoder(tokenizer)(record(messages)))
+    assert turn == '<call>look {"city": "Paris"}</call><|im_end|>'
+
+
+def test_a_template_that_looks_a_name_up_is_not_asked_for_another(tokenizer_with):
+    known = "{% if c.function.name != 'look' %}{{ raise_exception('unknown') }}{% endif %}"
+    tokenizer = tokenizer_with(AS_JSON.replace("{{ '<call>'", known + "{{ '<call>'"))
+    assert "look" in learned(tokenizer, Encoder(tokenizer)(record(asks(tool_calls=[call({"at": "x"})]))))[0]
+
+
+@pytest.mark.parametrize(
+    ("printed", "reply"),
+    [
+        ("{% if c.function.name != 'quit' %}{{ c.function | tojson }}{% endif %}", {"tool_calls": [call({}, "quit")]}),
+        (
+            "{{ c.function.name + (c.function.arguments.at | truncate(9)) }}",
+            {"tool_calls": [call({"at": "a b c d e f g"})]},
+        ),
+        ("{{ (c.function | tojson) | lower }}", {"tool_calls": [call({"at": "x"}, "Look")]}),
+        (
+            "{{ c.function.name }}{% if c.function.arguments.on is string %}on{% endif %}",
+            {"tool_calls": [call({"on": True})]},
+        ),
+        ("", {"content": "im", "reasoning_content": "end"}),
+    ],
+    ids=["one-name", "long-arguments", "case", "keys", "words-of-the-end-token"],
+)
+def test_what_only_some_messages_lose_is_refused(tokenizer_with, printed, reply):
+    said = "{{ m.content or '' }}"
+    template = with_calls(printed).replace(said, "{% if not m.reasoning_content %}" + said + "{% endif %}")
+    with pytest.raises(DataError, match="the chat template leaves out"):
+        Encoder(tokenizer_with(template))(record(asks(**reply)))
 
 
 def test_no_arguments_are_an_empty_object(tokenizer_with):

@@ -22,7 +22,9 @@ THINKS_LAST = (
 # The prompt opens the thinking unless it is switched off (Nemotron, Qwen3.5).
 OPENS_THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
-    "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}{{ m.content }}"
+    + CALLS
+    + "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '</think>' }}{% else %}{{ '\n' }}{% endif %}"
     "{% endif %}"
@@ -238,6 +240,46 @@ def test_what_ends_the_conversation_is_not_the_end_of_a_turn(make):
     assert answer == "A2.<|im_end|>"
 
 
+@pytest.mark.parametrize("when", ["true", "loop.last", "loop.index % 6 == 0"], ids=["always", "last", "some"])
+def test_words_behind_the_end_token_are_not_learned(make, when):
+    """The template says something of its own behind an answer."""
+    reminder = (
+        "{% if m.role == 'assistant' and " + when + " %}{{ '<|im_start|>system\nBe good.<|im_end|>\n' }}{% endif %}"
+    )
+    tokenizer = make(PLAIN.replace(SAYS, SAYS + reminder))
+    messages = long_chat(12)
+    turns = [words for _, words in spoken(tokenizer, Encoder(tokenizer, split_turns=True).examples(record(messages)))]
+    assert sorted(turns) == sorted(f"A{i}.<|im_end|>" for i in range(12))
+
+
+def test_several_end_tokens_are_learned_together_and_completion_has_none_of_them(make):
+    tokenizer = make(PLAIN.replace("<|im_end|>\n", "<|call|><|im_end|>\n"))
+    (example,) = Encoder(tokenizer).examples(record(CHATS["one turn"]))
+    assert [words for _, words in spoken(tokenizer, [example])] == ["A1.<|call|><|im_end|>"]
+    (example,) = Encoder(tokenizer, "completion").examples(record(CHATS["one turn"]))
+    assert [words for _, words in spoken(tokenizer, [example])] == ["A1."]
+
+
+def test_a_turn_alone_needs_no_text_but_its_own(make):
+    """Switched on, thinking changes the system's words, too."""
+    on = "{% if enable_thinking is defined and enable_thinking %}"
+    thought = "{% if m.role == 'assistant' %}{{ '<think>' + (m.reasoning_content or '') + '</think>' }}{% endif %}"
+    prompt = "{{ '<|im_start|>assistant\n' }}" + on + "{{ '<think>' }}{% else %}{{ '<think></think>' }}{% endif %}"
+    tokenizer = make(
+        f"{on}{{{{ 'Think.' }}}}{{% endif %}}"
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}" + thought + SAYS + "{% endfor %}"
+        "{% if add_generation_prompt %}" + prompt + "{% endif %}"
+    )
+    (found,) = spoken(tokenizer, Encoder(tokenizer).examples(record(THINKING[:2])))
+    assert found == (
+        "Think.<|im_start|>user\nQ1?<|im_end|>\n<|im_start|>assistant\n<think>",
+        "T1.</think>A1.<|im_end|>",
+    )
+    reason = "only the generation prompt differs: this turn follows the one with enable_thinking=True"
+    with pytest.raises(DataError, match=reason):
+        Encoder(tokenizer)(record([*THINKING[:2], user("Q2?"), said("A2.")]))
+
+
 # Marks.
 
 SAYS = "{{ m.content + '<|im_end|>\n' }}"
@@ -314,7 +356,7 @@ def test_windows_find_what_whole_prompts_find(make, monkeypatch, name, messages)
 
 
 @pytest.mark.parametrize("chat", [long_chat, tool_loop])
-@pytest.mark.parametrize("name", ["thinks-last", "no-end"])
+@pytest.mark.parametrize("name", ["thinks-last", "no-end", "opens-thinking"])
 def test_the_work_is_linear_in_the_number_of_turns(make, monkeypatch, name, chat):
     """Counts the messages that the template is given. Whole prompts alone would make it sixteen times as many."""
     tokenizer = make(TEMPLATES[name])
