@@ -343,7 +343,7 @@ LOSS_OPTIONS = [
 
 
 @KINDS
-@pytest.mark.parametrize("options", LOSS_OPTIONS, ids=str)
+@pytest.mark.parametrize("options", LOSS_OPTIONS, ids="-".join)
 def test_losses_without_values(kind, options):
     head = torch.randn(V, D)
     for function, inputs in ((cross_entropy, (torch.randn(N, V),)), (linear_cross_entropy, (torch.randn(N, D), head))):
