@@ -133,6 +133,9 @@ def row(value):
         return _array("a JSON array", value[0], f"{lines} for r in l", ".[]")
     if inside := rows_inside(value):
         return _under(*inside, f"{lines} for r in l")
+    if isinstance(value, dict) and isinstance(value.get("label"), bool):
+        reason = f'{EXPECTED}; rows whose "label" is false are answers not to learn from, so keep the others first'
+        return Unfit(reason, "jq -c 'select(.label) | del(.label)'")
     if shape := shape_of(value):
         return Unfit(f"{EXPECTED}, got {shape.name}", python(shape.expression))
     if not isinstance(value, dict) or not value:

@@ -5,6 +5,7 @@ from .shapes import ALIASES, SYSTEM, decoded, mended, with_system, with_tools
 from .strict_json import parse
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_QUESTIONS = ("prompt", "instruction", "question", "context", "input")  # that rows have beside their messages
 _THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
 _SWITCHES = {"weight", "train", "training", "loss"}  # whether a turn carries loss
 
@@ -59,8 +60,17 @@ def _beside(row, messages):
         raise Unfit(reason)
     if row.get("functions"):
         raise Unfit('"functions" is OpenAI\'s old name for "tools"', python(with_tools()))
+    if row.get("documents"):
+        raise Unfit('"documents" beside "messages" is not supported; write them into a message')
+    words = [m.get("content") for m in messages if isinstance(m, dict)]
+    for key in _QUESTIONS:
+        text = row.get(key)
+        if isinstance(text, str) and text.strip() and not any(isinstance(w, str) and text.strip() in w for w in words):
+            raise Unfit(f'"{key}" beside "messages" says what no message says; put it into one, or take it out')
     for key in SYSTEM:
-        if row.get(key) and isinstance(row[key], str):
+        if row.get(key) and not isinstance(row[key], str):
+            raise Unfit(f'"{key}" beside "messages" is not a string; a system prompt is the first message')
+        if row.get(key):
             roles = [m.get("role") for m in messages if isinstance(m, dict)]
             if "system" not in roles and "developer" not in roles:
                 reason = f'"{key}" beside "messages"; a system prompt is the first message'

@@ -242,14 +242,31 @@ def save(model, tokenizer, path):
         if os.path.lexists(taken):
             raise FileExistsError(f"{taken} exists already")
     partial(path).mkdir()
-    model.save_pretrained(partial(path))
-    if causal_lm(model) is not model:  # PEFT saves adapters alone; what ends an answer is for its user to load
-        causal_lm(model).generation_config.save_pretrained(partial(path))
+    save_model(model, partial(path))
     tokenizer.save_pretrained(partial(path))
     for file in partial(path).rglob("*"):
         if file.is_file():
             _to_disk(file)
     partial(path).rename(path)
+
+
+def save_model(model, folder):
+    """The model's files in ``folder``; of a PEFT model its adapters, and what ends an answer.
+
+    Without transformers' progress bar, which raises if the screen is gone.
+    """
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+        inside = causal_lm(model)
+        if inside is not model and getattr(inside, "generation_config", None) is not None:
+            inside.generation_config.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _to_disk(file):

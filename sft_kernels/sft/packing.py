@@ -89,7 +89,7 @@ class Batch(NamedTuple):
 
     input_ids: torch.Tensor  # int64 [1, T]
     position_ids: torch.Tensor  # int64 [1, T], from 0 in every example, and in padding from 0 again and again
-    cu_seqlens: torch.Tensor  # int32 [B + 1], one segment an example, one more for each row's padding
+    cu_seqlens: torch.Tensor  # int32 [B + 1], one segment an example, one or more for each row's padding
     max_seqlen: int
     kept: KeptTokens  # shift=True
     token_weight: torch.Tensor | None  # fp32 [1, T]
@@ -112,9 +112,9 @@ class Batch(NamedTuple):
 def collate(rows, capacity, pad_id, weigh_examples=False):
     """The :class:`Batch` of some rows, each a list of examples that fits ``capacity``.
 
-    The rest of a row is a segment of its own, so that padding neither sees nor is seen. Its positions start again
-    before they pass those of the longest example, which the model is known to have. No example predicts the next one's
-    first token, since every first label is ignored.
+    The rest of a row is segments of its own, so that padding neither sees nor is seen. They are no longer than the
+    longest example: the model is known to have their positions, and their attention costs no more. No example predicts
+    the next one's first token, since every first label is ignored.
 
     ``weigh_examples`` gives each kept token the weight 1 / (its example's kept tokens): with the number of examples as
     ``num_items`` every example weighs the same.
@@ -131,10 +131,11 @@ def collate(rows, capacity, pad_id, weigh_examples=False):
         pad = capacity - used
         if pad < 0:
             raise ValueError(f"rows: {used} tokens in a row of {capacity}")
-        if pad:
-            positions += (i % longest for i in range(pad))
-            _segment(ids, labels, bounds, [pad_id] * pad, [IGNORE] * pad)
-            weights += [0.0] * pad if weigh_examples else []
+        for start in range(0, pad, longest):
+            length = min(longest, pad - start)
+            positions += range(length)
+            _segment(ids, labels, bounds, [pad_id] * length, [IGNORE] * length)
+        weights += [0.0] * pad if weigh_examples else []
     labels = torch.tensor([labels])
     return Batch(
         torch.tensor([ids]),

@@ -91,7 +91,7 @@ def rehearse(model, tokenizer, out, end_of_turn=None):
                 _prepare_generation(model, tokenizer, end_of_turn, folder)
             saved = f"cannot be saved in {out}"
             with _named("model", saved), _one_number_of_each_weight(folder) as sizes:
-                model.save_pretrained(folder)
+                models.save_model(model, folder)
             with _named("tokenizer", saved):
                 tokenizer.save_pretrained(folder)
             sizes += [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
@@ -173,27 +173,24 @@ def _one_number_of_each_weight(folder):
     writes its weights whole.
     """
     from transformers import modeling_utils
-    from transformers.utils import logging
 
     real, sizes = modeling_utils.safe_save_file, []
 
     def write(tensors, filename, *args, **kwargs):
         if not Path(filename).is_relative_to(folder):  # another thread saves at the same time
             return real(tensors, filename, *args, **kwargs)
-        sizes.append(sum(t.numel() * t.element_size() for t in tensors.values()))
         parts = {name: t.reshape(-1)[:1] for name, t in tensors.items()}
-        return real(parts, filename, *args, **kwargs)
+        real(parts, filename, *args, **kwargs)
+        # The header comes on top, with longer offsets than in the trial.
+        header = Path(filename).stat().st_size - sum(t.numel() * t.element_size() for t in parts.values())
+        sizes.append(sum(t.numel() * t.element_size() for t in tensors.values()) + header + 64 * len(tensors))
 
     with _trial_lock:
-        shown = logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
         modeling_utils.safe_save_file = write
         try:
             yield sizes
         finally:
             modeling_utils.safe_save_file = real
-            if shown:
-                logging.enable_progress_bar()
 
 
 def _set_aside(descriptor, size):

@@ -123,11 +123,11 @@ def _pair(row):
         first = row[question][0].get("role")
         asked = _messages(asked, row[question])
     else:
-        more = next((key for key in _MORE if key in row and key not in (question, answer)), None)
-        if more and not isinstance(row[more], str | None):
+        more = [key for key in _MORE if key not in (question, answer)]  # other rows may have what this one lacks
+        if not all(isinstance(row.get(key), str | None) for key in more):
             return None
-        if more:
-            asked = f'"\\n\\n".join(filter(None, [{asked}, r.get({quoted(more)})]))'
+        gets = ", ".join(f"r.get({quoted(key)})" for key in more)
+        asked = f'"\\n\\n".join(filter(None, [{asked}, {gets}]))'
         asked = f'[{{"role": "user", "content": {asked}}}]'
     if is_messages(row[answer]):
         reply = _messages(reply, row[answer])
@@ -151,10 +151,17 @@ def _said(value):
 def _conversation(row, keys):
     """A list of messages under another key: ShareGPT, Gemini, and the like."""
     for key in keys:
-        if is_messages(value := row.get(key)) and "systemInstruction" not in row:
+        if is_messages(value := row.get(key)) and "systemInstruction" not in row and _has_both_sides(value):
             messages = _messages(f"r[{quoted(key)}]", value)
             return Shape(f"a conversation in {key[:60]!r}", _row(row, messages))
     return None
+
+
+def _has_both_sides(messages):
+    """Whether a list of messages has an assistant's and another one's: else it is half a conversation."""
+    roles = {m.get("role", m.get("from")) for m in messages}
+    asked = {role for role in roles if ALIASES.get(role, role) == "user"}
+    return bool(asked) and len(roles) > 1
 
 
 def _encoded(row):
@@ -170,7 +177,7 @@ def _encoded(row):
 def _single(row):
     """Nothing but text under another key."""
     texts = [key for key, value in row.items() if isinstance(value, str) and len(value) > 0]
-    if len(texts) == 1:
+    if len(texts) == 1 and not any(isinstance(value, list | dict) for value in row.values()):
         return Shape(f"a text in {texts[0][:60]!r}", f'{{"text": r[{quoted(texts[0])}]}}')
     return None
 

@@ -15,6 +15,7 @@ from .model import causal_lm, head, hidden_states, stock_attention, stock_implem
 from .packing import collate
 
 _TOLERANCE = 1e-3  # relative; fp32 rounding stays far below, a leak or a changed logit far above
+_LEAK = 1e-4  # of one token, between two rows computed alike: what rounding of another order leaves far below
 _SUSPECTS = ("logits_scale", "lm_head_multiplier")  # what else configs say of logits
 _LABELS = 256  # of an example: the model's own logits of a long one would need more memory than a training step
 _EAGER = 1024  # tokens of an example up to which eager attention, whose weights are all kept, is asked for gradients
@@ -71,7 +72,8 @@ def check_against_stock(model, batch):
     """Compare the packed batch's loss and gradients with the model's own logits, an example at a time, stock attention.
 
     First the head alone, on hidden states made 1000 times larger: a softcap that a fresh model never reaches shows
-    there. Then the mean loss over the kept tokens, every parameter's gradient, and each example's hidden states.
+    there. Then the mean loss over the kept tokens, every parameter's gradient, and each example's hidden states: those
+    that it has alone, and that its neighbours' tokens do not move.
     Compares in fp32 without dropout; the model is left as it was, without gradients. Raises :class:`NotStock` with what
     differs, and whatever the packed forward raises in training.
     """
@@ -87,9 +89,11 @@ def check_against_stock(model, batch):
             ours = linear_cross_entropy(hidden, **head(model), shift=True, kept=batch.kept)
             ours.backward()
             gradients = _take_gradients(model)
+            moved = _moved_by_neighbours(model, batch, hidden.detach())
             with stock_attention(model):
                 _check_head(model, batch)
-                stock, moved = _stock_backward(model, batch, hidden.detach())
+                stock, from_alone = _stock_backward(model, batch, hidden.detach())
+            moved += from_alone
             reference = _take_gradients(model)
             _compare(model, (ours.detach(), gradients), (stock, reference), moved)
     finally:
@@ -126,7 +130,7 @@ def _in_fp32(model):
 def _compare(model, ours, stock, moved):
     """Raise for the first difference. ``ours`` and ``stock`` are losses and gradients, ``moved`` the hidden states."""
     name = type(model).__name__
-    leaks = [(tokens, distance / norm) for tokens, distance, norm in moved if not distance <= _TOLERANCE * norm]
+    leaks = [(tokens, distance) for tokens, distance, most in moved if not distance <= most]
     reason = ""
     if leaks:
         tokens, share = max(leaks, key=lambda leak: leak[1])
@@ -201,7 +205,8 @@ def _logits(hidden, linear_weight, linear_bias, logit_scale, softcap):
 
 def _stock_backward(model, batch, packed):
     """Returns ``(loss, moved)``: the sum of the examples' stock losses over the batch's divisor, and of each example
-    ``(tokens, distance, norm)``: how far ``packed``, its hidden states in the row, are from those alone.
+    ``(tokens, distance, most)``: how far ``packed``, its hidden states in the row, are from those alone, and how far
+    they may be.
 
     Gradients are accumulated in the model. An example without labels is asked for hidden states alone. Padding, which
     is one token again and again, is left out.
@@ -227,11 +232,31 @@ def _stock_backward(model, batch, packed):
                 with torch.no_grad():
                     base(input_ids=ids, use_cache=False)
             alone = seen.pop("hidden").detach()
-            distance, norm = (float(x.norm()) for x in (packed[:, start:end] - alone, alone))
-            moved.append((end - start, distance, norm))
+            moved.append((end - start, _distance(packed[:, start:end], alone), _TOLERANCE))
     finally:
         hook.remove()
     return total, moved
+
+
+@torch.no_grad()
+def _moved_by_neighbours(model, batch, hidden):
+    """How far hidden states move with the tokens of other examples, as ``(tokens, distance, most)`` of each.
+
+    Every second example is changed. Both rows are computed in the same way, so that even a weak leak stands out.
+    """
+    bounds = [*pairwise(batch.cu_seqlens.tolist())]
+    ids, rows = batch.input_ids.clone(), model.get_input_embeddings().weight.shape[0]
+    for start, end in bounds[::2]:
+        ids[:, start:end] = (ids[:, start:end] + 1) % rows
+    changed = hidden_states(model, batch._replace(input_ids=ids))
+    return [(end - start, _distance(changed[:, start:end], hidden[:, start:end]), _LEAK) for start, end in bounds[1::2]]
+
+
+def _distance(found, expected):
+    """The largest distance of a token's hidden states, relative to their norm, or to a tenth of the mean norm."""
+    norms = expected.norm(dim=-1)
+    floor = (0.1 * norms.mean()).clamp(min=torch.finfo(norms.dtype).tiny)  # padding may be nothing but zeros
+    return float(((found - expected).norm(dim=-1) / norms.maximum(floor)).max())
 
 
 def _logits_at(model, ids, where):

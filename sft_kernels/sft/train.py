@@ -1,5 +1,6 @@
 """The thin reference trainer: masked, packed, one denominator a step."""
 
+import math
 import random
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -142,6 +143,7 @@ def train(recipe, *, model=None, tokenizer=None):
     an ``OSError``, says where. Both carry what would have been returned as ``result``.
     """
     _check(recipe, model)
+    out = Path(recipe.out).absolute()  # also if the working directory changes
     torch.manual_seed(recipe.seed)
     if model is not None:
         models.check_given(model)
@@ -182,8 +184,8 @@ def train(recipe, *, model=None, tokenizer=None):
     )
     warmup = round(recipe.warmup * steps.total)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: cosine_factor(t, steps.total, warmup))
-    rehearse(model, tokenizer, recipe.out, encoder.end_of_turn if recipe.mask == "completion+eot" else None)
-    log = RunLog(recipe.out, steps.total, recipe.log_every)
+    rehearse(model, tokenizer, out, encoder.end_of_turn if recipe.mask == "completion+eot" else None)
+    log = RunLog(out, steps.total, recipe.log_every)
     evaluate = partial(_evaluate, model, evaluation, device, recipe, log)
     with saved_at_the_end(model, tokenizer, log, evaluate) as stop:
         model.train()
@@ -298,8 +300,15 @@ def _check(recipe, model):
             raise ValueError(f"{name}: expected at least 1, got {getattr(recipe, name)}")
     if recipe.steps is not None and recipe.steps < 1:
         raise ValueError(f"steps: expected at least 1, got {recipe.steps}")
-    if recipe.steps is None and not recipe.epochs > 0:
+    if recipe.steps is None and not 0 < recipe.epochs < math.inf:
         raise ValueError(f"epochs: expected more than 0, got {recipe.epochs}")
+    for name in ("lr", "weight_decay", "max_grad_norm"):
+        if not 0 <= getattr(recipe, name) < math.inf:
+            raise ValueError(f"{name}: expected a finite number from 0 up, got {getattr(recipe, name)}")
+    if recipe.eval_every < 0:
+        raise ValueError(f"eval_every: expected 0 or more steps, got {recipe.eval_every}")
+    if not 0 <= recipe.seed < 1 << 63:
+        raise ValueError(f"seed: expected an integer from 0 to 2⁶³ − 1, got {recipe.seed}")
     for name in ("warmup", "holdout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(recipe, name)}")

@@ -87,12 +87,13 @@ def test_a_model_that_takes_no_boundaries_is_refused_as_by_the_check():
         most_positions(model, packed_hidden_states)
 
 
-def test_padding_stays_within_the_positions_of_the_longest_example():
+def test_padding_is_cut_into_segments_no_longer_than_the_longest_example():
+    """Its positions stay within a table's, and its attention costs no more than an example's."""
     batch = collate([[of_length(5), of_length(3)], [of_length(2)]], 14, pad_id=0)
     assert batch.position_ids[0].tolist() == [
         *range(5), *range(3), *range(5), 0, *range(2), *range(5), *range(5), 0, 1,
     ]  # fmt: skip
-    assert batch.cu_seqlens.tolist() == [0, 5, 8, 14, 16, 28]
+    assert batch.cu_seqlens.tolist() == [0, 5, 8, 13, 14, 16, 21, 26, 28]
 
 
 # ---- in a run

@@ -49,8 +49,10 @@ def test_the_trial_leaves_an_empty_folder_and_writes_one_number_of_each_weight(m
     assert not list((tmp_path / "a" / "run").iterdir())
     assert model.generation_config.eos_token_id[-1] == 7
     weights = sum(p.numel() * 4 for p in model.parameters())
-    assert [size for size in asked if size >= weights] == [weights]
     save(model, tokenizer, tmp_path / "a" / "run" / "model")
+    (size,) = (size for size in asked if size >= weights)
+    written = (tmp_path / "a" / "run" / "model" / "model.safetensors").stat().st_size
+    assert written <= size < written + 100 * len(model.state_dict())  # the file's header, too
     assert same_weights(loaded(tmp_path / "a" / "run" / "model"), model)
 
 
