@@ -87,6 +87,9 @@ MESSAGES = [
     (reply(training=2), '"training" is not true or false'),
     (reply(loss=[]), '"loss" is not true or false'),
     (reply(loss=True, train=False), "contradicts"),
+    ({**GOOD, "system": [{"type": "text", "text": "Be kind."}]}, '"system" beside "messages" is not a string'),
+    ({**GOOD, "prompt": "Another question?"}, '"prompt" beside "messages" says what no message says'),
+    ({**GOOD, "documents": [{"text": "d"}]}, '"documents" beside "messages" is not supported'),
     ({"messages": [{**USER, "weight": 1}, REPLY]}, r'message 0 \(user\): "weight" asks for loss'),
     ({"messages": [{**USER, "train": True}, REPLY]}, '"train" asks for loss'),
     (reply(weight=0), "no assistant turn to learn from: every one of them is switched off"),
@@ -179,6 +182,7 @@ GOOD_LINES = [
     reply(tool_calls=None, reasoning=None),
     {"messages": [{"role": "developer", "content": "Be kind."}, USER, REPLY]},
     {"text": None, **GOOD},
+    {**GOOD, "prompt": USER["content"], "prompt_id": "1"},
     {"system": "x", "messages": [{"role": "system", "content": "x"}, USER, REPLY]},
 ]
 

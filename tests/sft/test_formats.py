@@ -301,6 +301,35 @@ def test_what_is_no_conversation_is_named(text, reason, tmp_path):
         read_jsonl(tmp_path / "chats")
 
 
+def test_an_input_that_only_later_rows_have_is_kept(tmp_path):
+    path = tmp_path / "alpaca.jsonl"
+    path.write_text(jsonl({"instruction": "Go.", "output": SAY}, ALPACA))
+    assert messages(converted(path)) == [turns("Go.", SAY), ADDED]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"input": {"messages": [USER]}, "preferred_output": [REPLY], "non_preferred_output": [REPLY]},
+        {"id": "1", "data": ["a", "b"]},
+        {"instruction": "Go.", "output": ["a", "b"]},
+    ],
+    ids=["half-a-conversation", "id", "list-of-answers"],
+)
+def test_no_command_drops_half_of_a_row(row, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(jsonl(row))
+    assert 'r["QUESTION"]' in refusal(path)
+
+
+def test_answers_not_to_learn_from_are_named(tmp_path):
+    path = tmp_path / "kto.jsonl"
+    good, bad = ({"prompt": ASK, "completion": words, "label": words == SAY} for words in (SAY, "no"))
+    path.write_text(jsonl(good, bad))
+    assert "label" in refusal(path)
+    assert messages(converted(path)) == [CHAT]
+
+
 def test_another_format_in_some_lines_is_so_many_bad_lines(tmp_path):
     bad, path = [], tmp_path / "chats.jsonl"
     path.write_text(f"[\nquestion,answer\n{OBJECT}\n{{\n{OBJECT}\n")

@@ -123,3 +123,10 @@ def test_whatever_peft_adds_around_the_layers_is_found_out(recipe, small_model, 
     model.base_model.forward = louder
     with pytest.raises(NotStock, match="does something else to its logits"):
         train(recipe, model=model, tokenizer=tokenizer)
+
+
+def test_adapters_of_a_model_without_generation_config_are_saved(recipe, tokenizer, small_model):
+    model = small_model()
+    model.generation_config = None
+    train(recipe, model=peft.get_peft_model(model, lora()), tokenizer=tokenizer)
+    assert os.path.isfile(os.path.join(recipe.out, "model", "adapter_model.safetensors"))
