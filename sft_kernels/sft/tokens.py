@@ -5,8 +5,7 @@ from bisect import bisect_left
 from .endings import Refused
 
 _CONTEXT = 64  # characters in front of a piece, if no special token is near
-_JOINTS = ("\n", "a", ".", "")  # what a piece can stand behind; alone it may get a space in front
-_DUMMIES = ("▁", "Ġ")
+_JOINTS = ("\n", "a", ".")  # what a piece can stand behind, since alone it may get a space in front
 
 
 class Tokens:
@@ -48,11 +47,7 @@ class Tokens:
     def _alone(self, piece):
         """Ids and first characters of a piece by itself, without the space that some tokenizers put before a text."""
         for joint in _JOINTS:
-            found = _behind(self._encode([joint + piece])[0], len(joint))
-            if found is None:
-                continue
-            first = self.tokenizer.convert_ids_to_tokens(found[0][:1])
-            if not (first and first[0].startswith(_DUMMIES) and not piece.startswith(" ")):
+            if found := _behind(self._encode([joint + piece])[0], len(joint)):
                 return found
         raise Refused(f"the tokenizer has no tokens that begin with the turn, {piece[:20]!r}")
 

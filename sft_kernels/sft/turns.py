@@ -37,15 +37,13 @@ def find_turns(template, messages, tools, split):
     wanted = [i for i, message in enumerate(messages) if carries_loss(message)]
     spans, rest = [], []
     for place, i in enumerate(wanted):
-        left = len(wanted) - 1 - place
-        exact = place < _EXACT or left < _EXACT or left & (left - 1) == 0
         try:
-            span, turn = locate(i, exact)
+            span, turn = locate(i, exact=min(place, len(wanted) - 1 - place) < _EXACT)
         except Refused as error:
             raise Refused(f"message {i}: {error}") from error
         if span:
             spans.append(span)
-        elif split or place == left == 0:  # a turn alone needs no text but its own
+        elif split:
             rest.append(turn)
         elif not locate.text.startswith(turn.prompt + turn.said) and (
             found := _in_last(template, messages, tools, wanted)

@@ -209,6 +209,14 @@ def test_real_conversations_learn_exactly_what_the_assistant_says(name, which, r
         assert learned(tokenizer, encoder(line)) == said
 
 
+def test_no_token_reaches_from_the_answer_into_what_follows(tokenizer_with):
+    """Nothing ends a turn, so the next words would be part of its last token."""
+    tokenizer = tokenizer_with("{% for m in messages %}{{ m.content }}{% endfor %}")
+    said = [("user", "How m"), ("assistant", "any wo"), ("user", "rds are"), ("assistant", " red")]
+    turns = [{"role": role, "content": words} for role, words in said]
+    assert learned(tokenizer, Encoder(tokenizer, "completion")(record(turns))) == ["any wo", " red"]
+
+
 # Tokenizers of other kinds.
 
 

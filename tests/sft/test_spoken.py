@@ -96,6 +96,15 @@ def test_what_the_template_leaves_out_is_refused(tokenizer_with, template, reply
         Encoder(tokenizer_with(template), mode)(record(asks(**reply)))
 
 
+def test_thinking_under_two_names_has_to_be_rendered_once(tokenizer_with):
+    template = AS_JSON.replace("{{ m.content or '' }}", "{{ m.reasoning_content or '' }}{{ m.content or '' }}")
+    thoughts = {"reasoning_content": "So.", "reasoning": "So."}
+    (turn,) = learned(
+        tokenizer_with(template), Encoder(tokenizer_with(template))(record(asks(content="It.", **thoughts)))
+    )
+    assert turn == "So.It.<|im_end|>"
+
+
 def test_arguments_given_as_json_are_handed_over_as_an_object(tokenizer_with):
     tokenizer = tokenizer_with(AS_JSON)
     given, text = {"city": "Zürich", "n": [1, None, True]}, '{"city":"Zürich","n":[1,null,true]}'

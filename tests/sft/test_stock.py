@@ -235,7 +235,7 @@ def test_a_failed_check_leaves_the_model_as_it_was(small_model, monkeypatch):
 
 
 def test_a_weak_leak_is_found_though_its_parameters_are_frozen(small_model):
-    """A state that passes a five-thousandth of a token's hidden states on to the next example, as a hybrid model's may."""
+    """A layer that passes a five-thousandth of a token's hidden states on to the next example."""
     model = small_model()
     layer = model.model.layers[0]
     forward = layer.forward

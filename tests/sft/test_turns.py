@@ -315,6 +315,23 @@ def test_marks_say_where_a_turn_begins_that_no_prompt_leads_to(make):
     assert turns == ["A1.<|im_end|>", "A2.<|im_end|>", "A3.<|im_end|>"]
 
 
+def test_marks_around_the_header_do_not_teach_the_header(make):
+    wide = PLAIN.replace(
+        "{% for m in messages %}", "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    )
+    wide = wide.replace(
+        SAYS, SAYS + "{% endgeneration %}{% else %}{{ '<|im_start|>' + m.role + '\n' }}" + SAYS + "{% endif %}"
+    )
+    tokenizer = make(wide)
+    chat = [said("A0."), *CHATS["one turn"]]
+    assert [words for _, words in spoken(tokenizer, Encoder(tokenizer).examples(record(chat)))] == [
+        "A0.<|im_end|>",
+        "A1.<|im_end|>",
+    ]
+    tokenizer.chat_template = wide.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\n<think>' }}")
+    assert [words for _, words in spoken(tokenizer, Encoder(tokenizer).examples(record(chat[1:])))] == ["A1.<|im_end|>"]
+
+
 def test_marks_that_leave_out_words_are_refused(make):
     inside = "{{ m.content[:1] }}{% generation %}{{ m.content[1:] + '<|im_end|>\n' }}{% endgeneration %}"
     with pytest.raises(DataError, match=r"message 1: .*{% generation %} leaves out 'A' of this turn"):
@@ -379,6 +396,23 @@ def test_a_template_that_numbers_its_rounds_is_compared_with_whole_prompts(make)
     tokenizer = make("{% for m in messages %}{{ '[' ~ loop.index ~ '] ' + m.content + '<|im_end|>' }}{% endfor %}")
     turns = [words for _, words in spoken(tokenizer, Encoder(tokenizer).examples(record(long_chat(20))))]
     assert turns == [f"[{2 * i + 2}] A{i}.<|im_end|>" for i in range(20)]
+
+
+def test_a_question_that_is_hidden_later_is_found_in_the_middle_of_a_long_chat(make):
+    hidden = "{% if m.content == 'Q20?' and loop.revindex > 2 %}{{ '****' }}{% else %}{{ m.content }}{% endif %}"
+    tokenizer = make(PLAIN.replace(SAYS, hidden + "{{ '<|im_end|>\n' }}"))
+    with pytest.raises(DataError, match="message 41: the chat template renders the messages before it differently"):
+        Encoder(tokenizer)(record(long_chat(40)))
+    assert Encoder(tokenizer)(record(long_chat(20))).kept
+
+
+def test_the_last_prompt_serves_all_turns_if_it_has_them(make):
+    """The first answer is shortened only once the last question has been answered."""
+    short = "{% if loop.revindex == 3 and m.role == 'assistant' %}-{% else %}{{ m.content }}{% endif %}"
+    tokenizer = make(PLAIN.replace(SAYS, short + "{{ '<|im_end|>\n' }}"))
+    messages = CHATS["three turns"][:4]
+    (example,) = Encoder(tokenizer).examples(record(messages))
+    assert [words for _, words in spoken(tokenizer, [example])] == ["A1.<|im_end|>", "A2.<|im_end|>"]
 
 
 @pytest.mark.parametrize("keeps", [1, 3, 12])
