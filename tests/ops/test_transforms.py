@@ -205,6 +205,8 @@ def test_shifted_labels_and_their_weights(shift):
     x, head, y, weights = torch.randn(2, 3, D), torch.randn(V, D), Y.reshape(2, 3), torch.rand(2, 3)
     f = partial(linear_cross_entropy, target=y, shift=shift, token_weight=weights, reduction="none")
     torch.testing.assert_close(vmap(lambda x: f(x, head))(x[None])[0], f(x, head))
+    value, tangent = torch.func.linearize(lambda x: f(x, head), x)
+    torch.testing.assert_close((value, tangent(x.cos())), jvp(lambda x: f(x, head), (x,), (x.cos(),)))
 
 
 def test_a_head_of_more_than_two_dimensions():
