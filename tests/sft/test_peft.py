@@ -123,3 +123,12 @@ def test_whatever_peft_adds_around_the_layers_is_found_out(recipe, small_model, 
     model.base_model.forward = louder
     with pytest.raises(NotStock, match="does something else to its logits"):
         train(recipe, model=model, tokenizer=tokenizer)
+
+
+def test_a_head_of_its_own_is_left_out_where_peft_leaves_it_out(small_model):
+    model = peft.get_peft_model(small_model(), lora(modules_to_save=["lm_head"]))
+    layer = model.get_base_model().lm_head
+    assert models.head(model)["linear_weight"] is layer.modules_to_save["default"].weight
+    with model.disable_adapter():
+        assert models.head(model)["linear_weight"] is layer.original_module.weight
+    assert models.head(model)["linear_weight"] is layer.modules_to_save["default"].weight
