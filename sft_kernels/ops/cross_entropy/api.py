@@ -65,8 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
         return out
 
     @staticmethod
-    def _again(ctx, input):
-        _, targets, scale, keep, outside, *_ = ctx.saved_tensors
+    def _again(ctx, input, targets, scale, keep, outside, lse, entropy):
         options = ctx.options
         logits, targets = input.where(keep[:, None], 0), targets.clamp(0, input.shape[1] - 1)
         asked = options.return_stats == "tokens" and "tokens"

@@ -8,7 +8,7 @@ import torch
 
 from ..._backend import checks_enabled
 from ..._checks import check_floating, check_tensor
-from ..._plain import is_batch_of_gradients, masked, untransformed, values_of
+from ..._plain import is_batch_of_gradients, masked, untransformed, values_of, without_autocast
 from .stats import LossStats, TokenStats
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -190,8 +190,9 @@ def or_again(again):
     """Decorates the backward of a ``Function``: if kernels cannot make the gradients, ``again`` and autograd do.
 
     That is so under ``create_graph=True``, which wants a graph of the gradients, and for batches of gradients
-    (``is_grads_batched=True``). ``again(ctx, *inputs)`` repeats the forward in plain torch and returns its outputs;
-    ``inputs`` are the first that were saved, as many as ``ctx.differentiable`` says.
+    (``is_grads_batched=True``). ``again(ctx, *saved)`` repeats the forward in plain torch and returns its outputs. Of
+    the tensors that were ``saved`` it gets gradients for the first, as many as ``ctx.differentiable`` says. They are
+    read once, for activation checkpointing hands them out once.
     """
 
     def decorate(backward):
@@ -215,18 +216,20 @@ def _are_batched(grads):
 
 
 def _again(ctx, again, grads):
-    create_graph, saved = torch.is_grad_enabled(), ctx.saved_tensors[: ctx.differentiable]
+    create_graph, saved = torch.is_grad_enabled(), ctx.saved_tensors
+    differentiable, constants = saved[: ctx.differentiable], saved[ctx.differentiable :]
     with torch.enable_grad():
         # Views, so that a gradient by one input does not count what flows to it from another input.
         inputs = [
             t.view_as(t) if t is not None and needed else t
-            for t, needed in zip(saved, ctx.needs_input_grad, strict=False)
+            for t, needed in zip(differentiable, ctx.needs_input_grad, strict=False)
         ]
-        outputs = again(ctx, *inputs)
+        outputs = again(ctx, *inputs, *constants)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
     outputs, grads = zip(*pairs, strict=True)
     places = [i for i in range(len(inputs)) if inputs[i] is not None and ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(outputs, [inputs[i] for i in places], grads, create_graph=create_graph)
+    with without_autocast(saved[0].device):  # the forward has chosen the dtype of its products
+        found = torch.autograd.grad(outputs, [inputs[i] for i in places], grads, create_graph=create_graph)
     gradients = dict(zip(places, found, strict=True))
     return tuple(gradients.get(i) for i in range(len(ctx.needs_input_grad)))
 
