@@ -3,9 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.func import grad, jacfwd, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from sft_kernels import cross_entropy, linear_cross_entropy
+from sft_kernels import AttentionTiles, cross_entropy, linear_cross_entropy, packed_attention
 
 N, V, D = 6, 9, 4
 Y = torch.tensor([0, 3, -100, 8, 2, 1])
@@ -57,3 +58,79 @@ def test_autocast_around_the_backward_rounds_no_gradient_that_has_a_graph():
     with torch.autocast("cpu", torch.bfloat16):
         found = torch.autograd.grad(value, inputs, create_graph=True)
     torch.testing.assert_close(found, wanted)
+
+
+# ---- bad input inside a transform
+
+T = 9
+CU, OTHER = torch.tensor([0, 3, 3, 7]), torch.tensor([0, 2, 5, 9])
+WRONG = {"start at 0": [2, 3, 3, 8], "never to decrease": [0, 9, 4, 8], "past the 9 tokens": [0, 3, 5, 80]}
+
+
+@pytest.fixture
+def rows():
+    return torch.randn(T, 4, 8), torch.randn(T, 2, 8), torch.randn(T, 2, 8)
+
+
+@pytest.mark.parametrize("match", WRONG)
+def test_each_of_a_batch_of_boundaries_is_checked(match, rows):
+    both = torch.stack([CU, torch.tensor(WRONG[match])])
+    calls = [
+        lambda: vmap(lambda cu_seqlens: packed_attention(*rows, cu_seqlens))(both),
+        lambda: vmap(lambda cu_seqlens: packed_attention(*rows, cu_seqlens), in_dims=1)(both.T),
+        lambda: vmap(vmap(lambda cu_seqlens: packed_attention(*rows, cu_seqlens), 1), 1)(both.T[:, None]),
+        lambda: vmap(lambda q: vmap(lambda c: packed_attention(q, *rows[1:], c))(both))(rows[0][None]),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=f"cu_seqlens: .*{match}"):
+            call()
+    with pytest.raises(ValueError, match=r"max_seqlen: 2 is less than the longest segment, 4"):
+        vmap(lambda cu_seqlens: packed_attention(*rows, cu_seqlens, 2))(torch.stack([CU, OTHER]))
+
+
+def test_tiles_of_other_boundaries_are_refused_inside_a_transform(rows):
+    q, *pair = rows
+    tiles = AttentionTiles.from_cu_seqlens(CU, T)
+    both = torch.stack([CU, OTHER])
+    lists = torch.stack([AttentionTiles.from_cu_seqlens(each, T).lists for each in both])
+
+    def attend(cu_seqlens, lists):
+        return packed_attention(*rows, cu_seqlens, tiles=AttentionTiles(lists, T))
+
+    wanted = grad(lambda q: packed_attention(q, *pair, CU).sum())(q)
+    torch.testing.assert_close(grad(lambda q: packed_attention(q, *pair, CU, tiles=tiles).sum())(q), wanted)
+    torch.testing.assert_close(vmap(attend)(both, lists), vmap(lambda c: packed_attention(*rows, c))(both))
+    for call in (
+        lambda: grad(lambda q: packed_attention(q, *pair, OTHER, tiles=tiles).sum())(q),
+        lambda: vmap(attend, (0, None))(both, tiles.lists),
+        lambda: vmap(attend)(both, lists.flip(0)),
+    ):
+        with pytest.raises(ValueError, match="tiles: expected those of cu_seqlens"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["num_items", "weight", "token_weight"])
+@LOSSES
+def test_no_derivative_is_taken_by_a_constant_of_the_loss(name, loss):
+    constant = {"num_items": torch.tensor(3.0), "weight": torch.rand(V), "token_weight": torch.rand(N)}[name]
+    hidden, head = (t.detach() for t in leaves())
+
+    def of(constant, hidden=hidden):
+        if loss is of_a_head:
+            return linear_cross_entropy(hidden, head, Y, **{name: constant})
+        return cross_entropy(hidden @ head.T, Y, **{name: constant})
+
+    def tangent(f):
+        return jvp(f, (constant,), (constant,))
+
+    for call in (
+        lambda: grad(of)(constant),
+        lambda: tangent(of),
+        lambda: jacfwd(of)(constant),
+        lambda: tangent(lambda c: grad(lambda h: of(c, h))(hidden)),
+        lambda: tangent(lambda c: vmap(lambda h: of(c, h))(hidden[None])),
+        lambda: vmap(lambda c: jvp(of, (c,), (c,)))(constant[None]),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is a constant of the loss: detach it"):
+            call()
+    assert jvp(lambda h: of(constant, h), (hidden,), (hidden,))[1].isfinite()

@@ -8,7 +8,7 @@ import torch
 
 from ..._backend import checks_enabled
 from ..._checks import check_floating, check_tensor
-from ..._plain import is_batch_of_gradients, masked, untransformed, values_of, without_autocast
+from ..._plain import is_batch_of_gradients, is_differentiated, masked, untransformed, values_of, without_autocast
 from .stats import LossStats, TokenStats
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -29,7 +29,7 @@ def check_options(reduction, return_stats, num_items=None, token_weight=None, ta
                 raise ValueError(f"num_items: expected a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
             if num_items.is_complex():
                 raise TypeError(f"num_items: expected a real number, got {num_items.dtype}")
-            if num_items.requires_grad:
+            if is_differentiated(num_items):
                 raise ValueError("num_items is a constant of the loss: detach it")
             _check_count(num_items)
         elif not isinstance(num_items, numbers.Real):
@@ -44,7 +44,7 @@ def check_options(reduction, return_stats, num_items=None, token_weight=None, ta
             )
         if token_weight.device != device:
             raise ValueError(f"token_weight: expected device {device} as input, got {token_weight.device}")
-        if token_weight.requires_grad:
+        if is_differentiated(token_weight):
             raise ValueError("token_weight is a constant of the loss: detach it")
 
 
@@ -92,7 +92,7 @@ def check_class_weight(weight, V, device):
         raise ValueError(f"weight: expected one factor for each of {V} classes, got shape {tuple(weight.shape)}")
     if weight.device != device:
         raise ValueError(f"weight: expected device {device} as input, got {weight.device}")
-    if weight.requires_grad:
+    if is_differentiated(weight):
         raise ValueError("weight is a constant of the loss: detach it")
 
 
