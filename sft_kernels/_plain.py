@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _WITHOUT_VALUES = (FakeTensor, FunctionalTensor)
 _functorch = torch._C._functorch
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_transformed():
@@ -98,6 +98,15 @@ def is_batch_of_gradients(gradient):
 def untransformed():
     """A context in which operations are not transformed by ``torch.func``."""
     return torch._C._DisableFuncTorch() if torch._C._are_functorch_transforms_active() else nullcontext()
+
+
+def mode_of_fakes(plain, tensor):
+    """A context in which what a ``plain`` call makes is fake if ``tensor`` is, as inside the mode that made it."""
+    if not plain or torch._C._get_dispatch_mode(_FAKE) is not None or _is_traced():
+        return nullcontext()
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else nullcontext()
 
 
 def masked(tensor, mask, value, plain):

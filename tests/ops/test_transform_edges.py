@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.func import grad, jacfwd, jvp, vmap
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize, grad, jacfwd, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
-from sft_kernels import AttentionTiles, cross_entropy, linear_cross_entropy, packed_attention
+from sft_kernels import AttentionTiles, KeptTokens, cross_entropy, linear_cross_entropy, packed_attention
 
 N, V, D = 6, 9, 4
 Y = torch.tensor([0, 3, -100, 8, 2, 1])
@@ -134,3 +135,68 @@ def test_no_derivative_is_taken_by_a_constant_of_the_loss(name, loss):
         with pytest.raises(ValueError, match=f"{name} is a constant of the loss: detach it"):
             call()
     assert jvp(lambda h: of(constant, h), (hidden,), (hidden,))[1].isfinite()
+
+
+# ---- fake tensors outside their mode, and functionalize
+
+
+OPTIONS = [
+    {},
+    {"reduction": "none"},
+    {"return_stats": True},
+    {"return_stats": "tokens"},
+    {"weight": torch.linspace(0.1, 2, V), "label_smoothing": 0.1},
+    {"token_weight": torch.linspace(0.1, 2, N), "num_items": torch.tensor(3)},
+]
+ATTENTION = [{}, {"window_size": (2, 0)}, {"causal": False, "window_size": (1, 1)}, {"softcap": 3.0, "scale": -1.0}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " and ".join(options) or "none")
+def test_a_loss_of_fake_tensors_needs_no_mode_around_it(options):
+    fake = FakeTensorMode().from_tensor
+    given = {name: fake(value) if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    kept = KeptTokens.from_labels(Y, capacity=N + 1)
+    kept = kept._replace(rows=fake(kept.rows), targets=fake(kept.targets))
+    if "token_weight" not in options:
+        assert _backward(linear_cross_entropy, [fake(t) for t in leaves()], kept=kept, **given).device.type == "cpu"
+    for target in (Y, torch.rand(N, V)):
+        logits, inputs, target = fake(torch.randn(N, V, requires_grad=True)), [fake(t) for t in leaves()], fake(target)
+        for function, args in ((cross_entropy, [logits]), (linear_cross_entropy, inputs)):
+            loss = _backward(function, args, target, **given)
+            assert loss.shape == ((N,) if options.get("reduction") == "none" else ())
+    assert torch.func.grad(lambda x: cross_entropy(x, fake(Y)))(logits.detach()).shape == (N, V)
+
+
+def _backward(function, inputs, *rest, **options):
+    result = function(*inputs, *rest, **options)
+    loss = result[0] if isinstance(result, tuple) else result
+    loss.sum().backward()
+    assert [t.grad.shape for t in inputs] == [t.shape for t in inputs]
+    return loss
+
+
+@pytest.mark.parametrize("options", ATTENTION, ids=str)
+def test_attention_over_fake_tensors_needs_no_mode_around_it(options, rows):
+    fake = FakeTensorMode().from_tensor
+    rows = [fake(t.requires_grad_()) for t in rows]
+    for bounds in (CU, fake(CU)):
+        out, lse = packed_attention(*rows, bounds, return_lse=True, **options)
+        assert (out.shape, lse.shape) == ((T, 4, 8), (4, T))
+    out.sum().backward()
+    assert [t.grad.shape for t in rows] == [t.shape for t in rows]
+
+
+@pytest.mark.parametrize("options", ATTENTION, ids=str)
+def test_functionalized_attention(options, rows):
+    q, *pair = rows
+
+    def attend(q):
+        return packed_attention(q, *pair, CU, **options)
+
+    torch.testing.assert_close(functionalize(attend)(q), attend(q), rtol=1e-5, atol=1e-6)
+
+
+@LOSSES
+def test_functionalized_loss(loss):
+    inputs = [t.detach() for t in leaves()]
+    torch.testing.assert_close(functionalize(loss)(*inputs), loss(*inputs))

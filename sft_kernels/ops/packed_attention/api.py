@@ -9,7 +9,7 @@ import torch
 
 from ..._backend import Unavailable, checks_enabled, named, resolve
 from ..._checks import check_floating, check_tensor
-from ..._plain import autocast_on, untransformed, values_of, why_plain
+from ..._plain import autocast_on, mode_of_fakes, untransformed, values_of, why_plain
 from .segments import segment_lengths
 from .tiles import AttentionTiles, check_boundaries
 
@@ -101,7 +101,7 @@ def packed_attention(
         plainly = torch.autocast(device, enabled=False)
     if scale is not None and scale <= 0:  # torch scales its mask of −∞, flash-attn takes the maximum before the scale
         query, scale = (-query, -scale) if scale < 0 else (0 * query, 1.0)
-    with plainly:
+    with mode_of_fakes(plain, query), plainly:
         out, lse = implementation(
             query,
             key,
