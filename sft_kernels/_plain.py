@@ -102,7 +102,7 @@ def untransformed():
 
 def mode_of_fakes(plain, tensor):
     """A context in which what a ``plain`` call makes is fake if ``tensor`` is, as inside the mode that made it."""
-    if not plain or torch._C._get_dispatch_mode(_FAKE) is not None or _is_traced():
+    if not plain or torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None or _is_traced():
         return nullcontext()
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
