@@ -279,6 +279,14 @@ def test_the_trainer_refuses_such_a_head(name):
     assert models.head(Model(linear()))["linear_weight"].shape == (V, D)
 
 
+@pytest.mark.parametrize(("outputs", "places"), [(9, ()), (22, (11,)), (8, (11,))])
+def test_a_head_with_another_number_of_classes_is_refused(outputs, places):
+    loss = LinearCrossEntropyLoss(4, 8, out_features=places)
+    loss.linear = nn.Linear(4, outputs, bias=False)
+    with pytest.raises(ValueError, match=rf"^linear: expected \d+ outputs for num_classes=8 .* got {outputs}"):
+        loss(torch.randn(3, 4), torch.zeros(3, *places, dtype=torch.int64))
+
+
 def test_a_parametrized_weight_is_computed_once_a_call():
     class Counted(nn.Module):
         calls = 0

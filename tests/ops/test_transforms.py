@@ -267,6 +267,13 @@ def test_a_named_implementation_says_that_it_has_no_transforms():
         grad(lambda q: packed_attention(q, q, q, CU, impl="flash").sum())(torch.randn(T, 2, 8))
 
 
+@pytest.mark.parametrize("impl", ["triton", "flash"])
+def test_an_implementation_that_the_environment_names_is_named_so(impl, monkeypatch):
+    monkeypatch.setenv("SFT_KERNELS_IMPL", impl)
+    with pytest.raises(Unavailable, match=rf"SFT_KERNELS_IMPL='{impl}'.*impl='torch', or unset SFT_KERNELS_IMPL"):
+        grad(lambda q: packed_attention(q, q, q, CU).sum())(torch.randn(T, 2, 8))
+
+
 # ---- attention
 
 T = 9

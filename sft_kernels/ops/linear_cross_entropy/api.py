@@ -361,6 +361,12 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         """The loss of one batch, with the batch's own divisor, token weights and kept tokens."""
         places = (self.num_classes, *self.out_features)
         weight, bias = weight_and_bias(self.linear, "linear")
+        if weight.shape[0] != math.prod(places):
+            raise ValueError(
+                f"linear: expected {math.prod(places)} outputs for num_classes={self.num_classes} and"
+                f" out_features={self.out_features}, got {weight.shape[0]}; build the loss for the number of classes"
+                " that the head has"
+            )
         return linear_cross_entropy(
             input,
             weight.reshape(*places, -1),

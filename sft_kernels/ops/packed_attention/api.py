@@ -7,7 +7,7 @@ import operator
 
 import torch
 
-from ..._backend import Unavailable, checks_enabled, named, resolve
+from ..._backend import Unavailable, checks_enabled, instead, named, resolve
 from ..._checks import check_floating, check_tensor
 from ..._plain import autocast_on, mode_of_fakes, untransformed, values_of, why_plain
 from .segments import segment_lengths
@@ -73,8 +73,10 @@ def packed_attention(
     """
     _check_tensors(query, key, value, cu_seqlens)
     plain = why_plain(query, key, value, cu_seqlens)
-    if plain and named("packed_attention", impl)[0] == "flash":
-        raise Unavailable(f"impl='flash' does not support {plain}; use impl='torch' or 'auto'")
+    if plain:
+        name, source = named("packed_attention", impl)
+        if name == "flash":
+            raise Unavailable(f"{source}='flash' does not support {plain}; {instead(source)}")
     implementation = resolve("packed_attention", impl, query.device, plain or _needs_torch(query))
     if max_seqlen is not None:
         max_seqlen = _checked_length(max_seqlen)

@@ -3,6 +3,7 @@
 import functools
 import math
 import numbers
+import sys
 
 import torch
 
@@ -27,6 +28,12 @@ def check_options(reduction, return_stats, num_items=None, token_weight=None, ta
             check_tensor("num_items", num_items)
             if num_items.dim() != 0:
                 raise ValueError(f"num_items: expected a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+            if num_items.is_floating_point():
+                check_floating("num_items", num_items)
+            if num_items.is_meta and device.type != "meta":
+                raise ValueError(
+                    f"num_items: expected a number or a tensor with a value for input on {device}, got meta"
+                )
             if num_items.is_complex():
                 raise TypeError(f"num_items: expected a real number, got {num_items.dtype}")
             if is_differentiated(num_items):
@@ -36,6 +43,10 @@ def check_options(reduction, return_stats, num_items=None, token_weight=None, ta
             raise TypeError(f"num_items: expected a number or a 0-d tensor, got {type(num_items).__name__}")
         elif not 0 <= num_items < math.inf:
             raise ValueError(f"num_items: expected a count, got {num_items}")
+        elif torch.compiler.is_compiling():
+            pass
+        elif isinstance(num_items, numbers.Rational) and num_items > sys.float_info.max:
+            raise ValueError("num_items: expected a count, got a number that no float holds")
     if token_weight is not None:
         check_floating("token_weight", token_weight)
         if token_weight.shape != target_shape:
@@ -162,8 +173,15 @@ def _divisor(N, reduction, num_items, of_target, ones):
         return 1
     if num_items is None and of_target is None:
         return max(N, 1) if ones is None else ones.sum().clamp(min=1)
-    divisor = of_target.sum() if num_items is None else num_items
+    divisor = of_target.sum() if num_items is None else _torchs(num_items)
     return divisor + (divisor == 0)
+
+
+def _torchs(num_items):
+    """``num_items`` as torch computes with it: an exact number, or an integer beyond 64 bits, becomes a float."""
+    if isinstance(num_items, torch.Tensor) or torch.compiler.is_compiling():
+        return num_items
+    return num_items if type(num_items) in (int, float) and num_items < 2**63 else float(num_items)
 
 
 def reduce_rows(ctx, rows, loss_options, scale, dropped, reduce, return_stats, outside=None):
