@@ -63,6 +63,11 @@ def named(op, impl):
     return impl, source
 
 
+def instead(source):
+    """Returns what to ask for if only torch's code serves a call, in words; ``source`` gave the name that was asked."""
+    return "use impl='torch' or 'auto'" if source == "impl" else f"use impl='torch', or unset {source}"
+
+
 def resolve(op, impl="auto", device=None, needs_torch=None, needs_triton=None):
     """The callable that implements ``op`` on ``device`` (None: the CPU).
 
@@ -80,7 +85,7 @@ def resolve(op, impl="auto", device=None, needs_torch=None, needs_triton=None):
         impl = "triton" if triton else "torch"
     reason = None
     if impl in ("triton", "cuda") and needs_torch:
-        reason = f"{needs_torch} are torch's own code; use impl='torch' or 'auto'"
+        reason = f"{needs_torch} are torch's own code; {instead(source)}"
     elif impl == "triton":
         reason = _why_no_triton(device, interpreted=True)
     elif impl == "cuda":

@@ -3,13 +3,15 @@
 from contextlib import nullcontext
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _WITHOUT_VALUES = (FakeTensor, FunctionalTensor)
-_PROXY = torch._C._TorchDispatchModeKey.PROXY
+_functorch = torch._C._functorch
+_FAKE, _PROXY = torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_transformed():
@@ -49,25 +51,62 @@ def is_without_values(tensor):
 def values_of(tensor):
     """Returns ``(values, batched)``: the tensor inside the wrappers of ``torch.func``, and if one of them is a batch.
 
-    ``values`` is None if nothing may read them: on the meta device, of fake tensors, and while torch traces.
-    Read it inside :func:`untransformed`.
+    The dimensions of batches come first. ``values`` is None if nothing may read them: on the meta device, of fake
+    tensors, and while torch traces. Read it inside :func:`untransformed`.
     """
-    batched = False
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        batched = batched or torch._C._functorch.is_batchedtensor(tensor)
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    known = not is_without_values(tensor) and not _is_traced()
-    return tensor if known else None, batched
+    batches = []
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            batches.append(_functorch.maybe_get_bdim(tensor))
+        tensor = _functorch.get_unwrapped(tensor)
+    if is_without_values(tensor) or _is_traced():
+        return None, bool(batches)
+    if batches:
+        with untransformed():
+            for i, dimension in enumerate(reversed(batches)):  # each counts those dimensions that are left
+                tensor = tensor.movedim(i + dimension, 0)
+    return tensor, bool(batches)
+
+
+def is_differentiated(tensor):
+    """Returns True for a tensor that a derivative is asked by, in reverse or in forward mode."""
+    if tensor.requires_grad:
+        return True
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return _has_tangent(tensor)
+
+
+def _has_tangent(tensor):
+    """Returns True if a transform, from the innermost to the outermost, or ``torch`` itself has a tangent for it."""
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad.unpack_dual(tensor).tangent is not None
+    transform = _functorch.peek_interpreter_stack()
+    if transform.key() == _functorch.TransformType.Jvp and forward_ad.unpack_dual(tensor).tangent is not None:
+        return True
+    if _functorch.maybe_get_level(tensor) == transform.level():
+        tensor = _functorch.get_unwrapped(tensor)
+    with temporarily_pop_interpreter_stack():
+        return _has_tangent(tensor)
 
 
 def is_batch_of_gradients(gradient):
     """Returns True for what ``is_grads_batched=True`` hands to a backward."""
-    return torch._C._functorch.is_legacy_batchedtensor(gradient) or torch._C._functorch.is_batchedtensor(gradient)
+    return _functorch.is_legacy_batchedtensor(gradient) or _functorch.is_batchedtensor(gradient)
 
 
 def untransformed():
     """A context in which operations are not transformed by ``torch.func``."""
     return torch._C._DisableFuncTorch() if torch._C._are_functorch_transforms_active() else nullcontext()
+
+
+def mode_of_fakes(plain, tensor):
+    """A context in which what a ``plain`` call makes is fake if ``tensor`` is, as inside the mode that made it."""
+    if not plain or torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_FAKE) is not None or _is_traced():
+        return nullcontext()
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor.fake_mode if isinstance(tensor, FakeTensor) else nullcontext()
 
 
 def masked(tensor, mask, value, plain):

@@ -131,10 +131,11 @@ def head(model):
     """What :func:`sft_kernels.linear_cross_entropy` has to know of the model's head, as its keyword arguments.
 
     Weight and bias, and from the config the scale of the logits (Cohere multiplies, Granite divides) and their softcap
-    (Gemma 2). That this is all the model does to them, and that hooks on the head do nothing to them, is for
+    (Gemma 2). That this is all the model does to them, and that hooks behind the head do nothing to them, is for
     :mod:`.stock` to find out.
 
-    Raises ``ValueError`` for a model without a head, or with one that is no plain linear layer: adapted or quantised.
+    Raises ``ValueError`` for a model without a head, for one that is no plain linear layer (adapted or quantised), and
+    for one with a hook in front of it, which may compute the weight.
     """
     from ..ops.linear_cross_entropy.head import weight_and_bias
 
@@ -147,7 +148,9 @@ def head(model):
             "leave the head out of target_modules, or train it whole with modules_to_save"
         )
     if hasattr(layer, "modules_to_save"):  # PEFT's copy of the head, which it trains
-        layer = layer.modules_to_save[layer.active_adapters[0]]
+        active = layer.active_adapters[:1]
+        copied = active and not layer.disable_adapters and active[0] in layer.modules_to_save
+        layer = layer.modules_to_save[active[0]] if copied else layer.original_module
     try:
         weight, bias = weight_and_bias(layer, f"model: the head of {type(model).__name__}", hooks=True)
     except TypeError as error:

@@ -86,6 +86,38 @@ class Adapted(nn.Module):
         self.base_layer, self.adapter = base_layer, nn.ParameterDict({"default": torch.ones(2, 4)})
 
 
+class Empty(nn.Linear):
+    """A layer with a property that has no value yet."""
+
+    @property
+    def num_embeddings(self):
+        raise RuntimeError("not yet")
+
+
+ADAPTERS = ("lora_A", "lora_E", "boft_s")
+
+
+class AsPeft(nn.ParameterDict):
+    """What PEFT keeps of an adapter under one name."""
+
+    def __init__(self):
+        super().__init__({"default": torch.ones(4, 1)})
+
+
+def adapted_by_peft(name, layer):
+    """PEFT's adapter of ``layer``; what it adapts is frozen."""
+
+    def make():
+        peft = pytest.importorskip("peft")
+        kinds = {
+            "DoRA": lambda: peft.LoraConfig(r=1, use_dora=True, target_modules=["0"]),
+            "IA3": lambda: peft.IA3Config(target_modules=["0"], feedforward_modules=[]),
+        }
+        return peft.inject_adapter_in_model(kinds[name](), nn.Sequential(layer()))
+
+    return make
+
+
 def parametrized(module, parametrization=None, name="weight"):
     parametrize.register_parametrization(module, name, parametrization or Squared())
     return module
@@ -119,6 +151,19 @@ MODULES = {
     "scale": (lambda: parametrizations.weight_norm(nn.Linear(4, 4)), ["parametrizations.weight.original1"]),
     "old scale": (lambda: _old(nn.utils.weight_norm, nn.Linear(4, 4)), ["weight_v"]),
     "spectral": (lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), ["parametrizations.weight.original"]),
+    "biases of two dimensions": (
+        lambda: nn.MultiheadAttention(4, 2, add_bias_kv=True),
+        ["in_proj_weight", "out_proj.weight"],
+    ),
+    "convolution of patches": (lambda: type("PatchEmbedding", (nn.Conv2d,), {})(3, 4, 2), ["weight"]),
+    "linear of steps": (lambda: type("TimestepEmbedding", (nn.Linear,), {})(4, 4), ["weight"]),
+    "property that raises": (lambda: Empty(4, 4), ["weight"]),
+    "DoRA": (
+        adapted_by_peft("DoRA", lambda: nn.Conv2d(4, 3, 2)),
+        ["0.lora_A.default.weight", "0.lora_B.default.weight"],
+    ),
+    "IA3": (adapted_by_peft("IA3", lambda: nn.Linear(4, 4)), []),
+    "BOFT and AdaLoRA": (lambda: nn.ModuleDict({name: AsPeft() for name in ADAPTERS}), ["lora_A.default"]),
 }
 
 
@@ -153,3 +198,15 @@ def test_a_head_tied_to_a_parametrized_embedding_is_not_decayed():
 def test_decay_groups_names_what_is_wrong(model, weight_decay, match):
     with pytest.raises(ValueError, match=match):
         decay_groups(model, weight_decay)
+
+
+@pytest.mark.parametrize("weight_decay", [None, "a", torch.ones(2)], ids=str)
+def test_decay_groups_names_a_weight_decay_that_is_no_number(weight_decay):
+    with pytest.raises(TypeError, match="weight_decay: expected a number"):
+        decay_groups(nn.Linear(2, 2), weight_decay)
+
+
+def test_decay_groups_is_imported_from_where_it_was_as_well():
+    from sft_kernels.ops.adamw import api
+
+    assert api.decay_groups is decay_groups

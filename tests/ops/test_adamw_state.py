@@ -59,6 +59,17 @@ def _pickled(optimizer):
     return pickle.loads(pickle.dumps(optimizer))
 
 
+def test_an_optimizer_that_an_earlier_version_saved_whole_is_complete():
+    _, optimizer = trained(AdamW, torch.float32, {})
+    state = optimizer.__getstate__()
+    del state["_asked_impl"]
+    loaded = AdamW.__new__(AdamW)
+    loaded.__setstate__(state)
+    for duplicate in (loaded, copy.deepcopy(loaded), _pickled(loaded)):
+        duplicate.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+        duplicate.step()
+
+
 def _saved(optimizer):
     file = io.BytesIO()
     torch.save(optimizer, file)

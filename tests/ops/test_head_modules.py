@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.flop_counter import FlopCounterMode
 
 from sft_kernels import LinearCrossEntropyLoss
 from sft_kernels.integrations import patch
@@ -101,6 +102,43 @@ def old_weight_norm():
         return nn.utils.weight_norm(linear())
 
 
+def old_spectral_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.spectral_norm(linear())
+
+
+def masked_in_place(head):
+    mask = torch.rand(V, D) > 0.5
+    head.register_forward_pre_hook(lambda module, args: module.weight.data.mul_(mask) and None)
+
+
+def compiled(change=lambda compiled: None):
+    head = torch.compile(linear(), backend="eager")
+    change(head)
+    return head
+
+
+class Kept(nn.Module):
+    """A module of a user's own, with a name for its layer that the compiler uses too."""
+
+    def __init__(self):
+        super().__init__()
+        self._orig_mod = linear()
+
+    def forward(self, x):
+        return 2 * self._orig_mod(x)
+
+
+class ScaledImplementation(nn.Linear):
+    def _call_impl(self, x):
+        return 2 * super()._call_impl(x)
+
+
+def wrapped_bias(head):
+    head.bias = nn.Parameter(torch.randn(V).as_subclass(Wrapper))
+
+
 def patched():
     return patch(Model(linear())).head
 
@@ -113,7 +151,8 @@ COMPUTED = {
     "weight norm": lambda: parametrizations.weight_norm(linear()),
     "orthogonal": lambda: parametrizations.orthogonal(linear()),
     "spectral norm": lambda: parametrizations.spectral_norm(linear()).eval(),
-    "compiled": lambda: torch.compile(linear(), backend="eager"),
+    "compiled": compiled,
+    "compiled in place": lambda: changed(lambda head: head.compile(backend="eager")),
     "forward put back": lambda: changed(
         lambda head: setattr(head, "forward", types.MethodType(nn.Linear.forward, head))
     ),
@@ -130,6 +169,23 @@ REFUSED = {
     "backward hook": (lambda: changed(lambda h: h.register_full_backward_hook(lambda m, x, y: None)), "has a hook"),
     "pruned": (lambda: prune.l1_unstructured(linear(), "weight", 0.5), "has a hook, L1Unstructured"),
     "old weight norm": (old_weight_norm, "has a hook, WeightNorm"),
+    "old spectral norm": (old_spectral_norm, "has a hook, SpectralNorm"),
+    "masked in place": (lambda: changed(masked_in_place), "has a hook, masked_in_place"),
+    "own implementation of the call": (lambda: ScaledImplementation(D, V), "a forward of its own"),
+    "replaced implementation of the call": (
+        lambda: changed(lambda head: setattr(head, "_call_impl", lambda x: 2 * head.forward(x))),
+        "was replaced",
+    ),
+    "hook on what is compiled": (
+        lambda: compiled(lambda h: h.register_forward_hook(lambda m, x, y: 2 * y)),
+        "this OptimizedModule has a hook, .*lambda",
+    ),
+    "replaced forward of what is compiled": (
+        lambda: compiled(lambda head: setattr(head, "forward", lambda x: 2 * head._orig_mod(x))),
+        "compiled module was replaced",
+    ),
+    "a name that the compiler uses": (Kept, r"got a .*\.Kept\."),
+    "bias of a subclass": (lambda: changed(wrapped_bias), "plain bias, .* bias of Wrapper.* dequantise it"),
     "embedding": (lambda: nn.Embedding(V, D), "Embedding, which looks up rows"),
     "wrapper": (lambda: nn.Sequential(linear()), "Sequential"),
     "int8": (lambda: changed(quantised), "torch.int8; dequantise it"),
@@ -182,12 +238,53 @@ def test_a_head_that_is_changed_between_two_calls_is_refused():
     loss(*batch)
 
 
-@pytest.mark.parametrize("name", ["adapter", "own forward", "int8", "embedding"])
+@pytest.mark.parametrize("kind", ["forward", "__call__", "_call_impl"])
+def test_functions_that_are_replaced_for_all_modules_are_refused(kind, monkeypatch):
+    loss, owner = LinearCrossEntropyLoss(D, V), nn.Linear if kind == "forward" else nn.Module
+    own = getattr(owner, kind)
+
+    def doubled(self, *args):
+        out = own(self, *args)
+        return 2 * out if isinstance(self, nn.Linear) else out
+
+    monkeypatch.setattr(owner, kind, doubled)
+    with pytest.raises(TypeError, match=r"^linear: expected a .* was replaced"):
+        loss(torch.randn(5, D), torch.zeros(5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["forward_pre", "forward", "full_backward_pre", "full_backward"])
+def test_hooks_on_every_module_are_refused_except_torchs_own(name):
+    loss, batch = LinearCrossEntropyLoss(D, V), (torch.randn(5, D), torch.zeros(5, dtype=torch.int64))
+    with FlopCounterMode(display=False) as counted:  # which follows modules by such hooks
+        loss(*batch)
+    assert counted.get_total_flops() == 2 * 2 * 5 * D * V  # logits and dW
+    handle = getattr(nn.modules.module, f"register_module_{name}_hook")(lambda *args: None)
+    try:
+        with pytest.raises(TypeError, match=r"^linear: expected a .* every module has a hook, .*lambda"):
+            loss.forward(*batch)
+    finally:
+        handle.remove()
+    loss(*batch)
+
+
+IN_FRONT = ["pruned", "old weight norm", "old spectral norm", "pre-hook", "masked in place"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["adapter", "own forward", "int8", "embedding", *IN_FRONT])
 def test_the_trainer_refuses_such_a_head(name):
     head = REFUSED[name][0]()
     with pytest.raises(ValueError, match=r"^model: the head of Model: expected a .*(nn\.Linear|plain weight)"):
         models.head(Model(head))
     assert models.head(Model(linear()))["linear_weight"].shape == (V, D)
+
+
+@pytest.mark.parametrize(("outputs", "places"), [(9, ()), (22, (11,)), (8, (11,))])
+def test_a_head_with_another_number_of_classes_is_refused(outputs, places):
+    loss = LinearCrossEntropyLoss(4, 8, out_features=places)
+    loss.linear = nn.Linear(4, outputs, bias=False)
+    with pytest.raises(ValueError, match=rf"^linear: expected \d+ outputs for num_classes=8 .* got {outputs}"):
+        loss(torch.randn(3, 4), torch.zeros(3, *places, dtype=torch.int64))
 
 
 def test_a_parametrized_weight_is_computed_once_a_call():

@@ -205,6 +205,8 @@ def test_shifted_labels_and_their_weights(shift):
     x, head, y, weights = torch.randn(2, 3, D), torch.randn(V, D), Y.reshape(2, 3), torch.rand(2, 3)
     f = partial(linear_cross_entropy, target=y, shift=shift, token_weight=weights, reduction="none")
     torch.testing.assert_close(vmap(lambda x: f(x, head))(x[None])[0], f(x, head))
+    value, tangent = torch.func.linearize(lambda x: f(x, head), x)
+    torch.testing.assert_close((value, tangent(x.cos())), jvp(lambda x: f(x, head), (x,), (x.cos(),)))
 
 
 def test_a_head_of_more_than_two_dimensions():
@@ -263,6 +265,13 @@ def test_a_named_implementation_says_that_it_has_no_transforms():
         grad(lambda x: cross_entropy(x, Y, impl="triton"))(torch.randn(N, V))
     with pytest.raises(Unavailable, match=r"impl='flash' .*torch.func.* use impl='torch'"):
         grad(lambda q: packed_attention(q, q, q, CU, impl="flash").sum())(torch.randn(T, 2, 8))
+
+
+@pytest.mark.parametrize("impl", ["triton", "flash"])
+def test_an_implementation_that_the_environment_names_is_named_so(impl, monkeypatch):
+    monkeypatch.setenv("SFT_KERNELS_IMPL", impl)
+    with pytest.raises(Unavailable, match=rf"SFT_KERNELS_IMPL='{impl}'.*impl='torch', or unset SFT_KERNELS_IMPL"):
+        grad(lambda q: packed_attention(q, q, q, CU).sum())(torch.randn(T, 2, 8))
 
 
 # ---- attention

@@ -130,3 +130,12 @@ def test_adapters_of_a_model_without_generation_config_are_saved(recipe, tokeniz
     model.generation_config = None
     train(recipe, model=peft.get_peft_model(model, lora()), tokenizer=tokenizer)
     assert os.path.isfile(os.path.join(recipe.out, "model", "adapter_model.safetensors"))
+
+
+def test_a_head_of_its_own_is_left_out_where_peft_leaves_it_out(small_model):
+    model = peft.get_peft_model(small_model(), lora(modules_to_save=["lm_head"]))
+    layer = model.get_base_model().lm_head
+    assert models.head(model)["linear_weight"] is layer.modules_to_save["default"].weight
+    with model.disable_adapter():
+        assert models.head(model)["linear_weight"] is layer.original_module.weight
+    assert models.head(model)["linear_weight"] is layer.modules_to_save["default"].weight

@@ -9,6 +9,7 @@ import torch
 from ..._backend import named, resolve
 from ..._checks import unlike_dense
 from .double_clip import DoubleClip
+from .groups import decay_groups as decay_groups  # imported from here by what was written for earlier versions
 from .sharding import are_flat_shards, zero_ranks
 from .state import HALF, MASTERS, MOMENTS, check_fit, check_half, refuse_unfit
 
@@ -378,6 +379,7 @@ class AdamW(_TorchAdamW):
 
     def __setstate__(self, state):
         super().__setstate__(state)  # also what torch's load_state_dict ends with
+        self.__dict__.setdefault("_asked_impl", self._impl)  # an earlier version kept one of the two
         if not hasattr(self, "_double_clip"):
             self._double_clip = self._watch_for_a_double_clip()
         self._forget()

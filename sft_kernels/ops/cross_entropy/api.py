@@ -6,7 +6,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ..._checks import check_floating
-from ..._plain import autocast_on, why_plain
+from ..._plain import autocast_on, mode_of_fakes, why_plain
 from ..softmax_grad.api import Core
 from ..softmax_grad.composed import composed_loss
 from ..softmax_grad.options import LossOptions
@@ -65,10 +65,9 @@ class _CrossEntropy(torch.autograd.Function):
         return out
 
     @staticmethod
-    def _again(ctx, input):
-        _, targets, scale, keep, outside, *_ = ctx.saved_tensors
+    def _again(ctx, input, targets, scale, keep, outside, lse, entropy):
         options = ctx.options
-        logits, targets = input.where(keep[:, None], 0), targets.clamp(0, input.shape[1] - 1)
+        logits, targets = input.masked_fill(~keep[:, None], 0), targets.clamp(0, input.shape[1] - 1)
         asked = options.return_stats == "tokens" and "tokens"
         out = composed_loss(None, logits, targets, None, scale, outside, ~keep, options.loss, options.reduce, asked)
         return out if asked else (out,)
@@ -187,50 +186,55 @@ def cross_entropy(
     plain = why_plain(input, target, weight, token_weight)
     core = Core.resolve(impl, input.device, input.dtype, loss_options, composed, return_stats, plain)
 
-    logits = input.movedim(classes, -1).reshape(-1, V)
-    weights = None if token_weight is None else token_weight.reshape(-1)
-    scalar = torch.float64 if input.dtype == torch.float64 else torch.float32
-    rows, keep, outside, of_target = None, None, None, None
-    if probabilities:
-        targets = target.movedim(classes, -1).reshape(-1, V)
-    else:
-        labels = target.reshape(-1).long()
-        keep = labels != ignore_index
-        targets = labels * keep
-        outside = check_labels(targets, V, plain)
-        of_target = target_weight(weight, targets, outside, keep, scalar, plain)
-    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep, plain)
-    reduce = reduction != "none"
-    if composed or plain:
-        if keep is not None and (plain or torch.compiler.is_compiling()):  # no count is known: masked rows count too
-            logits = logits.where(keep[:, None], 0)
-        elif keep is not None:
-            rows, keep = keep.nonzero()[:, 0], None
-            logits, targets, scale = logits[rows], targets[rows], scale[rows]
-            outside = None if outside is None else outside[rows]
-        dropped = None if keep is None else ~keep
-        out = composed_loss(
-            None if plain else core.softmax_grad,
-            logits,
-            targets,
-            weight,
-            scale,
-            outside,
-            dropped,
-            loss_options,
-            reduce,
-            return_stats,
-        )
-    else:
-        if of_target is not None:
-            scale = scale * of_target
-        need_grad = torch.is_grad_enabled() and input.requires_grad
-        options = _Options(core, loss_options, need_grad, reduce, return_stats)
-        out = _CrossEntropy.apply(logits, targets, scale, keep, outside if return_stats == "tokens" else None, options)
-    loss, stats = unpack(out, rows, shape, reduction, return_stats)
-    if dtype is None and not autocast_on(input.device):
-        dtype = input.dtype
-    loss = loss if dtype is None else loss.to(dtype)
+    with mode_of_fakes(plain, input):
+        logits = input.movedim(classes, -1).reshape(-1, V)
+        weights = None if token_weight is None else token_weight.reshape(-1)
+        scalar = torch.float64 if input.dtype == torch.float64 else torch.float32
+        rows, keep, outside, of_target = None, None, None, None
+        if probabilities:
+            targets = target.movedim(classes, -1).reshape(-1, V)
+        else:
+            labels = target.reshape(-1).long()
+            keep = labels != ignore_index
+            targets = labels * keep
+            outside = check_labels(targets, V, plain)
+            of_target = target_weight(weight, targets, outside, keep, scalar, plain)
+        scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep, plain)
+        reduce = reduction != "none"
+        if composed or plain:
+            if keep is not None and (
+                plain or torch.compiler.is_compiling()
+            ):  # no count is known: masked rows count too
+                logits = logits.masked_fill(~keep[:, None], 0)
+            elif keep is not None:
+                rows, keep = keep.nonzero()[:, 0], None
+                logits, targets, scale = logits[rows], targets[rows], scale[rows]
+                outside = None if outside is None else outside[rows]
+            dropped = None if keep is None else ~keep
+            out = composed_loss(
+                None if plain else core.softmax_grad,
+                logits,
+                targets,
+                weight,
+                scale,
+                outside,
+                dropped,
+                loss_options,
+                reduce,
+                return_stats,
+            )
+        else:
+            if of_target is not None:
+                scale = scale * of_target
+            need_grad = torch.is_grad_enabled() and input.requires_grad
+            options = _Options(core, loss_options, need_grad, reduce, return_stats)
+            out = _CrossEntropy.apply(
+                logits, targets, scale, keep, outside if return_stats == "tokens" else None, options
+            )
+        loss, stats = unpack(out, rows, shape, reduction, return_stats)
+        if dtype is None and not autocast_on(input.device):
+            dtype = input.dtype
+        loss = loss if dtype is None else loss.to(dtype)
     return (loss, stats) if return_stats else loss
 
 

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from ..._checks import check_floating
-from ..._plain import autocast_on, why_plain
+from ..._plain import autocast_on, mode_of_fakes, why_plain
 from ..softmax_grad.api import Core
 from ..softmax_grad.composed import composed_loss
 from ..softmax_grad.options import LossOptions
@@ -144,35 +144,35 @@ def linear_cross_entropy(
         raise ValueError("process_group: probabilities, and class weights with label smoothing, take a whole head")
     core = Core.resolve(impl, device, dtype, loss_options, composed, return_stats, plain)
 
-    rows, keep, outside, of_target = None, None, None, None
-    if probabilities:
-        targets = target.movedim(-1 - len(places), -1).reshape(-1, V)
-    elif plain and kept is None:  # nothing may be counted: all rows are computed, and masked
-        carried = _carried(target, ignore_index, shift)
-        keep = carried != (-100 if ignore_index is None else ignore_index)
-        targets = carried * keep
-    else:
-        kept = _kept_tokens(kept, target, shape, device, -100 if ignore_index is None else ignore_index, shift)
-        if kept.size == 0:  # nothing to be gathered for what is padded
-            kept = kept._replace(rows=kept.rows[:0], targets=kept.targets[:0], capacity=None)
-        rows, targets, keep = kept.rows, kept.targets, kept.keep
-    if not probabilities:
-        outside = check_labels(targets, V, plain)
-        of_target = target_weight(weight, targets, outside, keep, scalar, plain)
-    padding = None if keep is None else ~keep
-    weights = None
-    if token_weight is not None:
-        weights = token_weight.reshape(-1)
-        if shift and rows is None:
-            weights = torch.cat([weights[shift:], torch.zeros_like(weights[:shift])])
-        elif shift:  # a view from which every row reads its label's weight, and a row of -1 any
-            weights = weights[min(shift, len(weights) - 1) :][rows]
-        elif rows is not None and (keep is not None or rows.numel() != weights.numel()):
-            weights = weights[rows]
-    scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep, plain)
-    reduce, per_token = reduction != "none", return_stats == "tokens"
-    hidden = input.reshape(-1, D)
-    with plain_products(device):
+    with mode_of_fakes(plain, input), plain_products(device):
+        rows, keep, outside, of_target = None, None, None, None
+        if probabilities:
+            targets = target.movedim(-1 - len(places), -1).reshape(-1, V)
+        elif plain and kept is None:  # nothing may be counted: all rows are computed, and masked
+            carried = _carried(target, ignore_index, shift)
+            keep = carried != (-100 if ignore_index is None else ignore_index)
+            targets = carried * keep
+        else:
+            kept = _kept_tokens(kept, target, shape, device, -100 if ignore_index is None else ignore_index, shift)
+            if kept.size == 0:  # nothing to be gathered for what is padded
+                kept = kept._replace(rows=kept.rows[:0], targets=kept.targets[:0], capacity=None)
+            rows, targets, keep = kept.rows, kept.targets, kept.keep
+        if not probabilities:
+            outside = check_labels(targets, V, plain)
+            of_target = target_weight(weight, targets, outside, keep, scalar, plain)
+        padding = None if keep is None else ~keep
+        weights = None
+        if token_weight is not None:
+            weights = token_weight.reshape(-1)
+            if shift and rows is None:
+                weights = torch.cat([weights[shift:], torch.zeros_like(weights[:shift])])
+            elif shift:  # a view from which every row reads its label's weight, and a row of -1 any
+                weights = weights[min(shift, len(weights) - 1) :][rows]
+            elif rows is not None and (keep is not None or rows.numel() != weights.numel()):
+                weights = weights[rows]
+        scale = row_scale(targets, scalar, reduction, num_items, weights, of_target, outside, keep, plain)
+        reduce, per_token = reduction != "none", return_stats == "tokens"
+        hidden = input.reshape(-1, D)
         if composed or plain:
             logits = whole_logits(hidden, linear_weight, linear_bias, rows, padding, dtype)
             softmax_grad = None if plain else core.softmax_grad
@@ -222,7 +222,7 @@ def linear_cross_entropy(
                 outside if per_token else None,
                 options,
             )
-    loss, stats = unpack(out, rows, shape, reduction, return_stats)
+        loss, stats = unpack(out, rows, shape, reduction, return_stats)
     return (loss, stats) if return_stats else loss
 
 
@@ -361,6 +361,12 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         """The loss of one batch, with the batch's own divisor, token weights and kept tokens."""
         places = (self.num_classes, *self.out_features)
         weight, bias = weight_and_bias(self.linear, "linear")
+        if weight.shape[0] != math.prod(places):
+            raise ValueError(
+                f"linear: expected {math.prod(places)} outputs for num_classes={self.num_classes} and"
+                f" out_features={self.out_features}, got {weight.shape[0]}; build the loss for the number of classes"
+                " that the head has"
+            )
         return linear_cross_entropy(
             input,
             weight.reshape(*places, -1),

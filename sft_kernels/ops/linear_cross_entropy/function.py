@@ -109,8 +109,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return out
 
     @staticmethod
-    def _again(ctx, hidden, weight, bias):
-        *_, rows, targets, scale, padding, outside, _, _ = ctx.saved_tensors
+    def _again(ctx, hidden, weight, bias, rows, targets, scale, padding, outside, lse, entropy):
         options = ctx.options
         if options.shards is not None:
             raise RuntimeError(
@@ -182,7 +181,7 @@ def whole_logits(hidden, weight, bias, rows, padding, dtype):
     V, *places, D = weight.shape
     P = math.prod(places)
     if rows is None and padding is not None:
-        hidden = hidden.where(~padding.reshape(-1, P).all(1)[:, None], 0)
+        hidden = hidden.masked_fill(padding.reshape(-1, P).all(1)[:, None], 0)
     elif rows is not None and not places:
         hidden = gather(hidden, rows, padding, dtype)
     elif rows is not None:  # what stands where no place carries loss must not reach the products
@@ -197,7 +196,7 @@ def whole_logits(hidden, weight, bias, rows, padding, dtype):
         if rows is not None:
             logits = logits[rows]
         elif padding is not None:
-            logits = logits.where(~padding[:, None], 0)
+            logits = logits.masked_fill(padding[:, None], 0)
     return logits
 
 

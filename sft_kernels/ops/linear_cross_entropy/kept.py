@@ -116,8 +116,8 @@ def carried_labels(labels, ignore_index, shift):
         raise ValueError(f"shift={shift} needs labels with a sequence dimension, got a 0-d tensor")
     carried = labels = labels.long()
     if shift:
-        carried = torch.full_like(labels, ignore_index)
-        carried[..., : max(labels.shape[-1] - shift, 0)] = labels[..., shift:]
+        # Not written into a tensor of ``ignore_index``: torch.func.linearize loses what is written into constants.
+        carried = torch.constant_pad_nd(labels[..., shift:], (0, min(shift, labels.shape[-1])), ignore_index)
     return carried.reshape(-1)
 
 

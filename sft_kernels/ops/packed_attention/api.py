@@ -7,9 +7,9 @@ import operator
 
 import torch
 
-from ..._backend import Unavailable, checks_enabled, named, resolve
+from ..._backend import Unavailable, checks_enabled, instead, named, resolve
 from ..._checks import check_floating, check_tensor
-from ..._plain import autocast_on, why_plain
+from ..._plain import autocast_on, mode_of_fakes, untransformed, values_of, why_plain
 from .segments import segment_lengths
 from .tiles import AttentionTiles, check_boundaries
 
@@ -73,8 +73,10 @@ def packed_attention(
     """
     _check_tensors(query, key, value, cu_seqlens)
     plain = why_plain(query, key, value, cu_seqlens)
-    if plain and named("packed_attention", impl)[0] == "flash":
-        raise Unavailable(f"impl='flash' does not support {plain}; use impl='torch' or 'auto'")
+    if plain:
+        name, source = named("packed_attention", impl)
+        if name == "flash":
+            raise Unavailable(f"{source}='flash' does not support {plain}; {instead(source)}")
     implementation = resolve("packed_attention", impl, query.device, plain or _needs_torch(query))
     if max_seqlen is not None:
         max_seqlen = _checked_length(max_seqlen)
@@ -90,7 +92,7 @@ def packed_attention(
     # Where reading them costs nothing or is asked for, else left to the implementation.
     lengths = segment_lengths(cu_seqlens, len(query), max_seqlen) if checks_enabled(cu_seqlens.device) else None
     if tiles is not None:
-        _check_tiles(tiles, query, cu_seqlens, plain)
+        _check_tiles(tiles, query, cu_seqlens)
     if causal:
         window_size = (window_size[0], 0)
     plainly = contextlib.nullcontext()
@@ -101,7 +103,7 @@ def packed_attention(
         plainly = torch.autocast(device, enabled=False)
     if scale is not None and scale <= 0:  # torch scales its mask of −∞, flash-attn takes the maximum before the scale
         query, scale = (-query, -scale) if scale < 0 else (0 * query, 1.0)
-    with plainly:
+    with mode_of_fakes(plain, query), plainly:
         out, lse = implementation(
             query,
             key,
@@ -146,7 +148,7 @@ def _too_small_for_wide_heads(device):
 _too_old._dynamo_marked_constant = _too_small_for_wide_heads._dynamo_marked_constant = True
 
 
-def _check_tiles(tiles, query, cu_seqlens, plain):
+def _check_tiles(tiles, query, cu_seqlens):
     if not isinstance(tiles, AttentionTiles):
         raise TypeError(f"tiles: expected AttentionTiles or None, got {type(tiles).__name__}")
     if tiles.total_tokens != len(query):
@@ -159,10 +161,25 @@ def _check_tiles(tiles, query, cu_seqlens, plain):
         raise ValueError(f"tiles: expected contiguous lists of shape [2, n, 3], got {tuple(lists.shape)}")
     if lists.device != query.device:
         raise ValueError(f"tiles: expected device {query.device} as query, got {lists.device}")
-    if not plain and checks_enabled(cu_seqlens.device) and checks_enabled(query.device):
-        same = AttentionTiles.from_cu_seqlens(cu_seqlens, tiles.total_tokens, device=query.device, block=tiles.block)
-        if not torch.equal(same.lists, lists):
-            raise ValueError("tiles: expected those of cu_seqlens, got those of other boundaries")
+    if checks_enabled(cu_seqlens.device) and checks_enabled(query.device):
+        _check_lists(tiles, cu_seqlens)
+
+
+def _check_lists(tiles, cu_seqlens):
+    """Raise for lists of other boundaries, as far as both may be read."""
+    (bounds, one_each), (lists, batched) = values_of(cu_seqlens), values_of(tiles.lists)
+    if bounds is None or lists is None:
+        return
+    with untransformed():
+        bounds = bounds.reshape(-1, bounds.shape[-1])
+        lists = lists.reshape(-1, *lists.shape[-3:])
+        if one_each and batched and len(bounds) != len(lists):  # by several vmaps
+            return
+        for i in range(max(len(bounds), len(lists))):
+            of, given = bounds[i if one_each else 0], lists[i if batched else 0]
+            same = AttentionTiles.from_cu_seqlens(of, tiles.total_tokens, device=given.device, block=tiles.block)
+            if not torch.equal(same.lists, given):
+                raise ValueError("tiles: expected those of cu_seqlens, got those of other boundaries")
 
 
 def _check_tensors(query, key, value, cu_seqlens):

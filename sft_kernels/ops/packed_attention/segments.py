@@ -10,11 +10,33 @@ from ..._plain import untransformed, values_of
 def segment_lengths(cu_seqlens, T, max_seqlen):
     """The segments' lengths, a list of ints, read on the host; ``ValueError`` for boundaries that are none.
 
-    Returns None if nothing may read them: a batch inside ``vmap``, meta and fake tensors, ``torch.export``.
+    Returns None if nothing may read them (meta and fake tensors, ``torch.export``), and for a batch inside ``vmap``,
+    after a look at each of its boundaries.
     """
-    bounds = _read(cu_seqlens)
+    bounds, batched = _read(cu_seqlens)
     if bounds is None:
         return None
+    if not batched:
+        return _lengths(bounds, T, max_seqlen)
+    for each in bounds:
+        _lengths(each, T, max_seqlen)
+    return None
+
+
+def _read(cu_seqlens):
+    """Returns ``(bounds, batched)``: a list of ints or None, for a batch a list of such lists."""
+    if torch.compiler._is_exporting_flag:
+        return None, False
+    if torch.compiler.is_compiling():
+        return cu_seqlens.tolist(), False
+    values, batched = values_of(cu_seqlens)
+    if values is None:
+        return None, batched
+    with untransformed():
+        return (values.reshape(-1, values.shape[-1]) if batched else values).tolist(), batched
+
+
+def _lengths(bounds, T, max_seqlen):
     lengths = [end - start for start, end in pairwise(bounds)]
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens: expected to start at 0, got {bounds[0]}")
@@ -25,18 +47,6 @@ def segment_lengths(cu_seqlens, T, max_seqlen):
     if max_seqlen is not None and max(lengths, default=0) > max_seqlen:
         raise ValueError(f"max_seqlen: {max_seqlen} is less than the longest segment, {max(lengths)}")
     return lengths
-
-
-def _read(cu_seqlens):
-    if torch.compiler._is_exporting_flag:
-        return None
-    if torch.compiler.is_compiling():
-        return cu_seqlens.tolist()
-    values, batched = values_of(cu_seqlens)
-    if values is None or batched:
-        return None
-    with untransformed():
-        return values.tolist()
 
 
 def attend_nothing(query, key, value):

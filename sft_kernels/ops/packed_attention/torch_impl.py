@@ -66,13 +66,13 @@ def _whole_row(query, key, value, cu_seqlens, options, return_lse):
     T, last = query.shape[0], cu_seqlens.shape[0] - 1
     position = torch.arange(T, device=query.device)
     segment = (position[:, None] >= cu_seqlens[1:].to(query.device)).sum(1)  # [T], ``last`` behind the last one
-    live = segment < last
-    query, key, value = (t.where(live[:, None, None], 0) for t in (query, key, value))
+    beyond = segment == last
+    query, key, value = (t.masked_fill(beyond[:, None, None], 0) for t in (query, key, value))
     scores = _scores(query, key, **options, among=segment[:, None] == segment)
-    out = _weighted(scores.softmax(-1), value).to(query.dtype).where(live[:, None, None], 0)
+    out = _weighted(scores.softmax(-1), value).to(query.dtype).masked_fill(beyond[:, None, None], 0)
     if not return_lse:
         return out, None
-    return out, scores.detach().logsumexp(-1).where(live, -torch.inf)
+    return out, scores.detach().logsumexp(-1).masked_fill(beyond, -torch.inf)
 
 
 def _weighted(p, value):
@@ -116,7 +116,7 @@ def _mask(l, left, right, device):
     ahead = i[None, :] - i[:, None]  # j − i
     mask = torch.ones(l, l, dtype=torch.bool, device=device)
     if left is not None:
-        mask &= ahead >= -left
+        mask = mask & (ahead >= -left)
     if right is not None:
-        mask &= ahead <= right
+        mask = mask & (ahead <= right)
     return mask

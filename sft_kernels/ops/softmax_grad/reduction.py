@@ -3,12 +3,13 @@
 import functools
 import math
 import numbers
+import sys
 
 import torch
 
 from ..._backend import checks_enabled
 from ..._checks import check_floating, check_tensor
-from ..._plain import is_batch_of_gradients, masked, untransformed, values_of
+from ..._plain import is_batch_of_gradients, is_differentiated, masked, untransformed, values_of, without_autocast
 from .stats import LossStats, TokenStats
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -27,15 +28,25 @@ def check_options(reduction, return_stats, num_items=None, token_weight=None, ta
             check_tensor("num_items", num_items)
             if num_items.dim() != 0:
                 raise ValueError(f"num_items: expected a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+            if num_items.is_floating_point():
+                check_floating("num_items", num_items)
+            if num_items.is_meta and device.type != "meta":
+                raise ValueError(
+                    f"num_items: expected a number or a tensor with a value for input on {device}, got meta"
+                )
             if num_items.is_complex():
                 raise TypeError(f"num_items: expected a real number, got {num_items.dtype}")
-            if num_items.requires_grad:
+            if is_differentiated(num_items):
                 raise ValueError("num_items is a constant of the loss: detach it")
             _check_count(num_items)
         elif not isinstance(num_items, numbers.Real):
             raise TypeError(f"num_items: expected a number or a 0-d tensor, got {type(num_items).__name__}")
         elif not 0 <= num_items < math.inf:
             raise ValueError(f"num_items: expected a count, got {num_items}")
+        elif torch.compiler.is_compiling():
+            pass
+        elif isinstance(num_items, numbers.Rational) and num_items > sys.float_info.max:
+            raise ValueError("num_items: expected a count, got a number that no float holds")
     if token_weight is not None:
         check_floating("token_weight", token_weight)
         if token_weight.shape != target_shape:
@@ -44,7 +55,7 @@ def check_options(reduction, return_stats, num_items=None, token_weight=None, ta
             )
         if token_weight.device != device:
             raise ValueError(f"token_weight: expected device {device} as input, got {token_weight.device}")
-        if token_weight.requires_grad:
+        if is_differentiated(token_weight):
             raise ValueError("token_weight is a constant of the loss: detach it")
 
 
@@ -92,7 +103,7 @@ def check_class_weight(weight, V, device):
         raise ValueError(f"weight: expected one factor for each of {V} classes, got shape {tuple(weight.shape)}")
     if weight.device != device:
         raise ValueError(f"weight: expected device {device} as input, got {weight.device}")
-    if weight.requires_grad:
+    if is_differentiated(weight):
         raise ValueError("weight is a constant of the loss: detach it")
 
 
@@ -162,8 +173,15 @@ def _divisor(N, reduction, num_items, of_target, ones):
         return 1
     if num_items is None and of_target is None:
         return max(N, 1) if ones is None else ones.sum().clamp(min=1)
-    divisor = of_target.sum() if num_items is None else num_items
+    divisor = of_target.sum() if num_items is None else _torchs(num_items)
     return divisor + (divisor == 0)
+
+
+def _torchs(num_items):
+    """``num_items`` as torch computes with it: an exact number, or an integer beyond 64 bits, becomes a float."""
+    if isinstance(num_items, torch.Tensor) or torch.compiler.is_compiling():
+        return num_items
+    return num_items if type(num_items) in (int, float) and num_items < 2**63 else float(num_items)
 
 
 def reduce_rows(ctx, rows, loss_options, scale, dropped, reduce, return_stats, outside=None):
@@ -190,8 +208,9 @@ def or_again(again):
     """Decorates the backward of a ``Function``: if kernels cannot make the gradients, ``again`` and autograd do.
 
     That is so under ``create_graph=True``, which wants a graph of the gradients, and for batches of gradients
-    (``is_grads_batched=True``). ``again(ctx, *inputs)`` repeats the forward in plain torch and returns its outputs;
-    ``inputs`` are the first that were saved, as many as ``ctx.differentiable`` says.
+    (``is_grads_batched=True``). ``again(ctx, *saved)`` repeats the forward in plain torch and returns its outputs. Of
+    the tensors that were ``saved`` it gets gradients for the first, as many as ``ctx.differentiable`` says. They are
+    read once, for activation checkpointing hands them out once.
     """
 
     def decorate(backward):
@@ -215,18 +234,20 @@ def _are_batched(grads):
 
 
 def _again(ctx, again, grads):
-    create_graph, saved = torch.is_grad_enabled(), ctx.saved_tensors[: ctx.differentiable]
+    create_graph, saved = torch.is_grad_enabled(), ctx.saved_tensors
+    differentiable, constants = saved[: ctx.differentiable], saved[ctx.differentiable :]
     with torch.enable_grad():
         # Views, so that a gradient by one input does not count what flows to it from another input.
         inputs = [
             t.view_as(t) if t is not None and needed else t
-            for t, needed in zip(saved, ctx.needs_input_grad, strict=False)
+            for t, needed in zip(differentiable, ctx.needs_input_grad, strict=False)
         ]
-        outputs = again(ctx, *inputs)
+        outputs = again(ctx, *inputs, *constants)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
     outputs, grads = zip(*pairs, strict=True)
     places = [i for i in range(len(inputs)) if inputs[i] is not None and ctx.needs_input_grad[i]]
-    found = torch.autograd.grad(outputs, [inputs[i] for i in places], grads, create_graph=create_graph)
+    with without_autocast(saved[0].device):  # the forward has chosen the dtype of its products
+        found = torch.autograd.grad(outputs, [inputs[i] for i in places], grads, create_graph=create_graph)
     gradients = dict(zip(places, found, strict=True))
     return tuple(gradients.get(i) for i in range(len(ctx.needs_input_grad)))
 
