@@ -1,4 +1,4 @@
-"""What only plain torch can do: tensors under a transform of ``torch.func``, and tensors without values."""
+"""Tells the calls that only plain torch can serve: transforms of ``torch.func``, and tensors without values."""
 
 from contextlib import nullcontext
 

@@ -109,12 +109,12 @@ def read_jsonl(path, bad=None):
 
 
 def first_of(bad):
-    """What a message says of lines that were left out: how many, and the first."""
+    """Words for a message: the number of lines that were left out, and the first of them."""
     return f"refused {len(bad)} line{'s' * (len(bad) > 1)}, the first: {bad[0]}"
 
 
 def _source(path):
-    """What to open: the descriptor of standard input, which may be no file to open again."""
+    """Returns the file to open: for standard input its descriptor, which may be no file to open again."""
     return 0 if str(path) in STDIN else path
 
 

@@ -53,7 +53,7 @@ def shape_of(row):
 
 
 def is_messages(value):
-    """Whether a value is a list of messages, by whatever names."""
+    """Returns True for a list of messages, by whatever names."""
     return isinstance(value, list) and bool(value) and all(map(_is_message, value))
 
 
@@ -158,7 +158,7 @@ def _conversation(row, keys):
 
 
 def _has_both_sides(messages):
-    """Whether a list of messages has an assistant's and another one's: else it is half a conversation."""
+    """Returns True if a list of messages has a user's and another one's, and is not half a conversation."""
     roles = {m.get("role", m.get("from")) for m in messages}
     asked = {role for role in roles if ALIASES.get(role, role) == "user"}
     return bool(asked) and len(roles) > 1

@@ -1,4 +1,4 @@
-"""What an assistant's message has a model say: does it carry loss, and is all of it rendered?"""
+"""An assistant's message: does it carry loss, and is all that it has a model say rendered?"""
 
 import json
 import re

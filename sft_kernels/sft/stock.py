@@ -166,7 +166,7 @@ def _hint(model):
 
 
 def _check_head(model, batch):
-    """Whether the model's logits are those of :func:`~.model.head` and nothing else."""
+    """Raise :class:`NotStock` if the model's logits are not those of :func:`~.model.head`."""
     seen = {}
 
     def enlarge(module, args, output):

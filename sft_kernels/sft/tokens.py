@@ -39,7 +39,7 @@ class Tokens:
         return ids, starts
 
     def _context(self, text, start):
-        """Where to begin so that the text behind ``start`` is no beginning: at the last special token before it."""
+        """Returns the place to begin at, so that the text behind ``start`` is no beginning: the last special token."""
         near = max(0, start - _CONTEXT)
         tokens = list(self.special.finditer(text, near, start))
         return tokens[-1].start() if tokens else near

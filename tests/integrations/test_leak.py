@@ -64,7 +64,7 @@ def test_what_cannot_be_cut_is_named():
 
 
 def test_other_descriptions_of_the_row_are_cut_too():
-    """Of a batch with all of them, as the model sees it in the third call."""
+    """A batch with all of them, as the model sees it in the third call."""
     seen, model = [], build("Cohere")
     given = {**PACKED, "seq_idx": torch.arange(7).repeat_interleave(torch.tensor(LENGTHS))[None].int()}
 

@@ -98,7 +98,7 @@ ADAPTERS = ("lora_A", "lora_E", "boft_s")
 
 
 class AsPeft(nn.ParameterDict):
-    """What PEFT keeps of an adapter under one name."""
+    """The parameters that PEFT keeps of an adapter under one name."""
 
     def __init__(self):
         super().__init__({"default": torch.ones(4, 1)})

@@ -23,7 +23,7 @@ REWRITES = (
 
 
 def learned(tokenizer, example):
-    """What the labels say, run by run."""
+    """The words of the labels, run by run."""
     runs, last = [], IGNORE
     for label in example.labels:
         if label != IGNORE:
