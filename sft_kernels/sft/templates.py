@@ -207,7 +207,7 @@ class ChatTemplate:
 
 
 def _behind_last(message, prompt, whole):
-    """Returns the place in ``whole`` behind its last part like the end of ``prompt``: ``message`` and the text after it.
+    """Returns the place in ``whole`` behind its last part like the end of ``prompt``: ``message`` and what follows.
 
     Returns None if ``whole`` has no such part, or if ``message`` cannot be found in ``prompt``.
     """

@@ -265,11 +265,13 @@ def _held_out(recipe, encoder, examples):
         held_out, bad = load_examples(recipe.eval_data, encoder, recipe.row_tokens, recipe.skip_bad, desc, name)
     if recipe.holdout:
         random.Random(f"{recipe.seed}/holdout").shuffle(examples)
-        count = max(1, round(recipe.holdout * len(examples)))
-        if count >= len(examples):
-            raise ValueError(f"holdout: {recipe.holdout} of {len(examples)} conversations leaves none to train on")
-        held_out += examples[:count]
-        del examples[:count]
+        lines = list(dict.fromkeys(example.source for example in examples))  # a split conversation stays together
+        count = max(1, round(recipe.holdout * len(lines)))
+        if count >= len(lines):
+            raise ValueError(f"holdout: {recipe.holdout} of {len(lines)} conversations leaves none to train on")
+        chosen = set(lines[:count])
+        held_out += [example for example in examples if example.source in chosen]
+        examples[:] = [example for example in examples if example.source not in chosen]
     return held_out, bad
 
 

@@ -2,9 +2,10 @@
 
 import pytest
 
-from sft_kernels.sft import turns
+from sft_kernels.sft import train, turns
 from sft_kernels.sft.data import DataError
 from sft_kernels.sft.masking import IGNORE, Encoder
+from sft_kernels.sft.train import Recipe, load_examples
 
 from .conftest import record
 
@@ -425,3 +426,13 @@ def test_a_template_that_shortens_old_turns_is_refused_however_far_back(make, ke
     )
     with pytest.raises(DataError, match="once others follow"):
         Encoder(tokenizer)(record(long_chat(keeps + 2)))
+
+
+def test_the_turns_of_one_conversation_are_held_out_together(make, write_jsonl, tmp_path):
+    path = write_jsonl(*({"messages": THINKING} for _ in range(6)))
+    recipe = Recipe(data=[str(path)], out=str(tmp_path / "run"), holdout=0.4, split_turns=True)
+    encoder = Encoder(make(THINKS_LAST), split_turns=True)
+    examples, _ = load_examples(recipe.data, encoder, recipe.row_tokens)
+    held_out, _ = train._held_out(recipe, encoder, examples)
+    assert (len(held_out), len(examples)) == (4, 8)
+    assert not {example.source for example in held_out} & {example.source for example in examples}
