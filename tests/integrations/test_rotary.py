@@ -78,7 +78,15 @@ def build(name, attention=NAME):
     torch.manual_seed(0)
     kind, options = MODELS[name]
     config = transformers.AutoConfig.for_model(kind, **copy.deepcopy({**SIZES, **options}))
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    try:
+        with torch.no_grad():
+            tried = copy.deepcopy(model)  # in which the length may stay
+            for _ in range(2):
+                tried(torch.full((1, 3 * LIMIT), 3), use_cache=False)
+    except UnboundLocalError:
+        pytest.skip(f"transformers {transformers.__version__} cannot compute longrope in one kind of layer twice")
+    return model
 
 
 def alone(name):
