@@ -86,7 +86,11 @@ def load_model(path, device):
     if is_config(path):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        if missing := sorted(found["missing_keys"]):  # tied weights are none
+            raise ValueError(
+                f"model: {path} lacks {len(missing)} weights that its config asks for, such as {missing[0]}"
+            )
     return model.to(device)
 
 

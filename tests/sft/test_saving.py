@@ -255,3 +255,14 @@ def test_an_answer_stops_at_the_end_of_a_turn_whatever_stopped_it_before(known, 
     models.stop_at(model, 7)
     expected = [7] if known is None else [2, 7]
     assert json.dumps(model.generation_config.eos_token_id) == json.dumps(expected)
+
+
+def test_a_folder_that_lacks_weights_is_refused(model, tokenizer, tmp_path):
+    """Random ones would pass for a download cut short."""
+    save(model, tokenizer, tmp_path / "whole")
+    assert same_weights(models.load_model(tmp_path / "whole", "cpu"), model)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    config.update(num_hidden_layers=model.config.num_hidden_layers + 1, layer_types=None)
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"model: .*whole lacks \d+ weights .*such as model\.layers\."):
+        models.load_model(tmp_path / "whole", "cpu")
