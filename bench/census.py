@@ -21,7 +21,7 @@ import transformers
 
 from . import census_models
 from .census_compare import RUNS, TOLERANCE, Row, examine, first_line
-from .facts import ROOT, code_state, replace, versions
+from .facts import code_state, publish, versions
 
 TIME_LIMIT = 90  # seconds for one class
 
@@ -145,13 +145,7 @@ def report(parsed, names, stem, examine, page, summary):
     for row in rows(parsed.only or names, examine, jobs=parsed.jobs):
         found.append(row)
         print(row.name, row.verdict, row.agrees, row.reason, file=sys.stderr, flush=True)
-    out = parsed.out
-    if out is None and not parsed.only:
-        out = ROOT / "bench" / "results" / f"{stem}_{transformers.__version__}.md"
-    if out is None:
-        print(page(found))
-    else:
-        replace(out, page(found))
+    publish(parsed, f"{stem}_{transformers.__version__}.md", page(found))
     print(summary(found), file=sys.stderr)
     return found
 

@@ -19,7 +19,7 @@ from sft_kernels.sft.data import DataError, Record
 from sft_kernels.sft.masking import IGNORE, Encoder
 from sft_kernels.sft.model import train_tokenizer
 
-from .facts import ROOT, code_state, replace, versions
+from .facts import code_state, publish, versions
 
 # What tokenizers of these templates hold as special tokens.
 _SPECIAL = re.compile(
@@ -179,13 +179,7 @@ def main(argv=None):
     for name in parsed.only or names():
         of_template = tokenizer_for(name, tokenizer)
         found |= {(name, kind): examine(of_template, kind) for kind in KINDS}
-    out = parsed.out
-    if out is None and not parsed.only:
-        out = ROOT / "bench" / "results" / f"census_templates_trl_{versions()['trl']}.md"
-    if out is None:
-        print(page(found))
-    else:
-        replace(out, page(found))
+    publish(parsed, f"census_templates_trl_{versions()['trl']}.md", page(found))
     print(summary(found), file=sys.stderr)
     return int(any(verdict.verdict == "WRONG" for verdict in found.values()))
 

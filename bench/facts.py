@@ -45,6 +45,17 @@ def first_line(command):
     return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
+def publish(parsed, name, page):
+    """Writes a page of Markdown to ``parsed.out``, else into bench/results; prints it if ``parsed.only`` names some."""
+    out = parsed.out
+    if out is None and not parsed.only:
+        out = ROOT / "bench" / "results" / name
+    if out is None:
+        print(page)
+    else:
+        replace(out, page)
+
+
 def replace(path, content):
     """Write bytes or text into a file that is whole at every moment: the old one, or the new."""
     partial = path.with_name(path.name + ".partial")

@@ -16,6 +16,12 @@ class Refused(Exception):
     """A conversation that cannot be trained on, with the reason."""
 
 
+def refusal_of(what, error):
+    """The :class:`Refused` of something that raised ``error``, with the first line of its message, or its name."""
+    reason = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+    return Refused(f"{what} refuses it: {reason}")
+
+
 class Endings:
     """How a chat template ends assistants' turns.
 
@@ -36,7 +42,7 @@ class Endings:
         last = render([ASK, REPLY], None)
         if REPLY["content"] not in last:
             raise Refused("the chat template does not render an assistant's words, given as a string, as they are")
-        question, followed = self._try([ASK]), self._try([ASK, REPLY, ASK]) or last
+        question, followed = self.attempt([ASK]), self.attempt([ASK, REPLY, ASK]) or last
         self._learn(question, _behind(last, REPLY), _behind(followed, REPLY))
         self.borrowed = not self.text
         if self.borrowed:
@@ -63,7 +69,7 @@ class Endings:
         found = {tokenizer.eos_token, *self._closing, *self.special.findall(self.text)}
         found |= {self._follower(message)[1] for message in (REPLY, CALLING) if self.borrowed}
         found |= set(self.special.findall(_behind(question, ASK))[:1])
-        if calling := self._try([ASK, CALLING]):
+        if calling := self.attempt([ASK, CALLING]):
             with suppress(Refused):
                 found.add(self.stop(calling, len(calling.partition(ASK["content"])[0]), CALLING)[1])
         return sorted(found - {None, ""})
@@ -105,16 +111,16 @@ class Endings:
         if calls not in self._followers:
             self._followers[calls] = "", ""
             reply, after = (CALLING, _RESULT) if calls else (REPLY, ASK)
-            last, followed = self._try([ASK, reply]), self._try([ASK, reply, after])
+            last, followed = self.attempt([ASK, reply]), self.attempt([ASK, reply, after])
             token = self.special.search(followed, len(last)) if last and followed.startswith(last) else None
             if token and not followed[len(last) : token.start()].strip():
                 self._followers[calls] = followed[len(last) : token.start()], token[0]
         return self._followers[calls]
 
-    def _try(self, messages):
+    def attempt(self, messages, **options):
         """The rendered messages; "" if the template refuses them."""
         try:
-            return self._render(messages, None)
+            return self._render(messages, None, **options)
         except Refused:
             return ""
 

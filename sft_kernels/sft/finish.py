@@ -7,8 +7,8 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 
-from .report import say
-from .saving import UNFINISHED, NotSaved, reason_of, save
+from .report import reason_of, say
+from .saving import UNFINISHED, NotSaved, save
 
 
 class Stopped(KeyboardInterrupt):

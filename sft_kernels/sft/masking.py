@@ -7,7 +7,7 @@ happens in the loss.
 from bisect import bisect_left
 from typing import NamedTuple
 
-from .endings import Refused
+from .endings import Refused, refusal_of
 from .formats import Unfit
 from .left_out import check_rendered
 from .messages import check
@@ -116,7 +116,7 @@ class Encoder:
         try:
             ids = list(tokenizer(text)["input_ids"])
         except Exception as error:  # the tokenizer's own and its library's
-            raise Refused(f"the tokenizer refuses it: {error}") from error
+            raise refusal_of("the tokenizer", error) from error
         if begins and ids[0] != tokenizer.bos_token_id:
             ids.insert(0, tokenizer.bos_token_id)
         if end:

@@ -2,12 +2,11 @@
 
 from .formats import Unfit, python
 from .shapes import ALIASES, SYSTEM, decoded, mended, with_system, with_tools
+from .spoken import REASONING, SWITCHES
 from .strict_json import parse
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _QUESTIONS = ("prompt", "instruction", "question", "context", "input")  # that rows have beside their messages
-_THOUGHTS = {"reasoning_content", "reasoning", "thinking"}
-_SWITCHES = {"weight", "train", "training", "loss"}  # whether a turn carries loss
 
 
 def check(row):
@@ -118,7 +117,7 @@ def _mend(messages):
 
 
 def _acts(message):
-    return bool(message.get("tool_calls")) or any(message.get(name) for name in _THOUGHTS)
+    return bool(message.get("tool_calls")) or any(message.get(name) for name in REASONING)
 
 
 def _extras(i, message, messages):
@@ -139,9 +138,9 @@ def _extras(i, message, messages):
     if message.get("function_call"):
         raise _content(i, message, messages)
     asked = None
-    for name in [key for key in message if key in _THOUGHTS or key in _SWITCHES]:
+    for name in [key for key in message if key in REASONING or key in SWITCHES]:
         value = message[name]
-        if name in _THOUGHTS:
+        if name in REASONING:
             if value is not None and not isinstance(value, str):
                 fail(f': "{name}" is not a string')
         elif value is None:  # a table's way to say that it is not there

@@ -99,7 +99,7 @@ class RunLog:
                 self.plot()
             except Exception as error:  # matplotlib and its back ends raise all kinds
                 self.curves = False
-                _warn(f"curves.png could not be drawn ({_line(error)})")
+                _warn(f"curves.png could not be drawn ({reason_of(error)})")
         self._write_out()
         if self._unwritten:
             _warn(f"the end of {self.path} is missing, {len(self._unwritten)} bytes")
@@ -126,7 +126,7 @@ class RunLog:
                 raise IsADirectoryError(f"{self.out / 'curves.png'} is a folder")
             _draw(example, io.BytesIO(), dpi=30)
         except Exception as error:
-            _warn(f"curves.png cannot be drawn, the run goes on without ({_line(error)})")
+            _warn(f"curves.png cannot be drawn, the run goes on without ({reason_of(error)})")
             return False
         return True
 
@@ -143,7 +143,7 @@ class RunLog:
                     self._unwritten = self._unwritten[file.write(self._unwritten) :]
         except OSError as error:
             if not self._warned:
-                _warn(f"{self.path} could not be written, to be tried again ({_line(error)})")
+                _warn(f"{self.path} could not be written, to be tried again ({reason_of(error)})")
             self._warned = True
 
 
@@ -162,8 +162,11 @@ def _screen():
     return suppress(OSError, ValueError)
 
 
-def _line(error):
-    return " ".join(str(error).split())[:300] or type(error).__name__
+def reason_of(error):
+    """Returns an error's message in one line of at most 300 characters."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _finite(value):

@@ -14,6 +14,7 @@ import torch
 
 from . import generation
 from . import model as models
+from .report import reason_of
 
 UNFINISHED = "model-unfinished"
 """The folder in ``out`` for the model of a run that an error ended."""
@@ -132,13 +133,6 @@ def save(model, tokenizer, path):
         what = f"its weights are in {weights}, the rest is not all there"
         raise _not_saved(f"{failed}; {what}", weights) from cause
     raise _not_saved(f"{failed}, nor beside it, nor in {tempfile.gettempdir()}", None) from cause
-
-
-def reason_of(error):
-    """Returns an error's message in one line of at most 300 characters."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _prepare_generation(model, tokenizer, end_of_turn, folder):

@@ -45,10 +45,14 @@ def with_argument_objects(messages):
     An empty string is the empty object.
     """
 
-    def parse(name, arguments):
-        return name, json.loads(arguments.strip() or "{}") if isinstance(arguments, str) else arguments
+    return [
+        _map_calls(m, lambda name, arguments: (name, _parsed(arguments))) if m.get("tool_calls") else m
+        for m in messages
+    ]
 
-    return [_map_calls(m, parse) if m.get("tool_calls") else m for m in messages]
+
+def _parsed(arguments):
+    return json.loads(arguments or "{}") if isinstance(arguments, str) else arguments
 
 
 def reasonings(message):
@@ -110,10 +114,8 @@ def missing_part(message, rendered, clean=str):
 
 
 def _arguments(function):
-    arguments, part = function.get("arguments"), f"the arguments of {function.get('name')!r}"
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments) if arguments.strip() else {}
-    return ((part, text) for text in _strings(arguments))
+    part = f"the arguments of {function.get('name')!r}"
+    return ((part, text) for text in _strings(_parsed(function.get("arguments"))))
 
 
 def _find(text, rendered, at=0):
@@ -161,9 +163,9 @@ def with_marks(message, first=0):
         return replaced
 
     def change(name, arguments):
-        part, text = f"the arguments of {name!r}", isinstance(arguments, str)
-        inside = mark(part, json.loads(arguments or "{}") if text else arguments)
-        return mark(f"the tool call's name {name!r}", name), json.dumps(inside) if text else inside
+        inside = mark(f"the arguments of {name!r}", _parsed(arguments))
+        inside = json.dumps(inside) if isinstance(arguments, str) else inside
+        return mark(f"the tool call's name {name!r}", name), inside
 
     changed, content = dict(message), message.get("content")
     if isinstance(content, str):

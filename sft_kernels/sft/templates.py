@@ -4,7 +4,7 @@ import re
 from bisect import bisect
 from typing import NamedTuple
 
-from .endings import ASK, CALL, CALLING, Endings, Refused, common_start
+from .endings import ASK, CALL, CALLING, Endings, Refused, common_start, refusal_of
 from .left_out import check_ends, check_parts, check_words
 from .spoken import missing_part
 
@@ -27,6 +27,11 @@ class Turn(NamedTuple):
     end: str  # the end tokens, "" if the template has none
     borrowed: str = ""  # the tail of `said` that only a following message would render
     options: tuple = ()  # of the template, if its default prompt does not lead to this turn
+
+    @property
+    def switches(self):
+        """``options`` in words."""
+        return ", ".join(f"{name}={value}" for name, value in self.options)
 
 
 class ChatTemplate:
@@ -60,21 +65,16 @@ class ChatTemplate:
             self.endings = Endings(tokenizer, self.render)
         except Refused as error:
             raise ValueError(f"tokenizer: a user's and an assistant's message: {error}") from error
-        self._header = self._try([ASK], add_generation_prompt=True).removeprefix(self._try([ASK]))
-        self.prints_python = str(CALL["function"]["arguments"]) in self._try([ASK, CALLING])
+        attempt = self.endings.attempt
+        self._header = attempt([ASK], add_generation_prompt=True).removeprefix(attempt([ASK]))
+        self.prints_python = str(CALL["function"]["arguments"]) in attempt([ASK, CALLING])
 
     def render(self, messages, tools, **options):
         """The conversation as text. Whatever the template raises becomes :class:`~.endings.Refused`."""
         try:
             return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options)
         except Exception as error:  # templates are programs: they raise anything
-            raise Refused(f"the chat template refuses it: {first_line(error)}") from error
-
-    def _try(self, messages, **options):
-        try:
-            return self.render(messages, None, **options)
-        except Refused:
-            return ""
+            raise refusal_of("the chat template", error) from error
 
     def marked(self, messages, tools, options=()):
         """The [start, end) of what ``{% generation %}`` encloses, in characters of :meth:`render`'s text."""
@@ -89,7 +89,7 @@ class ChatTemplate:
                 [plain], tools=tools, chat_template=source, return_assistant_tokens_mask=True, **variables
             )
         except Exception as error:
-            raise Refused(f"the chat template refuses it: {first_line(error)}") from error
+            raise refusal_of("the chat template", error) from error
         return [tuple(span) for span in spans]
 
     def turn(self, before, message, tools, whole=None):
@@ -122,8 +122,7 @@ class ChatTemplate:
         if self.marks_turns:
             self._check_marks(self.marked(upto, tools, options), whole, message, Span(start, stop, end_here))
         if options:
-            switch = ", ".join(f"{name}={value}" for name, value in options)
-            self.note(f"some turns follow the chat template's prompt with {switch}, not its default prompt")
+            self.note(f"some turns follow the chat template's prompt with {turn.switches}, not its default prompt")
         return turn
 
     def _begin(self, before, upto, tools, whole):
@@ -215,8 +214,3 @@ def _behind_last(message, prompt, whole):
     at = prompt.rfind(content.strip()) if isinstance(content, str) and content.strip() else -1
     found = whole.rfind(prompt[at:]) if at >= 0 else -1
     return found + len(prompt) - at if found >= 0 else None
-
-
-def first_line(error):
-    """The first line of an exception's message, or its name."""
-    return (str(error).splitlines() or [""])[0].strip() or type(error).__name__

@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 
-from .endings import Refused
+from .endings import Refused, refusal_of
 
 _CONTEXT = 64  # characters in front of a piece, if no special token is near
 _JOINTS = ("\n", "a", ".")  # what a piece can stand behind, since alone it may get a space in front
@@ -56,7 +56,7 @@ class Tokens:
         try:
             encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         except Exception as error:  # the tokenizer's own and its library's
-            raise Refused(f"the tokenizer refuses it: {error}") from error
+            raise refusal_of("the tokenizer", error) from error
         return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
 

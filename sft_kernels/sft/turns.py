@@ -166,8 +166,8 @@ class _Locator:
         """Says in which way the text does not have ``turn``."""
         if not self.text.startswith(turn.prompt):
             if turn.options:
-                switch = ", ".join(f"{name}={value}" for name, value in turn.options)
-                return f"only the generation prompt differs: this turn follows the one with {switch}, the others do not"
+                prompt = f"the one with {turn.switches}"
+                return f"only the generation prompt differs: this turn follows {prompt}, the others do not"
             return "the chat template renders the messages before it differently once others follow"
         there = self.text[len(turn.prompt) :]
         if there.startswith(turn.said):
