@@ -1,8 +1,7 @@
 """``sft-kernels``: train, inspect, demo, verify."""
 
 import sys
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 _USAGE = """usage: sft-kernels COMMAND [options]
@@ -38,46 +37,24 @@ def main(argv=None):
     return 1
 
 
-def recipe_arguments(path, known):
-    """A YAML recipe as command-line arguments, so that file and command line are read by one parser.
-
-    ``known`` are the recipe's field names; another key raises ``ValueError``.
-    """
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of options")
-    arguments = []
-    for key, value in values.items():
-        if key not in known:
-            raise ValueError(f"{path}: unknown option {key!r}; there are {', '.join(sorted(known))}")
-        flag = key.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:  # null leaves the default
-            arguments += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return arguments
-
-
 def _train(argv):
     import tyro
 
-    from .sft.train import Recipe, train
+    from .sft.recipe import Recipe, from_yaml
 
+    recipe = Recipe()
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 == len(argv):
             raise ValueError("--config: expected a file")
-        rest = argv[:at] + argv[at + 2 :]
-        argv = recipe_arguments(argv[at + 1], {f.name for f in fields(Recipe)}) + rest
-    recipe = tyro.cli(
-        Recipe, prog="sft-kernels train", args=argv, description="--config FILE reads options from YAML first."
-    )
+        recipe = from_yaml(argv[at + 1])
+        argv = argv[:at] + argv[at + 2 :]
+    description = "--config FILE reads options from YAML first."
+    recipe = tyro.cli(Recipe, prog="sft-kernels train", args=argv, default=recipe, description=description)
+
+    from .sft.train import train
+
     _, _, log = train(recipe)
     print(f"{'model, log and curves' if log.curves else 'model and log'} are in {recipe.out}")
     return 0
@@ -102,6 +79,8 @@ def _inspect(argv):
         """Folder of a tokenizer; None: a byte-level BPE trained on the data."""
         chat_template: str | None = None
         """A file that replaces the tokenizer's chat template."""
+        trust_remote_code: bool = False
+        """Let Python code run that lies in the tokenizer's folder."""
         mask: Literal["all", "completion", "completion+eot"] = "completion+eot"
         """Which tokens carry loss."""
         split_turns: bool = False
@@ -119,7 +98,7 @@ def _inspect(argv):
         raise ValueError("data: expected at least one JSONL file")
     lines = read_all(options.data, options.skip_bad)
     if options.tokenizer:
-        tokenizer = load_tokenizer(options.tokenizer, options.chat_template)
+        tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.trust_remote_code)
     else:
         tokenizer = train_tokenizer_on(lines, 4096, options.skip_bad, options.chat_template)
         print("no --tokenizer: a byte-level BPE of up to 4096 tokens, trained on the data\n")

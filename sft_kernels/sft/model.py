@@ -51,11 +51,11 @@ def train_tokenizer(texts, vocab_size):
     )
 
 
-def load_tokenizer(path, chat_template=None):
+def load_tokenizer(path, chat_template=None, trust_remote_code=False):
     """The tokenizer in folder ``path``; ``chat_template`` is a file that replaces its template."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     return tokenizer
@@ -72,7 +72,7 @@ def is_config(path):
     return path.is_dir() and {p.name for p in path.iterdir()} <= {"config.json", "generation_config.json"}
 
 
-def load_model(path, device):
+def load_model(path, device, trust_remote_code=False):
     """The causal LM in ``path`` in fp32 (autocast lowers the products), attending through packed attention.
 
     A folder with weights is loaded; a config gives a model with random weights, drawn from torch's seed.
@@ -82,9 +82,10 @@ def load_model(path, device):
     from ..integrations import calls, register
 
     register()
-    options = {"dtype": torch.float32, "attn_implementation": calls.NAME}
+    trust = {"trust_remote_code": trust_remote_code}
+    options = {"dtype": torch.float32, "attn_implementation": calls.NAME, **trust}
     if is_config(path):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), **options)
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **trust), **options)
     else:
         model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
         if missing := sorted(found["missing_keys"]):  # tied weights are none

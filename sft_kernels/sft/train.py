@@ -1,12 +1,9 @@
 """The thin reference trainer: masked, packed, one denominator a step."""
 
-import math
 import random
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
@@ -20,65 +17,11 @@ from .lr import cosine_factor
 from .masking import Encoder
 from .packing import collate, groups_of, pack_rows
 from .positions import most_positions, without_longer
+from .recipe import Recipe as Recipe
+from .recipe import check
 from .report import RunLog
 from .saving import check_folder, rehearse
 from .stock import batch_to_check, check_against_stock, packed_hidden_states
-
-
-@dataclass
-class Recipe:
-    """One run. Every field can stand in the YAML file and be overridden on the command line."""
-
-    data: list[str] = field(default_factory=list)
-    """JSONL files of conversations to train on."""
-    model: str = ""
-    """A Hugging Face causal LM: a folder, or a config (JSON) for random weights."""
-    tokenizer: str | None = None
-    """Its folder; None: the model's, or for a config a byte-level BPE trained on the data."""
-    chat_template: str | None = None
-    """A file that replaces the tokenizer's chat template."""
-    out: str = "out/run"
-    """Folder for train.jsonl, curves.png and model/. It must not hold a run already."""
-    mask: Literal["all", "completion", "completion+eot"] = "completion+eot"
-    """Which tokens carry loss."""
-    weigh: Literal["tokens", "examples"] = "tokens"
-    """Whether each kept token weighs the same, or each example."""
-    split_turns: bool = False
-    """Make an example of its own of an assistant's turn that the chat template renders differently once others
-    follow."""
-    skip_bad: bool = False
-    """Count and report lines that cannot be trained on, instead of stopping at the first."""
-    row_tokens: int = 2048
-    """Tokens in a packed row."""
-    rows: int = 1
-    """Rows in a micro-batch."""
-    accumulate: int = 1
-    """Micro-batches in an optimiser step."""
-    epochs: float = 1.0
-    """Passes over the data, where steps is None."""
-    steps: int | None = None
-    """Optimiser steps."""
-    lr: float = 2e-5
-    """Peak learning rate."""
-    warmup: float = 0.03
-    """Warm-up, as a share of the steps."""
-    weight_decay: float = 0.1
-    """On matrices; never on biases, norms and embeddings."""
-    max_grad_norm: float = 1.0
-    """Clip the global norm to this."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 autocast; auto: where the device computes in it."""
-    holdout: float = 0.0
-    """Share of the conversations kept out of training to measure the masked loss on."""
-    eval_data: list[str] = field(default_factory=list)
-    """JSONL files to measure the masked loss on."""
-    eval_every: int = 0
-    """Steps between measurements; 0: before and after only."""
-    log_every: int = 10
-    """Steps between lines on the screen. The host waits for the device there, once, and not between; train.jsonl has
-    every step all the same."""
-    seed: int = 0
-    """Of weights, split and order."""
 
 
 def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading", name="data"):
@@ -124,7 +67,8 @@ def prepare_tokenizer(recipe, lines=None):
     ``lines`` are the data, if they have been read.
     """
     if recipe.tokenizer or not models.is_config(recipe.model):
-        return models.load_tokenizer(recipe.tokenizer or recipe.model, recipe.chat_template)
+        folder = recipe.tokenizer or recipe.model
+        return models.load_tokenizer(folder, recipe.chat_template, recipe.trust_remote_code)
     from transformers import AutoConfig
 
     vocab_size = AutoConfig.from_pretrained(recipe.model).get_text_config().vocab_size
@@ -142,7 +86,9 @@ def train(recipe, *, model=None, tokenizer=None):
     ``KeyboardInterrupt``. A model that cannot be saved in ``out`` is saved elsewhere, and :class:`~.saving.NotSaved`,
     an ``OSError``, says where. Both carry what would have been returned as ``result``.
     """
-    _check(recipe, model)
+    check(recipe, model is not None)
+    check_pipes([*recipe.data, *recipe.eval_data])
+    check_folder(recipe.out)
     out = Path(recipe.out).absolute()  # also if the working directory changes
     torch.manual_seed(recipe.seed)
     if model is not None:
@@ -164,7 +110,7 @@ def train(recipe, *, model=None, tokenizer=None):
         print(f"skipped {len(bad)} lines, {len(examples) + len(held_out)} are left")
 
     if model is None:
-        model = models.load_model(recipe.model, device)
+        model = models.load_model(recipe.model, device, recipe.trust_remote_code)
     models.check_vocabulary(model, tokenizer)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
@@ -289,29 +235,3 @@ def _autocast(device, precision):
             native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
         precision = "bf16" if native else "fp32"
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def _check(recipe, model):
-    if not recipe.data:
-        raise ValueError("data: expected at least one JSONL file")
-    check_pipes([*recipe.data, *recipe.eval_data])
-    if model is None and not recipe.model:
-        raise ValueError("model: expected a folder or a config")
-    for name in ("row_tokens", "rows", "accumulate", "log_every"):
-        if getattr(recipe, name) < 1:
-            raise ValueError(f"{name}: expected at least 1, got {getattr(recipe, name)}")
-    if recipe.steps is not None and recipe.steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {recipe.steps}")
-    if recipe.steps is None and not 0 < recipe.epochs < math.inf:
-        raise ValueError(f"epochs: expected more than 0, got {recipe.epochs}")
-    for name in ("lr", "weight_decay", "max_grad_norm"):
-        if not 0 <= getattr(recipe, name) < math.inf:
-            raise ValueError(f"{name}: expected a finite number from 0 up, got {getattr(recipe, name)}")
-    if recipe.eval_every < 0:
-        raise ValueError(f"eval_every: expected 0 or more steps, got {recipe.eval_every}")
-    if not 0 <= recipe.seed < 1 << 63:
-        raise ValueError(f"seed: expected an integer from 0 to 2⁶³ − 1, got {recipe.seed}")
-    for name in ("warmup", "holdout"):
-        if not 0 <= getattr(recipe, name) < 1:
-            raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(recipe, name)}")
-    check_folder(recipe.out)
