@@ -23,6 +23,8 @@ class Recipe:
     """A file that replaces the tokenizer's chat template."""
     trust_remote_code: bool = False
     """Let Python code run that lies in the folders of model and tokenizer."""
+    cache: str | None = None
+    """Folder for tokenised data, which a later run starts from; None: sft_kernels in ~/.cache."""
     out: str = "out/run"
     """Folder for train.jsonl, curves.png and model/. It must not hold a run already."""
     mask: Literal["all", "completion", "completion+eot"] = "completion+eot"
