@@ -87,4 +87,4 @@ def without_longer(examples, most, skip_bad=False):
         say(f"skipped {refusal(examples[int(i)])}")
     if len(long):
         say(f"skipped {len(long)} lines that are longer than the model's positions")
-    return examples.choose(fits)
+    return examples.choose(fits) if len(long) else examples
