@@ -55,12 +55,13 @@ def _built(place, source, build):
     partial = Path(f"{place}.partial")
     for leftover in (partial, place):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
     try:
-        build(partial)
-        for file in partial.iterdir():
-            _to_disk(file)
-        partial.rename(place)
+        with _naming(place.parent):
+            partial.mkdir()
+            build(partial)
+            for file in partial.iterdir():
+                _to_disk(file)
+            partial.rename(place)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -76,9 +77,20 @@ def _opened(place, source):
 
 
 def _temporary(source, build):
-    folder = tempfile.TemporaryDirectory(prefix="sft_kernels-")
-    build(Path(folder.name))
+    with _naming(tempfile.gettempdir()):
+        folder = tempfile.TemporaryDirectory(prefix="sft_kernels-")
+        build(Path(folder.name))
     return Part(folder.name, source.path, keep=folder)
+
+
+@contextmanager
+def _naming(folder):
+    """Say in which folder a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cache: {folder} cannot take the tokenised data ({reason_of(error)}); give another with --cache"
+        raise OSError(message) from error
 
 
 def _key(source, encoder):

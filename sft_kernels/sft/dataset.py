@@ -8,16 +8,17 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from . import cache
+from . import cache, workers
 from .examples import Examples, PartWriter
 from .formats import Unfit
 from .rows import DataError, record_of
 from .sources import Source, check_pipes
-from .workers import MEMORY, SECONDS, Died, OutOfTime, Workers, limited
+from .workers import Died, OutOfTime, Workers, limited
 
 _LINES, _BYTES = 256, 1 << 18  # of a batch
 _SHOWN = 1 << 20  # bytes from which a bar is shown
 _MOST = 16  # processes
+_AT_WORK = "the chat template or the tokenizer"
 
 
 class Refusals:
@@ -125,11 +126,12 @@ def _build(source, encoder, skip_bad, desc, folder):
     count = min(cores, 1 + (source.size >> 20), _MOST)
     topics, end = {}, None
     bar = tqdm(total=source.size, desc=desc, unit="B", unit_scale=True, leave=False, disable=source.size < _SHOWN)
-    with bar, PartWriter(folder) as writer, Workers(partial(_encode, encoder, source.path), count) as workers:
-        with closing(workers.map(_batches(source))) as results:
+    with bar, PartWriter(folder) as writer, Workers(partial(_encode, encoder, source.path), count) as pool:
+        with closing(pool.map(_batches(source))) as results:
             for (lines, position), found in results:
                 if isinstance(found, Died):
-                    raise ValueError(_died(source.path, lines, found))
+                    where = _where([number for number, _ in lines], source.path)
+                    raise ValueError(f"{where}: the process of {_AT_WORK} ended: {found}")
                 if isinstance(found, str):
                     raise ValueError(found)
                 for line, reason in found.refused:
@@ -192,22 +194,13 @@ def _bounded(encoder, records):
     try:
         with limited():
             return encoder.of(records)
-    except (OutOfTime, MemoryError):
-        pass
-    found = []
-    for record in records:
-        try:
-            with limited():
-                found += encoder.of([record])
-        except (OutOfTime, MemoryError) as error:
-            failed = f"did not end within {SECONDS} s of computing"
-            if isinstance(error, MemoryError):
-                failed = f"took more than {MEMORY >> 30} GiB of memory"
-            where = f"{record.path}:{record.line}"
-            raise ValueError(f"{where}: the chat template or the tokenizer {failed}") from error
-    return found
+    except (OutOfTime, MemoryError) as error:
+        failed = f"did not end within {workers.SECONDS} s of computing"
+        if isinstance(error, MemoryError):
+            failed = f"took more than {workers.MEMORY >> 30} GiB of memory"
+        at = [encoder.drafting] if encoder.drafting else records
+        raise ValueError(f"{_where([r.line for r in at], at[0].path)}: {_AT_WORK} {failed}") from error
 
 
-def _died(path, lines, died):
-    where = f"{path}:{lines[0][0]}" + (f" to {lines[-1][0]}" if len(lines) > 1 else "")
-    return f"{where}: the process of the chat template and the tokenizer ended: {died}"
+def _where(lines, path):
+    return f"{path}:{lines[0]}" + (f" to {lines[-1]}" if len(lines) > 1 else "")

@@ -65,6 +65,7 @@ class Encoder:
     ``weight`` 0, ``train``, ``training`` or ``loss`` false leave a turn without labels.
 
     Attributes:
+        drafting: the record whose chat template is being rendered, if it is.
         topics: each topic that a note was thought about for, and its sentence; none if there is nothing to note.
 
     Raises:
@@ -80,7 +81,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.mode = mode
         self.split_turns = split_turns
-        self.topics = {}
+        self.topics, self.drafting = {}, None
         self._template = self._tokens = None
 
     @property
@@ -114,10 +115,12 @@ class Encoder:
         """
         drafts = []
         for record in records:
+            self.drafting = record
             try:
                 drafts.append(self._drafts(record))
             except Refused as error:
                 drafts.append(error)
+        self.drafting = None
         texts = [draft for found in drafts if isinstance(found, list) for draft in found if draft.spans is not None]
         encoded = iter(self._tokens.of([(draft.text, _cuts(draft)) for draft in texts]) if texts else ())
         results = []
