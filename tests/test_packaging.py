@@ -61,7 +61,7 @@ def test_the_extras_bring_what_they_say():
     from sft_kernels.ops.packed_attention.flash_impl import LIBRARIES
 
     assert set(EXTRAS) == {"train", "flash", "dev", "integration"}
-    assert {"jinja2", "pyarrow", "zstandard"} <= distributions(EXTRAS["train"])
+    assert {"jinja2", "pyarrow"} <= distributions(EXTRAS["train"])
     assert "flash-attn" not in distributions([*PROJECT["dependencies"], *EXTRAS["train"], *EXTRAS["integration"]])
     assert [requirement.replace('"', "'") for requirement in EXTRAS["flash"]] == [
         "flash-attn>=2.6 ; sys_platform == 'linux'"
