@@ -1,7 +1,9 @@
 """Examples that lie in files: the tokens of a data set, mapped into memory and not read before they are asked for."""
 
 import json
+import weakref
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import accumulate
@@ -13,6 +15,8 @@ from .masking import Example
 from .rows import DataError
 
 _INDEX = ("start", "length", "kept", "line")
+_MOST_MAPPED = 64  # each map is an open file
+_mapped = deque()
 _FILES = ("ids.int32", "labels.int32", "index.int64", "refused.jsonl")
 
 
@@ -53,7 +57,7 @@ class PartWriter:
 
 
 class Part:
-    """The examples of one file, as :class:`PartWriter` wrote them.
+    """The examples of one file, as :class:`PartWriter` wrote them; ``ValueError`` if a file of theirs is cut short.
 
     Attributes:
         path: of the file they come from.
@@ -66,19 +70,27 @@ class Part:
         self.keep = keep  # a temporary folder lives as long as this
         self.about = json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
         examples, tokens = self.about["examples"], self.about["tokens"]
-        self.ids, self.labels = (_mapped(self.folder / name, np.int32, (tokens,)) for name in _FILES[:2])
-        self.index = _mapped(self.folder / _FILES[2], np.int64, (examples, len(_INDEX)))
+        sizes = [(self.folder / name).stat().st_size for name in _FILES[:3]]
+        if sizes != [4 * tokens, 4 * tokens, 8 * len(_INDEX) * examples]:
+            raise ValueError(f"{self.folder}: files are cut short")
+        self.index = np.fromfile(self.folder / _FILES[2], np.int64).reshape(-1, len(_INDEX))
+        self._maps = None
+
+    def tokens(self, start, length):
+        """``(ids, labels)``, lists, of ``length`` tokens from ``start`` on."""
+        if self._maps is None:
+            self._maps = [np.asarray(np.memmap(self.folder / name, np.int32, "r")) for name in _FILES[:2]]
+            _mapped.append(weakref.ref(self))
+            while len(_mapped) > _MOST_MAPPED:
+                if oldest := _mapped.popleft()():
+                    oldest._maps = None
+        return tuple(array[start : start + length].tolist() for array in self._maps)
 
     def refused(self):
         """Yield the :class:`~.rows.DataError` of each line that was refused."""
         with open(self.folder / "refused.jsonl", encoding="utf-8") as file:
             for line in file:
                 yield DataError(self.path, *json.loads(line))
-
-
-def _mapped(path, dtype, shape):
-    """The array in a file; ``ValueError`` if the file is shorter."""
-    return np.asarray(np.memmap(path, dtype, "r", shape=shape)) if shape[0] else np.empty(shape, dtype)
 
 
 class Examples(Sequence):
@@ -104,8 +116,7 @@ class Examples(Sequence):
         number = int(self.chosen[i])
         part, row = self._place(number)
         start, length, _, line = part.index[row].tolist()
-        ids, labels = (array[start : start + length].tolist() for array in (part.ids, part.labels))
-        return Example(ids, labels, f"{part.path}:{line}")
+        return Example(*part.tokens(start, length), f"{part.path}:{line}")
 
     def __add__(self, other):
         """These examples, then the ``other`` ones."""

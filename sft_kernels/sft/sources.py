@@ -11,6 +11,7 @@ import stat
 import tempfile
 import zlib
 from collections import deque
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from . import formats, rows
@@ -59,13 +60,11 @@ class Source:
 
     def __init__(self, path):
         self.path = "/dev/stdin" if str(path) in STDIN else str(Path(path))
-        self._file = _open(self.path, _source(self.path))
-        info = os.fstat(self._file.fileno())
-        self.is_pipe = not stat.S_ISREG(info.st_mode) or _source(self.path) == 0
-        if self.is_pipe:
-            self._file = self._copied(self._file)
-        self._file.seek(0, os.SEEK_END)
-        self.size = self._file.tell()
+        with _open(self.path, _source(self.path)) as file:
+            self.is_pipe = not stat.S_ISREG(os.fstat(file.fileno()).st_mode) or _source(self.path) == 0
+            self._copy = self._copied(file) if self.is_pipe else None
+            self.size = os.fstat((self._copy or file).fileno()).st_size
+        self._file = None
 
     def _copied(self, pipe):
         """A temporary file of what ``pipe`` holds, unless its beginning shows that it is no data."""
@@ -76,21 +75,28 @@ class Source:
         try:
             while chunk := pipe.read(_CHUNK):
                 copy.write(chunk)
+            copy.flush()
         except OSError as error:
             raise DataError(self.path, None, f"cannot be read ({error.strerror})") from error
         return copy
 
+    @contextmanager
+    def _opened(self):
+        with nullcontext(self._copy) if self._copy else _open(self.path, self.path) as self._file:
+            self._file.seek(0)
+            yield self._file
+
     def digest(self):
         """A hash of the file's bytes."""
         hashed = hashlib.blake2b(digest_size=20)
-        self._file.seek(0)
-        while chunk := self._file.read(_CHUNK):
-            hashed.update(chunk)
+        with self._opened() as file:
+            while chunk := file.read(_CHUNK):
+                hashed.update(chunk)
         return hashed.hexdigest()
 
     def position(self):
-        """The byte of the file up to which it has been read."""
-        return self._file.tell()
+        """The byte of the file up to which :meth:`lines` has read; at their end its size."""
+        return self.size if self._file is None or self._file.closed else self._file.tell()
 
     def lines(self):
         """Yield number and bytes of each line that is not blank, from the beginning.
@@ -98,9 +104,12 @@ class Source:
         Bytes are None if the line is too long to be held, and :class:`~.formats.Unfit` if the file's beginning shows
         what is wrong with it. A Parquet row is a line of JSON.
         """
-        self._file.seek(0)
-        head = self._file.read(512)
-        self._file.seek(0)
+        with self._opened() as file:
+            head = file.read(512)
+            file.seek(0)
+            yield from self._lines(head)
+
+    def _lines(self, head):
         number = 0
         try:
             lines = self._parquet() if head.startswith(b"PAR1") else self._text(_compression(head))
@@ -139,13 +148,13 @@ class Source:
         if name in _STDLIB:
             return _STDLIB[name](self._file)
         arrow = self._arrow(name)
-        return io.BufferedReader(arrow.CompressedInputStream(arrow.PythonFile(self._file, mode="r"), _ARROW[name]))
+        return io.BufferedReader(arrow.CompressedInputStream(self._for_arrow(arrow), _ARROW[name]))
 
     def _parquet(self):
         arrow = self._arrow("Parquet")
         import pyarrow.parquet
 
-        table = pyarrow.parquet.ParquetFile(arrow.PythonFile(self._file, mode="r"), pre_buffer=False)
+        table = pyarrow.parquet.ParquetFile(self._for_arrow(arrow), pre_buffer=False)
         number = 0
         for batch in table.iter_batches(batch_size=64):
             for row in batch.to_pylist():
@@ -161,6 +170,10 @@ class Source:
             needs = f"{name} is read with pyarrow, which is not installed"
             raise DataError(self.path, 1, Unfit(needs, refusal.program).at(self.path)) from error
         return pyarrow
+
+    def _for_arrow(self, arrow):
+        """The file under another descriptor, which pyarrow closes. Both have one position."""
+        return arrow.PythonFile(open(os.dup(self._file.fileno()), "rb"), mode="r")
 
     def _beginning(self, line, lines, ahead):
         """The file's first line, or the refusal that it and those behind it ask for; these are left in ``ahead``."""

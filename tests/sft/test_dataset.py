@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sft_kernels.sft import cache, dataset, workers
+from sft_kernels.sft import examples as examples_module
 from sft_kernels.sft.data import read_jsonl
 from sft_kernels.sft.dataset import end_of_turn, load_examples
 from sft_kernels.sft.masking import IGNORE, Encoder
@@ -258,6 +259,17 @@ def test_a_pipe_and_a_class_of_somebody_elses_are_not_kept(write_jsonl, load, ke
     theirs.add_special_tokens(tokenizer.special_tokens_map)
     assert len(load(write_jsonl(*CHATS), tokenizer=theirs, mask="all")[0]) == len(CHATS)
     assert kept.entries() == []
+
+
+def test_many_files_need_few_open_ones(write_jsonl, load, monkeypatch):
+    monkeypatch.setattr(examples_module, "_MOST_MAPPED", 3)
+    paths = [write_jsonl(CHATS[i], name=f"{i}.jsonl") for i in range(8)]
+    before = len(os.listdir("/proc/self/fd"))
+    examples, _ = load(*paths)
+    assert len(os.listdir("/proc/self/fd")) == before
+    for _ in range(2):
+        assert [example.source for example in examples] == [f"{path}:1" for path in paths]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 * 3
 
 
 def test_tokens_stay_on_the_disk(write_jsonl, load):

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from sft_kernels.sft.data import read_jsonl
+from sft_kernels.sft.data import read_jsonl, stream
 from sft_kernels.sft.rows import DataError
+from sft_kernels.sft.sources import Source
 
 ASK, SAY = "hi?", 'It\'s "yo" é.'
 
@@ -297,11 +298,11 @@ def tabular(kind):
     return sink.getvalue().to_pybytes()
 
 
-def by_arrow(name):
+def by_arrow(name, *rows):
     pa = pytest.importorskip("pyarrow")
     sink = pa.BufferOutputStream()
     with pa.CompressedOutputStream(sink, name) as file:
-        file.write(jsonl(ROW, ROW).encode())
+        file.write(jsonl(*(rows or (ROW, ROW))).encode())
     return sink.getvalue().to_pybytes()
 
 
@@ -311,7 +312,7 @@ COMPRESSED = {
     "bzip2": lambda: bz2.compress(jsonl(ROW, ROW).encode()),
     "xz": lambda: lzma.compress(jsonl(ROW, ROW).encode()),
     "zstd": lambda: by_arrow("zstd"),
-    "two of zstd": lambda: by_arrow("zstd") * 2,
+    "two of zstd": lambda: by_arrow("zstd", ROW) * 2,
     "lz4": lambda: by_arrow("lz4"),
 }
 
@@ -328,12 +329,15 @@ def test_a_compressed_file_is_read_and_a_part_of_it_named(kind, tmp_path):
         read_jsonl(path)
 
 
-def test_a_compressed_pipe_is_read():
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_a_compressed_pipe_is_read(kind):
     read, write = os.pipe()
-    os.write(write, gzip.compress(jsonl(ROW).encode()))
+    os.write(write, COMPRESSED[kind]())
     os.close(write)
-    assert messages(read_jsonl(f"/dev/fd/{read}")) == [CHAT]
+    source = Source(f"/dev/fd/{read}")
     os.close(read)
+    for _ in range(2):
+        assert messages(stream(source)) == [CHAT] * 2
 
 
 def test_a_parquet_table_is_read(tmp_path):
