@@ -7,11 +7,13 @@ import shutil
 import tempfile
 from contextlib import contextmanager, suppress
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 from .examples import Part
 from .report import reason_of, warn
+from .rows import DataError
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
@@ -31,6 +33,7 @@ def part(source, encoder, build, folder=None):
     Args:
         folder: of the cache, by default :func:`default_folder`. If it is given, it must be writable: else ``OSError``.
     """
+    build = partial(_unchanged, source, source.stamp(), build)
     key = None if source.is_pipe else _key(source, encoder)
     if key is None:
         return _temporary(source, build)
@@ -51,19 +54,25 @@ def part(source, encoder, build, folder=None):
     return found
 
 
+def _unchanged(source, stamp, build, folder):
+    build(folder)
+    if source.stamp() != stamp:
+        raise DataError(source.path, None, "changed while it was read")
+
+
 def _built(place, source, build):
-    partial = Path(f"{place}.partial")
-    for leftover in (partial, place):
+    unfinished = Path(f"{place}.partial")
+    for leftover in (unfinished, place):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
         with _naming(place.parent):
-            partial.mkdir()
-            build(partial)
-            for file in partial.iterdir():
+            unfinished.mkdir()
+            build(unfinished)
+            for file in unfinished.iterdir():
                 _to_disk(file)
-            partial.rename(place)
+            unfinished.rename(place)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     return _opened(place, source)
 
@@ -150,10 +159,10 @@ def _locked(path, wait):
 
 def _sweep(folder):
     """Remove what killed runs left."""
-    for partial in folder.glob("*.partial"):
-        with suppress(OSError), _locked(partial.with_suffix(".lock"), wait=False) as ours:
+    for unfinished in folder.glob("*.partial"):
+        with suppress(OSError), _locked(unfinished.with_suffix(".lock"), wait=False) as ours:
             if ours:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _to_disk(file):

@@ -3,7 +3,6 @@
 import json
 import weakref
 from bisect import bisect_right
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import accumulate
@@ -16,7 +15,7 @@ from .rows import DataError
 
 _INDEX = ("start", "length", "kept", "line")
 _MOST_MAPPED = 64  # each map is an open file
-_mapped = deque()
+_mapped = []
 _FILES = ("ids.int32", "labels.int32", "index.int64", "refused.jsonl")
 
 
@@ -75,15 +74,20 @@ class Part:
             raise ValueError(f"{self.folder}: files are cut short")
         self.index = np.fromfile(self.folder / _FILES[2], np.int64).reshape(-1, len(_INDEX))
         self._maps = None
+        if tokens and sum(other() is not None for other in _mapped) < _MOST_MAPPED:
+            self._map()  # at once, so that a cache may be emptied while it is in use
+
+    def _map(self):
+        self._maps = [np.asarray(np.memmap(self.folder / name, np.int32, "r")) for name in _FILES[:2]]
+        _mapped[:] = [other for other in _mapped if other()] + [weakref.ref(self)]
+        for other in _mapped[:-_MOST_MAPPED]:
+            other()._maps = None
+        del _mapped[:-_MOST_MAPPED]
 
     def tokens(self, start, length):
         """``(ids, labels)``, lists, of ``length`` tokens from ``start`` on."""
         if self._maps is None:
-            self._maps = [np.asarray(np.memmap(self.folder / name, np.int32, "r")) for name in _FILES[:2]]
-            _mapped.append(weakref.ref(self))
-            while len(_mapped) > _MOST_MAPPED:
-                if oldest := _mapped.popleft()():
-                    oldest._maps = None
+            self._map()
         return tuple(array[start : start + length].tolist() for array in self._maps)
 
     def refused(self):

@@ -94,6 +94,11 @@ class Source:
                 hashed.update(chunk)
         return hashed.hexdigest()
 
+    def stamp(self):
+        """A value that changes if the file is written to."""
+        info = os.fstat(self._copy.fileno()) if self._copy else os.stat(self.path)
+        return info.st_size, info.st_mtime_ns, info.st_ino
+
     def position(self):
         """The byte of the file up to which :meth:`lines` has read; at their end its size."""
         return self.size if self._file is None or self._file.closed else self._file.tell()

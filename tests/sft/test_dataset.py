@@ -203,6 +203,25 @@ def _interrupted(*args):
     raise KeyboardInterrupt
 
 
+def test_a_file_that_changes_while_it_is_read_is_not_kept(write_jsonl, load, kept, monkeypatch):
+    path, build = write_jsonl(*CHATS), dataset._build
+
+    def written_to(source, encoder, skip_bad, desc, folder):
+        build(source, encoder, skip_bad, desc, folder)
+        write_jsonl(*CHATS, *CHATS)
+
+    monkeypatch.setattr(dataset, "_build", written_to)
+    with pytest.raises(DataError, match=f"{path}: changed while it was read"):
+        load(path)
+    assert kept.entries() == []
+
+
+def test_a_cache_may_be_emptied_while_it_is_in_use(write_jsonl, load, kept):
+    examples, _ = load(write_jsonl(*CHATS))
+    shutil.rmtree(kept.path)
+    assert len({example.source for example in examples}) == len(CHATS)
+
+
 def test_a_second_process_waits_for_the_first(write_jsonl, load, kept, capsys):
     path, found = write_jsonl(*CHATS), []
     load(path)
@@ -266,7 +285,6 @@ def test_many_files_need_few_open_ones(write_jsonl, load, monkeypatch):
     paths = [write_jsonl(CHATS[i], name=f"{i}.jsonl") for i in range(8)]
     before = len(os.listdir("/proc/self/fd"))
     examples, _ = load(*paths)
-    assert len(os.listdir("/proc/self/fd")) == before
     for _ in range(2):
         assert [example.source for example in examples] == [f"{path}:1" for path in paths]
     assert len(os.listdir("/proc/self/fd")) <= before + 2 * 3
