@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from .ops.packed_attention.tiles import AttentionTiles
     from .ops.softmax_grad.stats import LossStats, TokenStats
 else:
-    # A public name is loaded when it is first asked for, so that `sft-kernels --help` imports no torch.
+    # The names are loaded when one is first asked for, so that `sft-kernels --help` imports no torch.
     _MODULES = {
         "AdamW": ".ops.adamw.api",
         "AttentionTiles": ".ops.packed_attention.tiles",
@@ -43,24 +43,19 @@ else:
         "linear_cross_entropy": ".ops.linear_cross_entropy.api",
         "packed_attention": ".ops.packed_attention.api",
     }
-    # Importing the package used to import these too.
+    # Modules that importing the package used to import, too.
     _SUBMODULES = ("_backend", "_checks", "_plain", "ops")
 
     def __getattr__(name):
-        if name in _MODULES:
-            globals()[name] = value = getattr(_load(_MODULES[name]), name)
-            return value
-        if name in _SUBMODULES:
-            for module in _MODULES.values():
-                _load(module)
-            return globals()[name]  # where importing a submodule puts it
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name not in _MODULES and name not in _SUBMODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        try:  # all of them, so that sft_kernels.ops.adamw is there after any
+            homes = {public: _import_module(home, __name__) for public, home in _MODULES.items()}
+        except AttributeError as error:  # which would mean that the package has no such name
+            raise ImportError(f"{__name__} cannot be imported: {error}") from error
+        for public, home in homes.items():
+            globals().setdefault(public, getattr(home, public))
+        return globals()[name]
 
     def __dir__():
         return sorted({*globals(), *__all__, *_SUBMODULES})
-
-    def _load(module):
-        try:
-            return _import_module(module, __name__)
-        except AttributeError as error:  # which would mean that the package has no such name
-            raise ImportError(f"{__name__}{module} cannot be imported: {error}") from error

@@ -1,5 +1,6 @@
 """What a run would train on, before it runs: tokens beside their shifted labels, and what packing saves."""
 
+from .._terminal import printable
 from .masking import IGNORE
 from .packing import pack
 
@@ -14,7 +15,7 @@ def label_table(example, tokenizer):
 
     shifted = [*example.labels[1:], IGNORE]
     lines = [
-        f"{example.source}: {len(example.input_ids)} tokens, {example.kept} kept",
+        printable(f"{example.source}: {len(example.input_ids)} tokens, {example.kept} kept"),
         f"{'':>6} {'token':<24} predicts",
     ]
     for position, (token, label) in enumerate(zip(example.input_ids, shifted, strict=True)):
