@@ -26,10 +26,19 @@ sft-kernels COMMAND --help lists a command's options, and sft-kernels --version 
 _TRAIN = ("transformers", "tokenizers", "safetensors", "tyro", "tqdm", "yaml", "matplotlib")
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGINT ended the command. After a plain ``KeyboardInterrupt`` Python may end by the signal, not with 130."""
+
+    status = 128 + signal.SIGINT
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM ended the command."""
 
     status = 128 + signal.SIGTERM
+
+
+_SIGNALS = {signal.SIGINT: Interrupted("interrupted"), signal.SIGTERM: Terminated("terminated")}
 
 
 def main(argv=None):
@@ -59,7 +68,7 @@ def _status(argv, signals):
         return getattr(stop, "status", 128 + signal.SIGINT)
     except Exception as error:
         if signals:  # which a library has made another error of
-            _complain("interrupted")
+            _complain(one_line(_SIGNALS[signals[0]]))
             return 128 + signals[0]
         if isinstance(error, ImportError):
             if (error.name or "").startswith("sft_kernels"):
@@ -111,7 +120,7 @@ def _interruptible():
     def interrupt(number, frame):
         came.append(number)
         signal.signal(number, before[number])
-        raise Terminated("terminated") if number == signal.SIGTERM else KeyboardInterrupt
+        raise _SIGNALS[number]
 
     if threading.current_thread() is threading.main_thread():
         for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):

@@ -52,7 +52,7 @@ class RunLog:
         self.history = []
         self._unwritten, self._warned = b"", False
         self.curves = self._try_curves()
-        self.bar = tqdm(total=total, desc="training", unit="step", file=output(sys.stderr))
+        self.bar = _bar(total)
         header = (f"{name:>{len(form.format(0))}}" for name, form in _COLUMNS)
         say(" ".join(header))
 
@@ -147,6 +147,15 @@ class RunLog:
             if not self._warned:
                 _warn(f"{self.path} could not be written, to be tried again ({reason_of(error)})")
             self._warned = True
+
+
+def _bar(total):
+    disable = True  # tqdm flushes both streams, and an error in the middle of it cannot be cleared up
+    with _screen():
+        for stream in (sys.stdout, sys.stderr):
+            getattr(stream, "flush", bool)()
+        disable = False
+    return tqdm(total=total, desc="training", unit="step", file=output(sys.stderr), disable=disable)
 
 
 def say(text, file=None):
