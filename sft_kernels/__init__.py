@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # the same names once more, for type checkers and editors
     from .ops.packed_attention.tiles import AttentionTiles
     from .ops.softmax_grad.stats import LossStats, TokenStats
 else:
-    # The names are loaded when one is first asked for, so that `sft-kernels --help` imports no torch.
+    # They are loaded when one is first asked for, so that `sft-kernels --help` imports no torch.
     _MODULES = {
         "AdamW": ".ops.adamw.api",
         "AttentionTiles": ".ops.packed_attention.tiles",

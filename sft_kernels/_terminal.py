@@ -99,7 +99,7 @@ class Output:
 
 @contextmanager
 def taken():
-    """Put an :class:`Output` in the place of ``sys.stdout`` and of ``sys.stderr``; yields the first.
+    """Put an :class:`Output` in the place of ``sys.stdout`` and ``sys.stderr``; yields the first.
 
     Whatever a command and its libraries print in the block is escaped, and costs no error.
     """

@@ -6,7 +6,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,19 +15,22 @@ from ._terminal import coloured, one_line, printable, taken
 
 _USAGE = """usage: sft-kernels COMMAND [options]
 
-  train    --config recipe.yaml --data FILE.jsonl ... fine-tune a model (options override the file)
-  inspect  FILE.jsonl ...                             tokens beside shifted labels, kept and padding shares
-  demo     [--out DIR]                                the whole job on a CPU, before and after
-  verify   [--ops ...] [--impls ...] [--smoke]        is every implementation right on this machine?
+  train    --config recipe.yaml --data FILE.jsonl ...  fine-tune a model; options override the file
+  inspect  FILE.jsonl ...                              tokens beside shifted labels, and shares
+  demo     [--out DIR]                                 the whole job on a CPU, before and after
+  verify   [--ops ...] [--impls ...] [--smoke]         is every implementation right here?
 
-sft-kernels COMMAND --help lists a command's options, and sft-kernels --version says which one this is."""
+sft-kernels COMMAND --help lists a command's options. sft-kernels --version prints the version."""
 
 # The modules of the extra "train".
 _TRAIN = ("transformers", "tokenizers", "safetensors", "tyro", "tqdm", "yaml", "matplotlib")
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT ended the command. After a plain ``KeyboardInterrupt`` Python may end by the signal, not with 130."""
+    """SIGINT ended the command.
+
+    After a plain ``KeyboardInterrupt`` Python may end by the signal, and not with the status 130.
+    """
 
     status = 128 + signal.SIGINT
 
@@ -38,12 +41,18 @@ class Terminated(KeyboardInterrupt):
     status = 128 + signal.SIGTERM
 
 
-_SIGNALS = {signal.SIGINT: Interrupted("interrupted"), signal.SIGTERM: Terminated("terminated")}
+_SIGNALS = {
+    signal.SIGINT: partial(Interrupted, "interrupted"),
+    signal.SIGTERM: partial(Terminated, "terminated"),
+}
 
 
 def main(argv=None):
-    """Run a command; returns the exit status: 0, 1 where the input was refused, 2 for a wrong call, 130 interrupted,
-    143 terminated."""
+    """Run a command; returns the exit status.
+
+    It is 0, 1 if the input was refused, 2 for a wrong call, 130 if SIGINT ended the command, and
+    143 if SIGTERM did. A run that saved its model ends with 0, whatever fails after that.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     with taken() as output, _interruptible() as signals:
         asked = None
@@ -53,8 +62,8 @@ def main(argv=None):
             asked, status = end, end.code or 0
         if error := output.lost:
             _complain(f"the output was lost ({error.strerror or error})")
-            if not status and (asked or argv[0] not in ("train", "demo")):  # which have saved a model
-                status = 1
+            saved = argv[0] in ("train", "demo") and not asked
+            status = status or int(not saved)
     if asked:
         raise SystemExit(status) from asked
     return status
@@ -68,7 +77,7 @@ def _status(argv, signals):
         return getattr(stop, "status", 128 + signal.SIGINT)
     except Exception as error:
         if signals:  # which a library has made another error of
-            _complain(one_line(_SIGNALS[signals[0]]))
+            _complain(str(_SIGNALS[signals[0]]()))
             return 128 + signals[0]
         if isinstance(error, ImportError):
             if (error.name or "").startswith("sft_kernels"):
@@ -111,7 +120,7 @@ def _missing(error):
 
 @contextmanager
 def _interruptible():
-    """Make SIGINT and SIGTERM raise ``KeyboardInterrupt`` in the block; yields the list of those that came.
+    """Make SIGINT and SIGTERM raise ``KeyboardInterrupt`` in the block; yields those that came.
 
     A second one does what it would have done without the block. Handlers of others stay in place.
     """
@@ -120,12 +129,13 @@ def _interruptible():
     def interrupt(number, frame):
         came.append(number)
         signal.signal(number, before[number])
-        raise _SIGNALS[number]
+        raise _SIGNALS[number]()
 
     if threading.current_thread() is threading.main_thread():
-        for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-            if signal.getsignal(number) == usual:
-                before[number] = usual
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        for number, handler in usual.items():
+            if signal.getsignal(number) == handler:
+                before[number] = handler
                 signal.signal(number, interrupt)
     try:
         yield came
@@ -135,13 +145,14 @@ def _interruptible():
 
 
 def _options(kind, command, argv, default=None, **more):
-    """The options in ``argv`` as tyro reads them; ends the process for --help and a wrong option."""
+    """Returns the options in ``argv``; --help and a wrong option raise ``SystemExit``."""
     import tyro
 
-    values = [] if default is None else vars(default).values()
-    shown = [*argv, *(each for value in values for each in (value if isinstance(value, list) else [value]))]
+    shown = list(argv)
     if default is not None:
         more["default"] = default
+        for value in vars(default).values():
+            shown += value if isinstance(value, list) else [value]
     with coloured(*shown):
         return tyro.cli(kind, prog=f"sft-kernels {command}", args=argv, **more)
 
@@ -171,7 +182,8 @@ def _train(argv):
         if before or isinstance(error, NotSaved) or not model.is_dir():
             raise
         # Nothing that fails after the model is saved fails the run.
-        _complain(f"warning: the model is in {printable(str(model))}, then {type(error).__name__}: {one_line(error)}")
+        failed = f"{type(error).__name__}: {one_line(error)}"
+        _complain(f"warning: the model is in {printable(str(model))}, then {failed}")
         return 0
     made = "model, log and curves" if log.curves else "model and log"
     print(printable(f"{made} are in {recipe.out}"))

@@ -49,8 +49,9 @@ def test_importing_the_package_loads_nothing_heavy_and_a_name_loads_its_module()
 import sys, sft_kernels
 print(*{name.split(".")[0] for name in sys.modules}, sep=",")
 assert not [name for name in sys.modules if name.startswith("sft_kernels.")]
-assert not hasattr(sft_kernels, "nothing") and "torch" not in sys.modules
-assert {*sft_kernels.__all__, "ops", "__version__"} <= {*dir(sft_kernels)} and "torch" not in sys.modules
+assert not hasattr(sft_kernels, "nothing")
+assert {*sft_kernels.__all__, "ops", "__version__"} <= {*dir(sft_kernels)}
+assert "torch" not in sys.modules
 print(sft_kernels.ops.adamw.api.AdamW is sft_kernels.AdamW, sft_kernels._backend.__name__)
 """
     loaded, rest = run(code).splitlines()
@@ -69,7 +70,7 @@ def test_stars_pickles_and_assignments_work_as_before(monkeypatch):
     assert sft_kernels.cross_entropy == "another"
 
 
-@pytest.mark.parametrize("error", [ImportError("libcudart.so.12: no such file"), AttributeError("half a torch")])
+@pytest.mark.parametrize("error", [ImportError("no libcudart.so"), AttributeError("half a torch")])
 def test_a_name_that_cannot_be_loaded_is_an_import_error(error, monkeypatch):
     def fail(name, package=None):
         raise error
@@ -81,7 +82,7 @@ def test_a_name_that_cannot_be_loaded_is_an_import_error(error, monkeypatch):
             ask()
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["-h"], ["--version"], ["train", "--help"], ["inspect", "--help"]])
+@pytest.mark.parametrize("argv", ["--help", "-h", "--version", "train --help", "inspect --help"])
 def test_help_and_version_import_nothing_heavy(argv):
     code = """
 import sys
@@ -92,8 +93,11 @@ except SystemExit as end:
     status = end.code
 print(status, *{name.split(".")[0] for name in sys.modules}, sep=",")
 """
-    *said, last = run(code, *argv).splitlines()
+    *said, last = run(code, *argv.split()).splitlines()
     status, *loaded = last.split(",")
     assert status == "0"
     assert not HEAVY & {*loaded}
-    assert said == [f"sft-kernels {sft_kernels.__version__}"] if argv == ["--version"] else len(said) > 5
+    if argv == "--version":
+        assert said == [f"sft-kernels {sft_kernels.__version__}"]
+    else:
+        assert said[0].startswith("usage: sft-kernels")
