@@ -1,45 +1,163 @@
 """``sft-kernels``: train, inspect, demo, verify."""
 
+import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial, wraps
+from pathlib import Path
 from typing import Annotated, Literal
+
+from . import __version__
+from ._terminal import coloured, one_line, printable, taken
 
 _USAGE = """usage: sft-kernels COMMAND [options]
 
-  train    --config recipe.yaml --data FILE.jsonl …   fine-tune a model (options override the file)
-  inspect  FILE.jsonl …                               tokens beside shifted labels, kept and padding shares
-  demo     [--out DIR]                                the whole job on a CPU, before and after
-  verify   [--ops …] [--impls …] [--smoke]            is every implementation right on this machine?
+  train    --config recipe.yaml --data FILE.jsonl ...  fine-tune a model; options override the file
+  inspect  FILE.jsonl ...                              tokens beside shifted labels, and shares
+  demo     [--out DIR]                                 the whole job on a CPU, before and after
+  verify   [--ops ...] [--impls ...] [--smoke]         is every implementation right here?
 
-sft-kernels COMMAND --help lists a command's options."""
+sft-kernels COMMAND --help lists a command's options. sft-kernels --version prints the version."""
+
+# The modules of the extra "train".
+_TRAIN = ("transformers", "tokenizers", "safetensors", "tyro", "tqdm", "yaml", "matplotlib")
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT ended the command.
+
+    After a plain ``KeyboardInterrupt`` Python may end by the signal, and not with the status 130.
+    """
+
+    status = 128 + signal.SIGINT
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM ended the command."""
+
+    status = 128 + signal.SIGTERM
+
+
+_SIGNALS = {
+    signal.SIGINT: partial(Interrupted, "interrupted"),
+    signal.SIGTERM: partial(Terminated, "terminated"),
+}
 
 
 def main(argv=None):
-    """Run a command; returns the exit status: 0, 1 where the input was refused, 2 for a wrong call, 130 interrupted,
-    143 terminated."""
-    argv = sys.argv[1:] if argv is None else argv
-    commands = {"train": _train, "inspect": _inspect, "demo": _demo, "verify": _verify}
-    if not argv or argv[0] not in commands:
-        asked = bool(argv) and argv[0] in ("-h", "--help")
-        print(_USAGE, file=sys.stdout if asked else sys.stderr)
-        return 0 if asked else 2
+    """Run a command; returns the exit status.
+
+    It is 0, 1 if the input was refused, 2 for a wrong call, 130 if SIGINT ended the command, and
+    143 if SIGTERM did. A run that saved its model ends with 0, whatever fails after that.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with taken() as output, _interruptible() as signals:
+        asked = None
+        try:
+            status = _status(argv, signals)
+        except SystemExit as end:  # of --help and of a wrong option
+            asked, status = end, end.code or 0
+        if error := output.lost:
+            _complain(f"the output was lost ({error.strerror or error})")
+            saved = argv[0] in ("train", "demo") and not asked
+            status = status or int(not saved)
+    if asked:
+        raise SystemExit(status) from asked
+    return status
+
+
+def _status(argv, signals):
     try:
-        return commands[argv[0]](argv[1:])
-    except ImportError as error:
-        if error.name and error.name.startswith("sft_kernels"):
-            raise
-        print(f"sft-kernels: {error}; pip install 'sft-kernels[train]' brings what the trainer needs", file=sys.stderr)
+        return _run(argv)
     except KeyboardInterrupt as stop:
-        print(f"sft-kernels: {str(stop) or 'interrupted'}", file=sys.stderr)
-        return getattr(stop, "status", 130)
-    except (ValueError, OSError) as error:
-        print(f"sft-kernels: {error}", file=sys.stderr)
+        _complain(one_line(stop) if str(stop) else "interrupted")
+        return getattr(stop, "status", 128 + signal.SIGINT)
+    except Exception as error:
+        if signals:  # which a library has made another error of
+            _complain(str(_SIGNALS[signals[0]]()))
+            return 128 + signals[0]
+        if isinstance(error, ImportError):
+            if (error.name or "").startswith("sft_kernels"):
+                raise
+            _complain(_missing(error))
+        elif isinstance(error, (ValueError, OSError)):
+            _complain(one_line(error))
+        else:
+            raise
     return 1
 
 
-def _train(argv):
+def _run(argv):
+    commands = {"train": _train, "inspect": _inspect, "demo": _demo, "verify": _verify}
+    if argv and argv[0] in commands:
+        return commands[argv[0]](argv[1:])
+    if argv and argv[0] == "--version":
+        print(f"sft-kernels {__version__}")
+        return 0
+    asked = bool(argv) and argv[0] in ("-h", "--help")
+    print(_USAGE, file=sys.stdout if asked else sys.stderr)
+    return 0 if asked else 2
+
+
+def _complain(message):
+    print(f"sft-kernels: {message}", file=sys.stderr)
+
+
+def _missing(error):
+    module = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and module:
+        message = f"the module {module} is missing"
+    else:
+        message = str(error)
+    if module in _TRAIN:
+        install = "pip install --no-build-isolation '.[train]' in a clone"
+        message += f'; the extra "train" brings what the trainer needs: {install}'
+    return one_line(message)
+
+
+@contextmanager
+def _interruptible():
+    """Make SIGINT and SIGTERM raise ``KeyboardInterrupt`` in the block; yields those that came.
+
+    A second one does what it would have done without the block. Handlers of others stay in place.
+    """
+    came, before = [], {}
+
+    def interrupt(number, frame):
+        came.append(number)
+        signal.signal(number, before[number])
+        raise _SIGNALS[number]()
+
+    if threading.current_thread() is threading.main_thread():
+        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+        for number, handler in usual.items():
+            if signal.getsignal(number) == handler:
+                before[number] = handler
+                signal.signal(number, interrupt)
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _options(kind, command, argv, default=None, **more):
+    """Returns the options in ``argv``; --help and a wrong option raise ``SystemExit``."""
     import tyro
 
+    shown = list(argv)
+    if default is not None:
+        more["default"] = default
+        for value in vars(default).values():
+            shown += value if isinstance(value, list) else [value]
+    with coloured(*shown):
+        return tyro.cli(kind, prog=f"sft-kernels {command}", args=argv, **more)
+
+
+def _train(argv):
     from .sft.recipe import Recipe, from_yaml
 
     recipe = Recipe()
@@ -51,24 +169,29 @@ def _train(argv):
         recipe = from_yaml(argv[at + 1])
         argv = argv[:at] + argv[at + 2 :]
     description = "--config FILE reads options from YAML first."
-    recipe = tyro.cli(Recipe, prog="sft-kernels train", args=argv, default=recipe, description=description)
+    recipe = _options(Recipe, "train", argv, default=recipe, description=description)
 
+    from .sft.saving import NotSaved
     from .sft.train import train
 
-    _, _, log = train(recipe)
-    print(f"{'model, log and curves' if log.curves else 'model and log'} are in {recipe.out}")
+    model = Path(recipe.out, "model").absolute()
+    before = os.path.lexists(model)
+    try:
+        _, _, log = train(recipe)
+    except Exception as error:
+        if before or isinstance(error, NotSaved) or not model.is_dir():
+            raise
+        # Nothing that fails after the model is saved fails the run.
+        failed = f"{type(error).__name__}: {one_line(error)}"
+        _complain(f"warning: the model is in {printable(str(model))}, then {failed}")
+        return 0
+    made = "model, log and curves" if log.curves else "model and log"
+    print(printable(f"{made} are in {recipe.out}"))
     return 0
 
 
 def _inspect(argv):
     import tyro
-
-    from .sft.dataset import load_examples
-    from .sft.inspection import label_table, summary
-    from .sft.masking import Encoder
-    from .sft.model import load_tokenizer
-    from .sft.sources import Source, check_pipes
-    from .sft.train import train_tokenizer_on
 
     @dataclass
     class Inspect:
@@ -96,9 +219,17 @@ def _inspect(argv):
         skip_bad: bool = False
         """Count and report bad lines instead of stopping at the first."""
 
-    options = tyro.cli(Inspect, prog="sft-kernels inspect", args=argv)
+    options = _options(Inspect, "inspect", argv)
     if not options.data:
         raise ValueError("data: expected at least one JSONL file")
+
+    from .sft.dataset import load_examples
+    from .sft.inspection import label_table, summary
+    from .sft.masking import Encoder
+    from .sft.model import load_tokenizer
+    from .sft.sources import Source, check_pipes
+    from .sft.train import train_tokenizer_on
+
     check_pipes(options.data)
     sources = [Source(path) for path in options.data]
     if options.tokenizer:
@@ -112,20 +243,22 @@ def _inspect(argv):
         print(label_table(example, tokenizer) + "\n")
     print(summary(examples, options.row_tokens))
     for note in encoder.notes:
-        print(note)
+        print(printable(note))
     for error in bad:
-        print(f"skipped {error}")
+        print(printable(f"skipped {error}"))
     if len(bad):
         print(f"skipped {len(bad)} lines")
     return 0
 
 
 def _demo(argv):
-    import tyro
-
     from .sft import demo
 
-    _, after = tyro.cli(demo.run, prog="sft-kernels demo", args=argv)
+    @wraps(demo.run)
+    def given(**options):
+        return options
+
+    _, after = demo.run(**_options(given, "demo", argv))
     if after["exact match"] < 0.8 or after["answers that stop"] < 0.99:
         print("the fine-tuned model falls short of exact match 0.8 and stops 0.99", file=sys.stderr)
         return 1

@@ -15,6 +15,7 @@ from .evaluate import answer, exact_match, masked_loss
 from .masking import Encoder
 from .model import END_OF_TURN, train_tokenizer
 from .packing import PackedRows, collate, groups_of
+from .report import say
 from .train import Recipe, load_examples, train
 
 _WORDS = """
@@ -135,7 +136,7 @@ def run(out="out/demo", base_steps=500, steps=400, lists=6000, held_out=240, see
     config(len(tokenizer), tokenizer.pad_token_id).save_pretrained(out / "config")
 
     shared = {"row_tokens": 1024, "rows": 2, "log_every": 50, "seed": seed, "tokenizer": str(out / "tokenizer")}
-    print(f"1. a base model: {base_steps} steps on unformatted text")
+    say(f"1. a base model: {base_steps} steps on unformatted text")
     base = Recipe(
         data=[str(data["base"])],
         model=str(out / "config"),
@@ -147,7 +148,7 @@ def run(out="out/demo", base_steps=500, steps=400, lists=6000, held_out=240, see
     )
     model, _, _ = train(base)
     before = judge(model, tokenizer, data["held_out"])
-    print(f"2. fine-tuning: {steps} steps on chats, the loss on the answers and {END_OF_TURN}")
+    say(f"2. fine-tuning: {steps} steps on chats, the loss on the answers and {END_OF_TURN}")
     tune = Recipe(
         data=[str(data["chats"])],
         eval_data=[str(data["held_out"])],
@@ -160,10 +161,10 @@ def run(out="out/demo", base_steps=500, steps=400, lists=6000, held_out=240, see
     )
     model, _, _ = train(tune)
     after = judge(model, tokenizer, data["held_out"])
-    print(f"\n{'held-out prompts':<20}{'before':>10}{'after':>10}")
+    say(f"\n{'held-out prompts':<20}{'before':>10}{'after':>10}")
     for name in before:
-        print(f"{name:<20}{before[name]:>10.3f}{after[name]:>10.3f}")
-    print(f"\nlogs, curves and models are in {out}")
+        say(f"{name:<20}{before[name]:>10.3f}{after[name]:>10.3f}")
+    say(f"\nlogs, curves and models are in {out}")
     return before, after
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .._terminal import printable
 from .masking import IGNORE
 from .packing import lengths_of, pack
 
@@ -16,7 +17,7 @@ def label_table(example, tokenizer):
 
     shifted = [*example.labels[1:], IGNORE]
     lines = [
-        f"{example.source}: {len(example.input_ids)} tokens, {example.kept} kept",
+        printable(f"{example.source}: {len(example.input_ids)} tokens, {example.kept} kept"),
         f"{'':>6} {'token':<24} predicts",
     ]
     for position, (token, label) in enumerate(zip(example.input_ids, shifted, strict=True)):

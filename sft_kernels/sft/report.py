@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from .._terminal import output, printable
+
 _COLUMNS = (
     ("step", "{:>6d}"),
     ("loss", "{:>8.4f}"),
@@ -50,7 +52,7 @@ class RunLog:
         self.history = []
         self._unwritten, self._warned = b"", False
         self.curves = self._try_curves()
-        self.bar = tqdm(total=total, desc="training", unit="step")
+        self.bar = _bar(total)
         header = (f"{name:>{len(form.format(0))}}" for name, form in _COLUMNS)
         say(" ".join(header))
 
@@ -147,10 +149,24 @@ class RunLog:
             self._warned = True
 
 
-def say(text, file=None):
-    """Print beside the bar. A screen that is gone raises nothing."""
+def _bar(total):
+    disable = True  # tqdm flushes both streams, and an error in the middle of it cannot be cleared up
     with _screen():
-        tqdm.write(text, file=file or sys.stdout)
+        for stream in (sys.stdout, sys.stderr):
+            getattr(stream, "flush", bool)()
+        disable = False
+    return tqdm(total=total, desc="training", unit="step", file=output(sys.stderr), disable=disable)
+
+
+def say(text, file=None):
+    """Print one line beside the bar, without control characters; blank lines may come first.
+
+    A screen that is gone raises nothing, and one that cannot show a character gets an escape.
+    """
+    line = text.lstrip("\n")
+    stream = output(sys.stdout if file is None else file)
+    with _screen(), tqdm.external_write_mode(file=stream):
+        stream.write(f"{text[: len(text) - len(line)]}{printable(line)}\n")
 
 
 def warn(text):
@@ -159,15 +175,15 @@ def warn(text):
 
 
 def _screen():
-    # A terminal that is gone raises OSError; a closed file, or a letter it cannot show, ValueError.
+    # A terminal that is gone raises OSError, a closed file ValueError.
     return suppress(OSError, ValueError)
 
 
 def reason_of(error):
-    """Returns an error's message in one line of at most 300 characters."""
+    """Returns an error's message in one line of at most 300 characters, none of them of control."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    return printable(" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _finite(value):

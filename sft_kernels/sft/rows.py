@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from .._terminal import printable
 from . import formats
 from .formats import Unfit
 from .messages import check, check_tools
@@ -9,7 +10,6 @@ from .shapes import ALIASES, SYSTEM, known_shape
 from .spoken import SWITCHES
 from .strict_json import parse
 
-LONGEST_MESSAGE = 4000
 LONGEST = 1 << 22  # bytes of a line: about a million tokens, which no row of a batch holds
 IGNORE = -100
 _BOM = b"\xef\xbb\xbf"
@@ -200,11 +200,3 @@ def _answer(row, key):
 
 def _is_pair(pair):
     return isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)
-
-
-def printable(text):
-    """One line without control characters, as files and templates may hold them."""
-    if not text.isprintable():
-        plain = (c if c.isprintable() else " " if c in "\r\n\t" else ascii(c)[1:-1] for c in text)
-        text = "".join(plain)
-    return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]} …"

@@ -14,7 +14,7 @@ import torch
 
 from . import generation
 from . import model as models
-from .report import reason_of
+from .report import reason_of, say
 
 UNFINISHED = "model-unfinished"
 """The folder in ``out`` for the model of a run that an error ended."""
@@ -145,7 +145,7 @@ def _prepare_generation(model, tokenizer, end_of_turn, folder):
     pad = tokenizer.pad_token_id
     model.generation_config, change = generation.saveable(model.generation_config, folder, pad)
     for line in filter(None, [*changes, change]):
-        print(line)
+        say(line)
 
 
 @contextmanager

@@ -1,4 +1,6 @@
+import io
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -100,6 +102,52 @@ def test_a_screen_that_is_gone_costs_no_run(log, tmp_path, monkeypatch):
     log.close()
     log.finish()
     assert len(rows_of(tmp_path)) == 2
+
+
+def test_a_screen_that_is_gone_from_the_start_costs_no_run(tmp_path, monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError
+
+    class Full(Gone):
+        def flush(self):
+            raise OSError(28, "No space left on device")
+
+    for name, stream in (("gone", Gone()), ("full", Full()), ("none", None)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        log = RunLog(tmp_path / name, 1, 1)
+        step(log, 1)
+        log.close()
+        log.finish()
+        assert len(rows_of(tmp_path / name)) == 1
+
+
+def test_a_line_is_printed_beside_the_bar_on_any_screen(log, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", screen)
+    report.say("\n\n· first\nsecond \x1b[2J\u202e")
+    step(log, 1)
+    report.say("error", screen)
+    first, *lines = screen.buffer.getvalue().decode("ascii").lstrip("\n").splitlines()
+    assert screen.buffer.getvalue().startswith(b"\n\n\\xb7")
+    assert first == r"\xb7 first second \x1b[2J\u202e"
+    assert [line.split()[0] for line in lines] == ["1", "error"]
+
+
+def test_the_bar_is_taken_away_while_a_line_is_printed(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(sys, "stderr", screen)
+    log = RunLog(tmp_path, 4, 1)
+    report.say("line")
+    log.close()
+    assert re.search(r"training:.*\r +\r(\x1b\[A)*line\n", screen.getvalue(), re.DOTALL)
+
+
+def test_the_reason_of_an_error_is_one_line_without_control_characters():
+    assert report.reason_of(ValueError("a\n  b\x1b[2J\u2028")) == r"a b\x1b[2J"
+    assert report.reason_of(OSError(28, "No space left on device")) == "No space left on device"
 
 
 def test_curves_that_cannot_be_drawn_are_a_warning_before_the_first_step(tmp_path, monkeypatch, capsys):

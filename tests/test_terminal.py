@@ -1,0 +1,467 @@
+"""What the command line prints on any terminal, pipe or disk, and how it ends."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sft_kernels import cli
+from sft_kernels._terminal import Output, coloured, one_line, output, printable, taken
+from sft_kernels.sft import train as training
+from sft_kernels.sft.saving import NotSaved
+
+ROOT = Path(__file__).parents[1]
+HOSTILE = "a\x1b[2Jb\x9bc\u202ed\u2066e\u2028f\x07g\x00h\udcffi\x7fj"
+ESCAPED = r"a\x1b[2Jb\x9bc\u202ed\u2066e\u2028f\x07g\x00h\udcffi\x7fj"
+full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+
+
+class Broken:
+    """A stream of which nobody knows more than that it fails."""
+
+    def __init__(self, error):
+        self.error, self.calls = error, 0
+
+    def write(self, text):
+        self.calls += 1
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+NO_READER = BrokenPipeError(errno.EPIPE, "Broken pipe")
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+def stream(encoding, errors="strict"):
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors=errors, write_through=True)
+
+
+# ---- text
+
+
+def test_printable_is_one_line_without_control_characters():
+    assert printable(HOSTILE) == ESCAPED
+    assert printable("a\r\n\tb 模型 é") == "a   b 模型 é"
+    assert printable("x" * 5000) == "x" * 4000 + " …"
+    assert one_line(ValueError(f"first\n   second {HOSTILE}\r\n")) == f"first second {ESCAPED}"
+    assert one_line(ValueError()) == "ValueError"
+
+
+# ---- streams
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", r"\xe9 \u2026 \u6a21 \udcff"),
+        ("latin-1", r"é \u2026 \u6a21 \udcff"),
+        ("cp1252", r"é … \u6a21 \udcff"),
+        ("utf-8", r"é … 模 \udcff"),
+    ],
+)
+def test_a_character_that_the_encoding_lacks_is_escaped(encoding, errors, shown):
+    inner = stream(encoding, errors)
+    print("é … 模 \udcff", file=Output(inner))
+    assert inner.buffer.getvalue().decode(encoding) == f"{shown}\n"
+
+
+CLOSED = ValueError("I/O operation on closed file")
+
+
+@pytest.mark.parametrize("inner", [None, Broken(NO_READER), Broken(NO_SPACE), Broken(CLOSED)])
+def test_a_stream_that_fails_drops_the_rest(inner):
+    out = Output(inner)
+    print("one", file=out)
+    print("two", file=out, flush=True)
+    out.writelines(["three"])
+    assert inner is None or inner.calls == 1
+    assert out.lost is (NO_SPACE if inner is not None and inner.error is NO_SPACE else None)
+    assert not out.isatty()
+    assert out.encoding == "utf-8"
+    with pytest.raises((OSError, AttributeError)):
+        out.fileno()
+
+
+def test_a_stand_in_is_equal_to_its_stream_and_made_once():
+    inner = io.StringIO()
+    out = output(inner)
+    assert output(out) is out
+    assert out in (sys.stdout, inner)
+    assert out != io.StringIO()
+    assert hash(out) == hash(output(inner))
+
+
+def test_the_streams_of_a_command_are_put_back_and_let_only_bars_move(monkeypatch):
+    out, err = stream("utf-8"), stream("utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with taken():
+        print(HOSTILE)
+        print(f"\r{HOSTILE}\n\x1b[A", end="", file=sys.stderr)
+        for part in ("\rbar", "\n\n", "\x1b[A\x1b[A", "\r", "a\rb", "\x1b[Ac", "\n"):
+            sys.stderr.write(part)
+            sys.stdout.write(part)
+        with coloured("plain"):
+            sys.stdout.write("\x1b[1m")
+        with coloured("plain", HOSTILE):
+            sys.stdout.write("\x1b[1m")
+    assert (sys.stdout, sys.stderr) == (out, err)
+    moves = r"a b\x1b[Ac"
+    begin, end = f"{ESCAPED}\n bar\n\n\\x1b[A\\x1b[A ", "\n\x1b[1m\\x1b[1m"
+    assert out.buffer.getvalue().decode() == f"{begin}{moves}{end}"
+    assert err.buffer.getvalue().decode() == f"\r{ESCAPED}\n\\x1b[A\rbar\n\n\x1b[A\x1b[A\r{moves}\n"
+
+
+def test_standard_output_claims_no_colours_unless_they_are_let_through(monkeypatch):
+    class Tty(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Tty())
+    monkeypatch.setattr(sys, "stderr", Tty())
+    with taken():
+        assert (sys.stdout.isatty(), sys.stderr.isatty()) == (False, True)
+        with coloured("train"):
+            assert sys.stdout.isatty()
+
+
+@contextlib.contextmanager
+def without_reader():
+    """A stream with a buffer, on a pipe whose other end is closed."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as file:
+        yield file
+
+
+def test_nothing_stays_in_the_buffer_of_a_pipe_that_is_closed(monkeypatch):
+    with without_reader() as inner:
+        monkeypatch.setattr(sys, "stdout", inner)
+        with taken() as out:
+            print("x")
+        assert isinstance(out.failed, BrokenPipeError)
+        inner.flush()  # nor does its end, at the end of this block, raise
+        os.fstat(inner.fileno())
+
+
+# ---- the command
+
+
+def conversation(question, reply):
+    turns = {"role": "user", "content": question}, {"role": "assistant", "content": reply}
+    return json.dumps({"messages": turns}) + "\n"
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(conversation("How many?", "Two … words.") * 12)
+    return path
+
+
+@pytest.fixture
+def train(chats, tmp_path):
+    """The arguments of a run on a model that a config describes."""
+    config = tmp_path / "config.json"
+    shape = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    config.write_text(json.dumps({"model_type": "llama", **shape, **heads}))
+    options = ["--row-tokens", "64", "--steps", "1", "--holdout", "0.2"]
+    return ["train", "--model", config, "--data", chats, *options, "--out", tmp_path / "模型"]
+
+
+def test_inspect_on_any_stream(chats, monkeypatch, capsys):
+    with without_reader() as inner:
+        monkeypatch.setattr(sys, "stdout", inner)
+        assert cli.main(["inspect", str(chats)]) == 0
+    for other in (None, Broken(NO_READER), Broken(CLOSED), stream("ascii")):
+        monkeypatch.setattr(sys, "stdout", other)
+        assert cli.main(["inspect", str(chats)]) == 0
+        assert sys.stdout is other
+    assert r" \xb7" in other.buffer.getvalue().decode("ascii")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "stdout", Broken(NO_SPACE))
+    assert cli.main(["inspect", str(chats)]) == 1
+    assert capsys.readouterr().err == "sft-kernels: the output was lost (No space left on device)\n"
+
+
+def test_verify_on_any_stream(monkeypatch, capsys):
+    argv = ["verify", "--ops", "adamw", "--impls", "torch", "--dtypes", "float32", "--smoke"]
+    for stdout in (stream("ascii"), None, Broken(NO_READER)):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(argv) == 0
+    monkeypatch.setattr(sys, "stdout", Broken(NO_SPACE))
+    assert cli.main(argv) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+class Trainer:
+    """Stands for the trainer: makes the model's folder, prints, and then raises."""
+
+    def __init__(self, monkeypatch, tmp_path):
+        self.out, self.error, self.saves = tmp_path / "run", None, True
+        monkeypatch.setattr(training, "train", self)
+
+    def __call__(self, recipe):
+        print("step")
+        if self.saves:
+            (self.out / "model").mkdir(parents=True)
+        if self.error:
+            raise self.error
+        return None, None, type("Log", (), {"curves": True})
+
+    def run(self):
+        return cli.main(["train", "--out", str(self.out)])
+
+
+@pytest.fixture
+def trainer(monkeypatch, tmp_path):
+    return Trainer(monkeypatch, tmp_path)
+
+
+def test_a_run_that_saved_its_model_ends_with_0_if_its_output_is_lost(trainer, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Broken(NO_SPACE))
+    assert trainer.run() == 0
+    assert capsys.readouterr().err == "sft-kernels: the output was lost (No space left on device)\n"
+
+
+def test_a_run_that_saved_its_model_ends_with_0_if_what_follows_fails(trainer, capsys):
+    trainer.error = RuntimeError(f"out of\nmemory {HOSTILE}")
+    assert trainer.run() == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sft-kernels: warning: the model is in ")
+    assert line.endswith(f"then RuntimeError: out of memory {ESCAPED}")
+
+
+@pytest.mark.parametrize("error", [ValueError("data: bad"), NotSaved("out: saved elsewhere")])
+def test_a_run_that_did_not_save_there_ends_with_1(error, trainer, capsys):
+    trainer.error, trainer.saves = error, isinstance(error, NotSaved)
+    assert trainer.run() == 1
+    assert capsys.readouterr().err == f"sft-kernels: {error}\n"
+    trainer.saves = False
+    (trainer.out / "model").mkdir(parents=True, exist_ok=True)  # an earlier run's
+    assert trainer.run() == 1
+
+
+def test_an_error_that_is_a_bug_keeps_its_traceback(trainer):
+    trainer.error, trainer.saves = RuntimeError("a bug"), False
+    stdout = sys.stdout
+    with pytest.raises(RuntimeError, match="a bug"):
+        trainer.run()
+    assert sys.stdout is stdout
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, ImportError, KeyboardInterrupt])
+def test_an_error_is_one_line_without_control_characters(error, trainer, capsys):
+    trainer.error, trainer.saves = error(f"first\n  second {HOSTILE}"), False
+    assert trainer.run() == (130 if error is KeyboardInterrupt else 1)
+    assert capsys.readouterr().err == f"sft-kernels: first second {ESCAPED}\n"
+
+
+def test_names_of_files_and_values_of_recipes_are_escaped(tmp_path, capsys):
+    path = tmp_path / "\x1b[31m.jsonl"
+    path.write_text(conversation("\x1b[1m\u202e", "b\x9b") + "{\n")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text('model: "a\\e[31mb"\n')
+    assert cli.main(["inspect", str(path), "--skip-bad"]) == 0
+    for argv in (f"train --config {recipe} --help", "train --\x1b[2Jx", "verify --\x1b[1m"):
+        with pytest.raises(SystemExit):
+            cli.main(argv.split(" "))
+    said = "".join(capsys.readouterr())
+    assert r"\x1b[31m.jsonl:1: " in said
+    assert r"\x1b[31mb" in said
+    assert all(c.isprintable() or c == "\n" for c in said)
+
+
+# ---- what is missing
+
+
+def test_a_missing_module_is_named_with_the_extra_that_brings_it(trainer, capsys):
+    trainer.saves = False
+    trainer.error = ModuleNotFoundError("No module named 'yaml.x'", name="yaml.x")
+    assert trainer.run() == 1
+    assert capsys.readouterr().err == (
+        'sft-kernels: the module yaml is missing; the extra "train" brings what the trainer needs: '
+        "pip install --no-build-isolation '.[train]' in a clone\n"
+    )
+    trainer.error = ModuleNotFoundError("No module named 'sentencepiece'", name="sentencepiece")
+    assert trainer.run() == 1
+    assert capsys.readouterr().err == "sft-kernels: the module sentencepiece is missing\n"
+    trainer.error = ImportError("cannot import name 'a' from 'transformers'", name="transformers")
+    assert trainer.run() == 1
+    assert "cannot import name 'a' from 'transformers'; the extra" in capsys.readouterr().err
+    trainer.error = ModuleNotFoundError("No module named 'sft_kernels.x'", name="sft_kernels.x")
+    with pytest.raises(ImportError):
+        trainer.run()
+
+
+def test_the_modules_of_the_extra_are_those_of_pyproject():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {part.split(">")[0].split("=")[0].strip().lower() for part in extras["train"]}
+    assert {*cli._TRAIN} == {{"pyyaml": "yaml"}.get(name, name) for name in names}
+
+
+# ---- signals
+
+
+ENDS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+
+
+@pytest.mark.parametrize(("number", "status", "word"), ENDS)
+@pytest.mark.parametrize("disguised", [False, True], ids=["as it is", "as an error of a library"])
+def test_a_signal_is_one_line(number, status, word, disguised, trainer, monkeypatch, capsys):
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+
+    def fail(recipe):
+        try:
+            signal.raise_signal(number)
+        except BaseException as error:
+            if disguised:
+                raise ImportError("numpy.core.multiarray failed to import") from error
+            raise
+
+    monkeypatch.setattr(training, "train", fail)
+    assert trainer.run() == status
+    assert capsys.readouterr().err == f"sft-kernels: {word}\n"
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize(("number", "status", "word"), ENDS)
+def test_a_signal_in_the_first_evaluation(number, status, word, train, monkeypatch, capfd):
+    monkeypatch.setattr(training, "masked_loss", lambda *args: signal.raise_signal(number))
+    assert cli.main([str(arg) for arg in train]) == status
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert said.splitlines()[-1] == f"sft-kernels: {word}"
+    assert [path.name for path in train[-1].iterdir()] == ["train.jsonl"]
+
+
+def test_handlers_of_others_stay_and_ours_serve_once(trainer, monkeypatch):
+    seen = []
+
+    def look(recipe):
+        seen.append(signal.getsignal(signal.SIGTERM))
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        seen.append(signal.getsignal(signal.SIGINT))
+        raise ValueError
+
+    monkeypatch.setattr(training, "train", look)
+    kept = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert trainer.run() == 130
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+    assert seen == [signal.SIG_IGN, signal.default_int_handler]
+
+
+# ---- processes
+
+MAIN = "import sys; from sft_kernels.cli import main; sys.exit(main())"
+CLOSING = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "-"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def process(*argv, before="", **options):
+    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": ENV, **options}
+    code = f"{before}\n{MAIN}"
+    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], **options)
+
+
+def saved(train):
+    out = train[-1]
+    rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    assert ["loss" in row for row in rows] == [False, True, False]
+    return (out / "model" / "model.safetensors").is_file()
+
+
+def test_a_run_whose_readers_are_gone_goes_on(train):
+    with without_reader() as pipe:
+        done = process(*train, capture_output=False, stdout=pipe, stderr=pipe)
+    assert done.returncode == 0
+    assert saved(train)
+
+
+def test_a_run_without_descriptors_writes_its_text_into_no_file(train):
+    """The shell closes all three, so that a file opened later gets the number of one."""
+    argv = [*CLOSING, sys.executable, "-c", MAIN, *map(str, train)]
+    assert subprocess.run(argv, cwd=ROOT, env=ENV).returncode == 0
+    assert saved(train)
+
+
+@full
+def test_a_run_on_a_full_disk_and_an_ascii_terminal_says_what_is_lost(train, monkeypatch):
+    err = stream("ascii")
+    with contextlib.suppress(OSError), open("/dev/full", "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        monkeypatch.setattr(sys, "stderr", err)
+        assert cli.main([str(arg) for arg in train]) == 0
+    said = err.buffer.getvalue().decode("ascii")
+    assert said.splitlines()[-1] == "sft-kernels: the output was lost (No space left on device)"
+    assert saved(train)
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["train", "--help"]])
+def test_help_on_any_terminal(argv):
+    with without_reader() as pipe:
+        done = process(*argv, capture_output=False, stdout=pipe, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, "")
+    plain = {**ENV, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = process(*argv, env=plain)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.isascii()
+    if Path("/dev/full").exists():
+        with open("/dev/full", "w") as file:
+            done = process(*argv, capture_output=False, stdout=file, stderr=subprocess.PIPE)
+        assert done.returncode == 1
+        assert done.stderr == "sft-kernels: the output was lost (No space left on device)\n"
+
+
+def test_a_wrong_option_on_an_ascii_terminal():
+    done = process("train", "--stepz", "é…", env={**ENV, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2
+    assert done.stderr.isascii()
+    assert "--stepz" in done.stderr
+
+
+def test_an_opened_file_gets_no_number_of_a_closed_stream(tmp_path):
+    """Neither what Python prints nor what is written to the descriptors ends in it."""
+    before = f"""
+import os, sys, sft_kernels.cli as cli
+def work(argv):
+    with open({str(tmp_path / "mine")!r}, "w") as file:
+        print("stdout"); print("stderr", file=sys.stderr)
+        os.write(1, b"1"); os.write(2, b"2")
+        file.write(str(file.fileno() > 2))
+    return 0
+cli._inspect = work
+"""
+    argv = [*CLOSING, sys.executable, "-c", f"{before}\n{MAIN}", "inspect"]
+    assert subprocess.run(argv, cwd=ROOT).returncode == 0
+    assert (tmp_path / "mine").read_text() == "True"
+
+
+@pytest.mark.parametrize(("number", "status", "word"), ENDS)
+def test_a_signal_during_the_imports(number, status, word, chats):
+    before = f"""
+import signal, sys
+class Signal:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            signal.raise_signal({int(number)})
+sys.meta_path.insert(0, Signal())
+"""
+    done = process("inspect", chats, before=before)
+    assert done.returncode == status
+    assert (done.stdout, done.stderr) == ("", f"sft-kernels: {word}\n")
