@@ -12,7 +12,9 @@ from .. import AdamW, decay_groups, linear_cross_entropy
 from . import model as models
 from .data import DataError, check_pipes, first_of, read_all
 from .evaluate import masked_loss
+from .files import template
 from .finish import saved_at_the_end
+from .loading import check_recipe, load_config
 from .lr import cosine_factor
 from .masking import Encoder
 from .packing import collate, groups_of, pack_rows
@@ -57,7 +59,7 @@ def train_tokenizer_on(paths, vocab_size, skip_bad=False, chat_template=None):
     texts = (r.text or "\n".join(str(m.get("content") or m.get("tool_calls")) for m in r.messages) for r in records)
     tokenizer = models.train_tokenizer(texts, vocab_size)
     if chat_template:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = template(chat_template)
     return tokenizer
 
 
@@ -69,9 +71,7 @@ def prepare_tokenizer(recipe, lines=None):
     if recipe.tokenizer or not models.is_config(recipe.model):
         folder = recipe.tokenizer or recipe.model
         return models.load_tokenizer(folder, recipe.chat_template, recipe.trust_remote_code)
-    from transformers import AutoConfig
-
-    vocab_size = AutoConfig.from_pretrained(recipe.model).get_text_config().vocab_size
+    vocab_size = load_config(recipe.model, recipe.trust_remote_code).get_text_config().vocab_size
     return train_tokenizer_on(lines or recipe.data, vocab_size, recipe.skip_bad, recipe.chat_template)
 
 
@@ -89,6 +89,7 @@ def train(recipe, *, model=None, tokenizer=None):
     check(recipe, model is not None)
     check_pipes([*recipe.data, *recipe.eval_data])
     check_folder(recipe.out)
+    recipe = check_recipe(recipe, model is not None, tokenizer is not None)
     out = Path(recipe.out).absolute()  # also if the working directory changes
     torch.manual_seed(recipe.seed)
     if model is not None:
