@@ -218,7 +218,11 @@ def _check_pickled(path, argument):
         else:
             reason = "it is no checkpoint, or cut off"
         raise ValueError(f"{argument}: {path} cannot be read as weights ({reason})") from error
-    if not isinstance(weights, dict) or not weights or not all(isinstance(w, torch.Tensor) for w in weights.values()):
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(name, str) and isinstance(w, torch.Tensor) for name, w in weights.items())
+    ):
         raise ValueError(f"{argument}: {path} is no mapping of names to tensors")
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from . import files, hub
 
 _ASKS = "--trust-remote-code"
-_DEEPEST, _MOST = 10_000, 100_000
+_MOST = 100_000  # parts of one kind, and experts of all layers together
+_DEEPEST = 10_000
 _LAYERS = re.compile(r"(layers?|blocks?|depths?|stages?)$")
 _PARTS = re.compile(r"(labels|experts?|heads?|groups?)$")
 
@@ -62,11 +63,10 @@ def check_tokenizer(name, trust_remote_code=False):
     return folder
 
 
-def check_model(name, trust_remote_code=False):
-    """The path of a model's folder or config, looked at; its settings, and its files of weights.
+def settings_of(name, trust_remote_code=False):
+    """Returns `(path, settings)` of a model's folder or config: what its config.json says, looked at.
 
-    Returns `(path, settings, weights)`. No code runs: a folder whose code would have to is refused,
-    unless ``trust_remote_code``.
+    No code runs: a folder whose code would have to is refused, unless ``trust_remote_code``.
     """
     path = find(name, "model", trust_remote_code)
     file = path / files.CONFIG if path.is_dir() else path
@@ -82,18 +82,25 @@ def check_model(name, trust_remote_code=False):
     code = code_of(path, "model", trust_remote_code)
     if not trust_remote_code or not code:
         _check_kind(settings, file, code)
-    if is_config(path):
-        if path.is_dir() and os.path.lexists(path / files.GENERATION):
-            files.json_object(path / files.GENERATION, "model")
-        return path, settings, []
-    if os.path.lexists(path / files.GENERATION):
-        files.json_object(path / files.GENERATION, "model")
     generate = path / "custom_generate" / "generate.py"
     if os.path.lexists(generate) and not trust_remote_code:
-        raise ValueError(f"model: {path} has code of its own ({generate}); {_ASKS} lets it run")
+        raise needs_code(path, "model", [str(generate)])
+    return path, settings
+
+
+def check_model(name, trust_remote_code=False):
+    """Returns `(path, settings, weights)`: :func:`settings_of`, and the files of weights, looked at.
+
+    A config has none.
+    """
+    path, settings = settings_of(name, trust_remote_code)
+    if path.is_dir() and os.path.lexists(path / files.GENERATION):
+        files.json_object(path / files.GENERATION, "model")
+    if is_config(path):
+        return path, settings, []
     weights = files.check_weights(path, settings, "model")
     if not weights:
-        raise ValueError(f"model: {path} holds no weights (model.safetensors), and more than a config")
+        raise FileNotFoundError(f"model: {path} holds no weights, such as model.safetensors")
     return path, settings, weights
 
 
@@ -132,6 +139,7 @@ def needs_code(path, argument, code):
 def _check_settings(settings, file):
     """Refuse settings that would fetch code, that mean quantized weights, or that ask for more
     parts than a model has."""
+    layers = experts = 1
     for key, value in _entries(settings):
         where = f"model: {file}: {key}"
         if key in ("quantization_config", "compression_config") and value:
@@ -146,8 +154,12 @@ def _check_settings(settings, file):
             most = _DEEPEST if _LAYERS.search(key) else _MOST if _PARTS.search(key) else None
             if most is not None and count > most:
                 raise ValueError(f"{where}: {count} is more than any model has; at most {most} are supported")
+            layers = max(layers, count) if most == _DEEPEST else layers
+            experts = max(experts, count) if "experts" in key else experts
             if key in ("num_hidden_layers", "n_layer", "num_layers") and count < 1:
                 raise ValueError(f"{where}: expected at least 1, got {count}")
+    if layers * experts > _MOST:
+        raise ValueError(f"model: {file}: {layers} layers of {experts} experts are more than any model has")
 
 
 def _check_kind(settings, file, code):

@@ -48,7 +48,15 @@ def load_model(path, device, trust_remote_code=False):
     if not weights:
         with _guarded("model", path):
             return AutoModelForCausalLM.from_config(config, **options).to(device)
-    with _guarded("model", path):
+
+    def fault():
+        from transformers import GenerationConfig
+
+        if (file := path / files.GENERATION).is_file():
+            with _line("model", file):
+                GenerationConfig.from_pretrained(str(path), local_files_only=True).validate()
+
+    with _guarded("model", path, fault):
         model, found = AutoModelForCausalLM.from_pretrained(
             path, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, **options
         )
@@ -63,6 +71,8 @@ def load_model(path, device, trust_remote_code=False):
             raise _Refused(f"model: {path} lacks {many}")
         if errors := found.get("error_msgs"):
             raise _Refused(f"model: {path} cannot be loaded ({' '.join(str(errors[0]).split())[:300]})")
+    if not trust_remote_code and (code := folders.code_of(path, "model")):
+        print(f"model: {code[0]} does not run; transformers' {type(model).__name__} takes its place")
     return model.to(device)
 
 
@@ -74,7 +84,7 @@ def check_recipe(recipe, model_given=False, tokenizer_given=False):
     """
     changes, trust = {}, recipe.trust_remote_code
     if not model_given:
-        folders.find(recipe.model, "model", trust)
+        folders.settings_of(recipe.model, trust)
     if recipe.chat_template is not None and not tokenizer_given:
         files.check_template(recipe.chat_template)
     if not tokenizer_given and (recipe.tokenizer is not None or not folders.is_config(recipe.model)):
@@ -97,7 +107,14 @@ def _tokenizer_in(folder, trust_remote_code):
     code = folders.code_of(folder, "tokenizer", trust_remote_code)
 
     def fault():
+        from tokenizers import Tokenizer
+
         files.check_tokenizer_files(folder, "tokenizer", in_full=True)
+        if (file := folder / "tokenizer.json").is_file():
+            with _line("tokenizer", file):
+                Tokenizer.from_file(str(file))
+            return folder / files.TOKENIZER_CONFIG
+        return files.vocabulary_file(folder)
 
     with _guarded("tokenizer", folder, fault, code):
         tokenizer = AutoTokenizer.from_pretrained(
@@ -166,27 +183,40 @@ def _check_text_config(config, text, settings, file):
 def _guarded(argument, path, fault=None, code=()):
     """In the block the hub is not asked and transformers says nothing; every error becomes one line.
 
-    ``fault()`` is called after one; it raises a better error if it finds the file at fault. What
-    transformers had to say comes after the block, unless it failed.
+    ``fault()`` is called after one. It returns the file at fault or None, or raises a better error.
+    What transformers had to say comes after the block, unless it failed.
     """
     with hub.unasked(), _said_later():
         try:
             yield
         except _Refused:
             raise
-        except BaseException as error:  # tokenizers' panics are no Exception
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        except BaseException as error:
+            if not _is_failure(error):
                 raise
-            reason = _reason(error)
             if code and "trust_remote_code" in str(error):
                 raise folders.needs_code(path, argument, code) from error
-            if fault is not None:
-                try:
-                    fault()
-                except ValueError as found:
-                    raise found from error
-            file = files.vocabulary_file(path) if argument == "tokenizer" else None
-            raise ValueError(f"{argument}: {file or path} cannot be loaded ({reason})") from error
+            try:
+                file = None if fault is None else fault()
+            except ValueError as found:
+                raise found from error
+            raise ValueError(f"{argument}: {file or path} cannot be loaded ({_reason(error)})") from error
+
+
+@contextmanager
+def _line(argument, file):
+    """Turn an error in the block into one line that names ``file``."""
+    try:
+        yield
+    except BaseException as error:
+        if not _is_failure(error):
+            raise
+        raise ValueError(f"{argument}: {file} cannot be loaded ({_reason(error)})") from error
+
+
+def _is_failure(error):
+    """Returns true for errors, and for panics of tokenizers, which are no ``Exception``."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _reason(error):
