@@ -4,7 +4,6 @@ PNG."""
 import io
 import json
 import math
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -113,14 +112,14 @@ class RunLog:
         rate."""
         image, path = io.BytesIO(), self.out / "curves.png"
         _draw(self.history, image, dpi=120)
-        with open(path, "wb", opener=_not_through_a_link) as file:
-            try:
-                file.write(image.getvalue())
-                file.flush()
-            except OSError:
-                with suppress(OSError):
-                    path.unlink()  # half an image
-                raise
+        if path.is_symlink():
+            raise FileExistsError(f"{path} is a link")
+        try:
+            path.write_bytes(image.getvalue())
+        except OSError:
+            with suppress(OSError):
+                path.unlink()  # half an image
+            raise
 
     def _try_curves(self):
         example = [{"step": 1, "loss": 2.0, "lr": 1e-3}, {"step": 1, "eval": {"loss": 2.0}}]
@@ -148,10 +147,6 @@ class RunLog:
             if not self._warned:
                 _warn(f"{self.path} could not be written, to be tried again ({reason_of(error)})")
             self._warned = True
-
-
-def _not_through_a_link(path, flags):
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def say(text, file=None):
