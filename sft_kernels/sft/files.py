@@ -168,7 +168,10 @@ def check_weights(folder, settings, argument):
 
 
 def _shards(index, ending, argument):
-    shards = json_object(index, argument).get("weight_map")
+    listed = json_object(index, argument)
+    shards = listed.get("weight_map")
+    if not isinstance(listed.get("metadata"), dict):
+        raise ValueError(f"{argument}: {index}: metadata is missing, expected an object")
     if not isinstance(shards, dict) or not shards or not all(isinstance(s, str) for s in shards.values()):
         raise ValueError(f"{argument}: {index}: weight_map is no mapping of weights to files")
     names = sorted(set(shards.values()))

@@ -11,6 +11,7 @@ from pathlib import Path
 from .out import check_path
 
 NAME = "demo.json"
+_NEW = "demo.json.new"
 _KIND = "sft-kernels demo"
 _LONGEST = 1 << 20
 # Files of a phase that was killed, which could not be listed any more.
@@ -85,6 +86,8 @@ class Manifest:
         return self._was_being_written(inside, listed) and bool(_HALF_FOLDERS.fullmatch(inside.name))
 
     def _is_file(self, inside, path, listed):
+        if inside.as_posix() == _NEW:
+            return True  # a list that was half written
         if inside.parts[0] not in self.phases:
             return False
         hashed = listed["files"].get(inside.as_posix())
@@ -116,7 +119,7 @@ class Manifest:
             raise FileExistsError(f"out: {path} is no list of a demo; give a new folder") from error
 
     def _write(self):
-        new = self.folder / f"{NAME}.new"
+        new = self.folder / _NEW
         with new.open("x") as file:
             json.dump({"kind": _KIND, "files": self.files, "writing": self.writing}, file, indent=1)
         new.replace(self.folder / NAME)
