@@ -3,6 +3,7 @@ code of the folder unless it is trusted."""
 
 import copy
 import logging
+import os
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from . import files, folders, hub
+from .data import DataError
 from .report import reason_of
 
 
@@ -83,6 +85,9 @@ def check_recipe(recipe, model_given=False, tokenizer_given=False):
     Nothing large is read or made for that: a model is built without memory for its weights.
     """
     changes, trust = {}, recipe.trust_remote_code
+    for path in (*recipe.data, *recipe.eval_data):
+        if path != "-" and not os.path.exists(path):
+            raise DataError(path, None, "no such file")
     if not model_given:
         folders.settings_of(recipe.model, trust)
     if recipe.chat_template is not None and not tokenizer_given:
@@ -139,7 +144,7 @@ def _config_of(path, settings, trust_remote_code):
     with _guarded("model", file, code=code):
         text = config.get_text_config()
         _check_text_config(config, text, settings, file)
-        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config),
                 dtype=torch.float32,

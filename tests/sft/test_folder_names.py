@@ -35,9 +35,9 @@ def test_the_command_says_so_in_one_line(write_jsonl, tmp_path, capsys):
     data = write_jsonl(chat("a", "b"))
     assert main(["inspect", str(data), "--tokenizer", "out/rnu"]) == 1
     assert capsys.readouterr().err == "sft-kernels: tokenizer: no such folder: out/rnu\n"
-    out = tmp_path / "run"
-    assert main(["train", "--data", str(tmp_path / "none.jsonl"), "--model", "out/rnu", "--out", str(out)]) == 1
-    assert capsys.readouterr().err == "sft-kernels: model: no such folder: out/rnu\n"  # before the data
+    out, bad = tmp_path / "run", write_jsonl("{", name="bad.jsonl")
+    assert main(["train", "--data", str(bad), "--model", "out/rnu", "--out", str(out)]) == 1
+    assert capsys.readouterr().err == "sft-kernels: model: no such folder: out/rnu\n"  # before the data are read
     assert not out.exists()
 
 
@@ -72,7 +72,7 @@ def snapshots(monkeypatch):
 def test_a_name_on_the_hub_becomes_a_folder(folder, tokenizer, snapshots):
     asked, answers = snapshots
     answers += [folder, folder]
-    recipe = check_recipe(Recipe(data=["x"], model="hf:owner/name@v1"))
+    recipe = check_recipe(Recipe(data=["-"], model="hf:owner/name@v1"))
     assert recipe.model == recipe.tokenizer == str(folder)
     assert [repository for repository, _ in asked] == ["owner/name"] * 2
     assert {options["revision"] for _, options in asked} == {"v1"}
@@ -151,3 +151,10 @@ def test_a_folder_asks_the_hub_nothing(folder, tmp_path):
     assert said[4:6] == [f"tokenizer: {bare} holds no tokenizer files, such as tokenizer.json", "loaded"]
     assert said[6:] == ["tokenizer: no such folder: owner/base", "model: no such folder: owner/base"]
     assert asked == ["/last"]  # by the script's last lines: the stand-in can be asked
+
+
+def test_a_library_cannot_ask_behind_our_back(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with hub.unasked(), pytest.raises(huggingface_hub.errors.OfflineModeIsEnabled):
+        huggingface_hub.HfApi(endpoint="http://127.0.0.1:9").model_info("owner/name")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False

@@ -1,6 +1,7 @@
 """Folders of models and tokenizers that are not what they should be."""
 
 import json
+import logging
 import os
 import shutil
 import struct
@@ -32,7 +33,7 @@ def refused(folder, trust=False):
     """The one line that refuses ``folder``; nothing else may be said."""
 
     def load():
-        check_recipe(Recipe(data=["x"], model=str(folder), trust_remote_code=trust))
+        check_recipe(Recipe(data=["-"], model=str(folder), trust_remote_code=trust))
         load_tokenizer(str(folder), trust_remote_code=trust)
         load_model(str(folder), "cpu", trust)
 
@@ -49,7 +50,7 @@ def refused(folder, trust=False):
 def test_a_whole_folder_is_loaded(folder, tokenizer):
     assert same_weights(load_model(folder, "cpu"), model_of(len(tokenizer)))
     assert load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
-    recipe = check_recipe(Recipe(data=["x"], model=str(folder)))
+    recipe = check_recipe(Recipe(data=["-"], model=str(folder)))
     assert recipe.model == recipe.tokenizer == str(folder)
 
 
@@ -254,7 +255,7 @@ def test_a_bare_config_is_refused_alike_and_leaves_the_seed(folder, tmp_path):
     assert torch.rand(2).equal(expected)
     change(bare, hidden_size=10**9)
     with pytest.raises(ValueError, match=rf"^model: {bare} asks for .* GiB of weights"):
-        check_recipe(Recipe(data=["x"], model=str(bare)))
+        check_recipe(Recipe(data=["-"], model=str(bare)))
 
 
 def test_weights_of_another_shape_name_file_and_weight(folder, capfd):
@@ -263,6 +264,24 @@ def test_weights_of_another_shape_name_file_and_weight(folder, capfd):
     assert str(folder / "model.safetensors") in line
     assert "do not fit config.json: model.layers.0.mlp." in line
     assert not capfd.readouterr().err
+
+
+def test_what_transformers_says_comes_only_of_a_folder_that_is_loaded(folder):
+    said, logger = [], logging.getLogger("transformers")
+    listener = logging.Handler()
+    listener.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(listener)
+    try:
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {"model.more.weight": torch.ones(2)}, folder / "model.safetensors", {"format": "pt"})
+        change(folder / "config.json", intermediate_size=48)
+        refused(folder)
+        assert not said
+        change(folder / "config.json", intermediate_size=32)
+        load_model(folder, "cpu")
+        assert any("model.more.weight" in text for text in said)
+    finally:
+        logger.removeHandler(listener)
 
 
 @pytest.mark.parametrize(
@@ -383,4 +402,4 @@ def test_a_chat_template_that_cannot_be_read_is_named(content, reason, folder, t
     with pytest.raises(ValueError, match=f"^chat_template: {path} .*{reason}"):
         load_tokenizer(folder, chat_template=path)
     with pytest.raises(ValueError, match=r"^chat_template: "):
-        check_recipe(Recipe(data=["x"], model=str(folder), chat_template=str(path)))
+        check_recipe(Recipe(data=["-"], model=str(folder), chat_template=str(path)))
