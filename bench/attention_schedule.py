@@ -130,7 +130,9 @@ def plot(path, sizes, Hq=32, Hkv=8):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.attention_schedule", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.attention_schedule", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the mixes")
     args = parser.parse_args(argv)
     columns = ("batch", "GPU", "kernel", "programs", "live", "longest", "ideal", "makespan", "over")

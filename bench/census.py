@@ -125,7 +125,7 @@ def cell(text):
 
 def arguments(argv, prog, doc, names):
     """Parses the command line of a census of ``names``."""
-    parser = argparse.ArgumentParser(prog=prog, description=doc.split("\n")[0])
+    parser = argparse.ArgumentParser(prog=prog, description=(doc or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: in bench/results, of all classes)")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these classes; the page is printed without --out")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes at a time (2)")

@@ -170,7 +170,9 @@ def page(found):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.census_templates", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.census_templates", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: in bench/results, of all)")
     parser.add_argument("--only", nargs="+", metavar="NAME", choices=names(), help="these; printed without --out")
     parsed = parser.parse_args(argv)

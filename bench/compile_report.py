@@ -117,7 +117,9 @@ def line(row):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.compile_report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.compile_report", description=(__doc__ or "").partition("\n")[0]
+    )
     parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="all without it")
     parser.add_argument("--csrc", action="store_true", help="the kernels of csrc, as they are built, and not Triton's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows")

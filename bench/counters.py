@@ -99,7 +99,7 @@ def attention(tiny):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.counters", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.counters", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("kernel", choices=[*KERNELS])
     parser.add_argument("--tiny", action="store_true", help="small shapes, for a rehearsal")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="under ncu, into this CSV file")

@@ -169,7 +169,7 @@ def measure(op, rounds=ROUNDS):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.host_time", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.host_time", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="NAME", help=f"of {', '.join(OPS)}; all without it")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="counted calls of each case (%(default)s)")
     args = parser.parse_args(argv)

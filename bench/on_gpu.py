@@ -236,7 +236,7 @@ def main(argv=None, start=None):
     start = time.monotonic() if start is None else start
     parser = argparse.ArgumentParser(
         prog="python -m bench.on_gpu",
-        description=__doc__.splitlines()[0],
+        description=(__doc__ or "").partition("\n")[0],
         epilog="parts: " + "; ".join(f"{name}: {what}" for name, what in PARTS.items()),
     )
     parser.add_argument("--out", type=Path, required=True, help="folder for summary.txt and results.tgz")

@@ -121,7 +121,7 @@ def overhead(rounds=2000):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.patched", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.patched", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seconds", type=float, default=30, help="for each of the two timings (%(default)s)")
     args = parser.parse_args(argv)
     print(f"{ROWS} x {TOKENS} tokens, {MASKED:.0%} masked, {CONFIG['hidden_size']} x {CONFIG['vocab_size']}")

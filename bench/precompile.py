@@ -57,7 +57,7 @@ def _launcher(compiled):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.precompile", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.precompile", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--arch", type=int, required=True, help="such as 90")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="cases I, I + N, I + 2N, … alone")
     parser.add_argument("--tiny", action="store_true", help="a few cases, for a rehearsal")

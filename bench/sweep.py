@@ -228,7 +228,7 @@ def table(found):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.sweep", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", required=True, choices=("cuda",))
     parser.add_argument("--results", type=Path, required=True, help="folder of the JSON file")
     parser.add_argument("--tiny", action="store_true", help="shapes for a rehearsal; its timings are no figures")

@@ -143,7 +143,7 @@ def _pip(folder, *arguments):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.wheels", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.wheels", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--into", type=Path, metavar="TARGET", help="unpack the folder's wheels there; fetch nothing")
     args = parser.parse_args(argv)

@@ -397,7 +397,7 @@ def table(document):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m bench.whole_step", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.whole_step", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--tiny", action="store_true", help="a rehearsal with a tiny model; its timings are no figures")
     parser.add_argument("--results", type=Path, required=True, help="folder of the JSON file and the trace")

@@ -1,5 +1,7 @@
 """Masked cross-entropy, AdamW and packed attention for supervised fine-tuning."""
 
+__version__ = "0.1.0"
+
 from .ops.adamw.api import AdamW
 from .ops.adamw.groups import decay_groups
 from .ops.cross_entropy.api import CrossEntropyLoss, cross_entropy

@@ -63,11 +63,12 @@ def _train(argv):
 def _inspect(argv):
     import tyro
 
-    from .sft.data import read_all
+    from .sft.dataset import load_examples
     from .sft.inspection import label_table, summary
     from .sft.masking import Encoder
     from .sft.model import load_tokenizer
-    from .sft.train import load_examples, train_tokenizer_on
+    from .sft.sources import Source, check_pipes
+    from .sft.train import train_tokenizer_on
 
     @dataclass
     class Inspect:
@@ -86,6 +87,8 @@ def _inspect(argv):
         split_turns: bool = False
         """Make an example of its own of an assistant's turn that the chat template renders differently once others
         follow."""
+        cache: str | None = None
+        """Folder for tokenised data, which a later run starts from; None: sft_kernels in ~/.cache."""
         row_tokens: int = 2048
         """Tokens in a packed row."""
         show: int = 1
@@ -96,14 +99,15 @@ def _inspect(argv):
     options = tyro.cli(Inspect, prog="sft-kernels inspect", args=argv)
     if not options.data:
         raise ValueError("data: expected at least one JSONL file")
-    lines = read_all(options.data, options.skip_bad)
+    check_pipes(options.data)
+    sources = [Source(path) for path in options.data]
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.trust_remote_code)
     else:
-        tokenizer = train_tokenizer_on(lines, 4096, options.skip_bad, options.chat_template)
+        tokenizer = train_tokenizer_on(sources, 4096, options.skip_bad, options.chat_template)
         print("no --tokenizer: a byte-level BPE of up to 4096 tokens, trained on the data\n")
     encoder = Encoder(tokenizer, options.mask, options.split_turns)
-    examples, bad = load_examples(lines, encoder, options.row_tokens, options.skip_bad)
+    examples, bad = load_examples(sources, encoder, options.row_tokens, options.skip_bad, cache_folder=options.cache)
     for example in examples[: max(0, options.show)]:
         print(label_table(example, tokenizer) + "\n")
     print(summary(examples, options.row_tokens))
@@ -111,7 +115,7 @@ def _inspect(argv):
         print(note)
     for error in bad:
         print(f"skipped {error}")
-    if bad:
+    if len(bad):
         print(f"skipped {len(bad)} lines")
     return 0
 

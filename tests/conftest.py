@@ -2,6 +2,7 @@
 
 import functools
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,11 @@ with torch.device("cpu"):
 # one folder torch 2.13 ran C++ that torch 2.11 had compiled, and freed memory that was not its own.
 _INDUCTOR = f"inductor-{torch.__version__}-{torch.backends.cpu.get_cpu_capability()}"
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).parents[1] / "build" / _INDUCTOR))
+
+# Tokenised data of tests is not kept. Matplotlib would look for its fonts there, too, which takes seconds.
+_CACHE = tempfile.TemporaryDirectory(prefix="sft_kernels-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+os.environ.setdefault("MPLCONFIGDIR", str(Path(__file__).parents[1] / "build" / "matplotlib"))
 
 
 @pytest.fixture(autouse=True)

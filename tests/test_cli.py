@@ -128,7 +128,7 @@ ANSWER = {"role": "assistant", "content": "b"}
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        ([{"conversations": [{"from": "human", "value": "a"}]}] * 3, ":1: expected an object"),
+        ([{"turns": ["a"]}] * 3, ":1: expected an object"),
         ([{"messages": [TOO_LONG, ANSWER]}] * 3, r":1: \d+ tokens, longer than the row of 64"),
         ([{"text": "prose"}] * 3, ":1: .*no assistant turn"),
         (["{", {"text": "prose"}, "{"], ":1: not JSON"),

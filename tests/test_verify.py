@@ -292,3 +292,23 @@ def test_on_a_cpu_tritons_rows_come_from_a_process_that_interprets(tmp_path, pla
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == status, done.stderr
     assert f" {verdict}" in done.stdout
+
+
+def test_python_oo_is_enough():
+    """The command's help and one of its rows, without docstrings and ``assert``."""
+    code = """
+from sft_kernels import verify
+
+call = ["--ops", "cross_entropy", "--impls", "torch", "--dtypes", "float32", "--smoke", "--device", "cpu"]
+status = verify.main(call)
+assert False, "left out under -OO"
+try:
+    verify.main(["--help"])
+except SystemExit as stopped:
+    raise SystemExit(status or stopped.code)
+"""
+    env = {**os.environ, "PYTHONOPTIMIZE": "2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 within the budget, 0 failed" in done.stdout
+    assert "against a float64 oracle" in done.stdout

@@ -13,7 +13,7 @@ from .evaluate import answer, exact_match, masked_loss
 from .manifest import Manifest
 from .masking import Encoder
 from .model import END_OF_TURN, train_tokenizer
-from .packing import collate, groups_of, pack_rows
+from .packing import PackedRows, collate, groups_of
 from .train import Recipe, load_examples, train
 
 _WORDS = """
@@ -100,7 +100,7 @@ def judge(model, tokenizer, path, row_tokens=1024):
     encoder = Encoder(tokenizer)
     examples, _ = load_examples([path], encoder, row_tokens)
     batches = [
-        collate(rows, row_tokens, tokenizer.pad_token_id) for rows in groups_of(4, pack_rows(examples, row_tokens))
+        collate(rows, row_tokens, tokenizer.pad_token_id) for rows in groups_of(4, PackedRows(examples, row_tokens))
     ]
     conversations = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
     answers = answer(model, tokenizer, [c[:-1] for c in conversations], encoder.end_of_turn, max_new_tokens=16)

@@ -17,7 +17,12 @@ class Refused(Exception):
 
 
 def refusal_of(what, error):
-    """The :class:`Refused` of something that raised ``error``, with the first line of its message, or its name."""
+    """The :class:`Refused` of something that raised ``error``, with the first line of its message, or its name.
+
+    A ``MemoryError`` is raised again: it says nothing of a conversation.
+    """
+    if isinstance(error, MemoryError):
+        raise error
     reason = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
     return Refused(f"{what} refuses it: {reason}")
 

@@ -38,6 +38,13 @@ def _table(module, table):
     return python("r, default=str", f"for r in {table}.to_pylist()", f"json, sys, {module} as p")
 
 
+COMPRESSED = {  # by a file's first bytes
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\0": "xz",
+    b"\x04\x22\x4d\x18": "lz4",
+}
 _CONTAINERS = (  # the first bytes of a file, its format, the program
     (b"\x1f\x8b", "gzip", "zcat"),
     (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
@@ -133,6 +140,8 @@ def row(value):
         return _array("a JSON array", value[0], f"{lines} for r in l", ".[]")
     if inside := rows_inside(value):
         return _under(*inside, f"{lines} for r in l")
+    if isinstance(value, dict) and value.get("input_ids") is not None:
+        return Unfit('"input_ids" without "labels"; labels are -100 where a token is not to be learned')
     if isinstance(value, dict) and isinstance(value.get("label"), bool):
         reason = f'{EXPECTED}; rows whose "label" is false are answers not to learn from, so keep the others first'
         return Unfit(reason, "jq -c 'select(.label) | del(.label)'")

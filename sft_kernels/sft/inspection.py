@@ -1,7 +1,9 @@
 """What a run would train on, before it runs: tokens beside their shifted labels, and what packing saves."""
 
+import numpy as np
+
 from .masking import IGNORE
-from .packing import pack
+from .packing import lengths_of, pack
 
 _BATCH = 8  # of the padded batches that packing is compared with
 
@@ -27,11 +29,12 @@ def summary(examples, row_tokens):
 
     The padded batches are eight examples each in the order given, filled up to their longest.
     """
-    lengths = [len(e.input_ids) for e in examples]
-    tokens, kept = sum(lengths), sum(e.kept for e in examples)
+    lengths = lengths_of(examples)
+    tokens, kept = int(lengths.sum()), int(examples.kept.sum())
     rows = len(pack(lengths, row_tokens))
-    batches = [lengths[i : i + _BATCH] for i in range(0, len(lengths), _BATCH)]
-    padded, packed = sum(len(batch) * max(batch) for batch in batches), rows * row_tokens
+    starts = np.arange(0, len(lengths), _BATCH)
+    sizes = np.diff(np.append(starts, len(lengths)))
+    padded, packed = int((sizes * np.maximum.reduceat(lengths, starts)).sum()), rows * row_tokens
     return "\n".join(
         [
             f"examples        {len(examples)}",

@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 
 from . import files, folders, hub
-from .data import DataError
-from .report import reason_of
+from .report import reason_of, say
+from .rows import DataError
 
 
 def load_tokenizer(path, chat_template=None, trust_remote_code=False):
@@ -74,7 +74,7 @@ def load_model(path, device, trust_remote_code=False):
         if errors := found.get("error_msgs"):
             raise _Refused(f"model: {path} cannot be loaded ({' '.join(str(errors[0]).split())[:300]})")
     if not trust_remote_code and (code := folders.code_of(path, "model")):
-        print(f"model: {code[0]} does not run; transformers' {type(model).__name__} takes its place")
+        say(f"model: {code[0]} does not run; transformers' {type(model).__name__} takes its place")
     return model.to(device)
 
 
@@ -126,7 +126,7 @@ def _tokenizer_in(folder, trust_remote_code):
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
     if code and not trust_remote_code:
-        print(f"tokenizer: {code[0]} does not run; {type(tokenizer).__name__} takes its place")
+        say(f"tokenizer: {code[0]} does not run; {type(tokenizer).__name__} takes its place")
     return tokenizer
 
 

@@ -11,6 +11,7 @@ from .endings import Refused, refusal_of
 from .formats import Unfit
 from .left_out import check_rendered
 from .messages import check
+from .rows import DataError
 from .spoken import READ_HERE, switched_off, with_argument_objects
 from .templates import ChatTemplate
 from .tokens import Tokens
@@ -33,6 +34,21 @@ class Example(NamedTuple):
         return sum(label != IGNORE for label in self.labels)
 
 
+ALL = ()  # in the place of spans: every token is learned
+
+
+class _Draft(NamedTuple):
+    """An example to be: a text with the spans that are learned, or ``(ids, labels)`` at once."""
+
+    text: str = ""
+    spans: list | tuple | None = None
+    tokens: tuple | None = None
+
+
+def _cuts(draft):
+    return [cut for span in draft.spans for cut in ((span.start,) if span.end else (span.start, span.stop))]
+
+
 class Encoder:
     """Turns records into examples under one masking mode.
 
@@ -49,7 +65,8 @@ class Encoder:
     ``weight`` 0, ``train``, ``training`` or ``loss`` false leave a turn without labels.
 
     Attributes:
-        notes: sentences on what was found and is not refused, each of them once.
+        drafting: the record whose chat template is being rendered, if it is.
+        topics: each topic that a note was thought about for, and its sentence; none if there is nothing to note.
 
     Raises:
         ValueError: an unknown mode; no chat template or no offsets when the first conversation comes; with
@@ -64,9 +81,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.mode = mode
         self.split_turns = split_turns
-        self.notes = []
+        self.topics, self.drafting = {}, None
         self._template = self._tokens = None
-        self._keys = set(READ_HERE)
 
     @property
     def end_of_turn(self):
@@ -87,18 +103,74 @@ class Encoder:
 
         Raises :class:`~.data.DataError` if there is nothing to learn from, or if the record cannot be learned.
         """
-        try:
-            found = self._text(record) if record.text is not None else self._conversation(record)
-        except Refused as error:
-            raise record.error(str(error)) from error
-        examples = []
+        (found,) = self.of([record])
+        if isinstance(found, DataError):
+            raise found
+        return found
+
+    def of(self, records):
+        """What :meth:`examples` returns for each of ``records``, or the :class:`~.data.DataError` that it raises.
+
+        The tokenizer is called once for all of them.
+        """
+        drafts = []
+        for record in records:
+            self.drafting = record
+            try:
+                drafts.append(self._drafts(record))
+            except Refused as error:
+                drafts.append(error)
+        self.drafting = None
+        texts = [draft for found in drafts if isinstance(found, list) for draft in found if draft.spans is not None]
+        encoded = iter(self._tokens.of([(draft.text, _cuts(draft)) for draft in texts]) if texts else ())
+        results = []
+        for record, found in zip(records, drafts, strict=True):
+            if isinstance(found, list):
+                found = [self._labelled(draft, encoded) for draft in found]
+            results.append(self._finished(record, found))
+        return results
+
+    def _labelled(self, draft, encoded):
+        """``(ids, labels)`` of a draft, or the :class:`Refused` of its tokens, which are the next of ``encoded``."""
+        if draft.spans is None:
+            return draft.tokens
+        found = next(encoded)
+        if isinstance(found, Refused):
+            return found
+        ids, starts = found
+        if draft.spans == ALL:
+            return ids, list(ids)
+        labels = [IGNORE] * len(ids)
+        for span in draft.spans:
+            stop = span.stop if self.mode == "completion+eot" else span.stop - span.end
+            here = slice(bisect_left(starts, span.start), bisect_left(starts, stop))
+            labels[here] = ids[here]
+        return ids, labels
+
+    def _finished(self, record, found):
+        refused = found if isinstance(found, Refused) else next((f for f in found if isinstance(f, Refused)), None)
+        if refused is not None:
+            error = record.error(str(refused))
+            error.__cause__ = refused
+            return error
         for ids, labels in found:
             if ids:
                 labels[0] = IGNORE
-            examples.append(Example(ids, labels, f"{record.path}:{record.line}"))
+        examples = [Example(ids, labels, f"{record.path}:{record.line}") for ids, labels in found]
         if not any(example.kept for example in examples):
-            raise record.error("no token to learn from")
+            return record.error("no token to learn from")
         return examples
+
+    def _drafts(self, record):
+        if record.tokens is not None:
+            return [_Draft(tokens=self._given(*record.tokens))]
+        return [self._text(record)] if record.text is not None else self._conversation(record)
+
+    def _given(self, ids, labels):
+        most = len(self.tokenizer)
+        if beyond := [token for token in (*ids, *labels) if token >= most]:
+            raise Refused(f"token {beyond[0]} is none of the tokenizer's {most}")
+        return ids, labels
 
     def _text(self, record):
         """The text with the tokenizer's own beginning and exactly one end-of-text token behind it."""
@@ -123,7 +195,7 @@ class Encoder:
             while ids[-1] == tokenizer.eos_token_id:
                 ids.pop()
             ids.append(tokenizer.eos_token_id)
-        return [(ids, list(ids))]
+        return _Draft(tokens=(ids, list(ids)))
 
     def _conversation(self, record):
         self._prepared()
@@ -133,14 +205,12 @@ class Encoder:
             raise Refused(error.reason) from error
         messages = self._readable(record)
         if self.mode == "all":
-            found = [self._whole(messages, record.tools)]
+            drafts = [_Draft(self._whole(messages, record.tools), ALL)]
         else:
-            found = [
-                self._label(text, spans)
-                for text, spans in find_turns(self._template, messages, record.tools, self.split_turns)
-            ]
+            found = find_turns(self._template, messages, record.tools, self.split_turns)
+            drafts = [_Draft(text, spans) for text, spans in found]
         self._note_unread(record, messages)
-        return found
+        return drafts
 
     def _readable(self, record):
         """The messages with calls' arguments as objects, or as the strings that they are if the template wants those.
@@ -161,40 +231,31 @@ class Encoder:
         return messages
 
     def _whole(self, messages, tools):
-        """Ids and labels of a conversation every token of which is learned."""
+        """The text of a conversation every token of which is learned."""
         for i, message in enumerate(messages):
             if switched_off(message):
                 raise Refused(f"message {i} asks for no loss, and mask='all' labels every token; use another mask")
         text = self._template.render(messages, tools)
         check_rendered(messages, text, self._template.endings, lambda changed: self._template.render(changed, tools))
-        ids, _ = self._tokens(text)
-        return ids, list(ids)
+        return text
 
-    def _label(self, text, spans):
-        cuts = [cut for span in spans for cut in ((span.start,) if span.end else (span.start, span.stop))]
-        ids, starts = self._tokens(text, cuts)
-        labels = [IGNORE] * len(ids)
-        for span in spans:
-            stop = span.stop if self.mode == "completion+eot" else span.stop - span.end
-            here = slice(bisect_left(starts, span.start), bisect_left(starts, stop))
-            labels[here] = ids[here]
-        return ids, labels
+    @property
+    def notes(self):
+        """Sentences on what was found and is not refused, each of them once."""
+        return [sentence for sentence in self.topics.values() if sentence]
 
     def _note(self, sentence):
-        if sentence not in self.notes:
-            self.notes.append(sentence)
+        self.topics.setdefault(sentence, sentence)
 
     def _note_unread(self, record, messages):
         """Note every message key that this conversation is the first to have, and that changes nothing in its text."""
-        new = {key for message in messages for key in message} - self._keys
-        self._keys |= new
-        for key in sorted(new):
+        for key in sorted({key for message in messages for key in message} - {*READ_HERE} - self.topics.keys()):
             without = [{k: v for k, v in message.items() if k != key} for message in messages]
-            if self._renders_alike(messages, without, record.tools):
-                self._note(
-                    f"{record.path}:{record.line}: the chat template does not read the message key {key!r} here; it is "
-                    "left out of the text"
-                )
+            alike = self._renders_alike(messages, without, record.tools)
+            self.topics[key] = alike and (
+                f"{record.path}:{record.line}: the chat template does not read the message key {key!r} here; it is "
+                "left out of the text"
+            )
 
     def _renders_alike(self, messages, others, tools):
         text = self._template.render(messages, tools)

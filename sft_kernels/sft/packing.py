@@ -1,8 +1,10 @@
 """Many examples in one row: best-fit-decreasing packing, and the batch that keeps them apart."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from .. import KeptTokens
@@ -12,39 +14,42 @@ from .masking import IGNORE
 def pack(lengths, capacity):
     """Best-fit-decreasing bin packing: each length, longest first, into the fullest row that still has room.
 
-    O(N log capacity): rows wait by their room, and a tree over the rooms finds the smallest one that suffices.
+    O(N log N): rows wait by their room, and a tree over the rooms finds the smallest one that suffices.
 
     Args:
         lengths: of the examples, each from 1 to ``capacity``.
         capacity: tokens in a row.
 
     Returns:
-        The rows, each a list of indices into ``lengths``. Equal lengths keep their order.
+        The rows, each an int64 array of indices into ``lengths``. Equal lengths keep their order.
     """
-    by_length = [[] for _ in range(capacity + 1)]
-    for i, length in enumerate(lengths):
-        if not 1 <= length <= capacity:
-            raise ValueError(f"lengths: expected 1 to {capacity}, got {length} at {i}")
-        by_length[length].append(i)
-
-    rows = []
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if len(bad := np.flatnonzero((lengths < 1) | (lengths > capacity))):
+        raise ValueError(f"lengths: expected 1 to {capacity}, got {lengths[bad[0]]} at {bad[0]}")
+    order = np.argsort(-lengths, kind="stable")
+    row_of = np.empty(len(lengths), np.int64)  # of the lengths in this order
     waiting = [[] for _ in range(capacity + 1)]  # rows by their room
     rooms = _Occupied(capacity + 1)
-    for length in range(capacity, 0, -1):
-        for i in by_length[length]:
+    rows = at = 0
+    for length, count in zip(*(x[::-1].tolist() for x in np.unique(lengths, return_counts=True)), strict=True):
+        while count:
             room = rooms.first_from(length)
             if room is None:
-                row, room = len(rows), capacity
-                rows.append([])
+                row, room = rows, capacity
+                rows += 1
             else:
                 row = waiting[room].pop()
                 if not waiting[room]:
                     rooms.set(room, False)
-            rows[row].append(i)
-            if room > length:
-                waiting[room - length].append(row)
-                rooms.set(room - length, True)
-    return rows
+            fitting = min(count, room // length)  # the row stays the fullest until another does not fit
+            row_of[at : at + fitting] = row
+            at, count, room = at + fitting, count - fitting, room - fitting * length
+            if room:
+                waiting[room].append(row)
+                rooms.set(room, True)
+    members = order[np.argsort(row_of, kind="stable")]
+    ends = np.cumsum(np.bincount(row_of, minlength=rows)).tolist()
+    return [members[start:end] for start, end in pairwise([0, *ends])]
 
 
 class _Occupied:
@@ -74,14 +79,40 @@ class _Occupied:
         return i - self.leaves
 
 
-def pack_rows(examples, capacity):
-    """The rows of :func:`pack` as lists of examples."""
-    return [[examples[i] for i in row] for row in pack([len(e.input_ids) for e in examples], capacity)]
+def lengths_of(examples):
+    """int64 tokens of each example."""
+    known = getattr(examples, "lengths", None)  # of those that lie in files
+    return np.array([len(e.input_ids) for e in examples] if known is None else known, np.int64)
+
+
+class PackedRows(Sequence):
+    """The rows of :func:`pack`, each a list of examples, which are taken from ``examples`` when the row is.
+
+    Args:
+        examples: a sequence.
+        capacity: tokens in a row.
+        order: the places in ``examples`` of those to pack, by default all.
+    """
+
+    def __init__(self, examples, capacity, order=None):
+        self.examples = examples
+        order = np.arange(len(examples)) if order is None else order
+        self.rows = [order[row] for row in pack(lengths_of(examples)[order], capacity)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        rows = self.rows[i]
+        if isinstance(i, slice):
+            return [[self.examples[int(j)] for j in row] for row in rows]
+        return [self.examples[int(j)] for j in rows]
 
 
 def groups_of(size, items):
-    """``items`` in lists of ``size``, the last one perhaps shorter."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
+    """Yield ``items`` in lists of ``size``, the last one perhaps shorter."""
+    for i in range(0, len(items), size):
+        yield items[i : i + size]
 
 
 class Batch(NamedTuple):

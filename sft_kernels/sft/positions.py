@@ -1,11 +1,13 @@
 """How long an example may be for a model that looks its positions up in a table."""
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .data import DataError
 from .masking import IGNORE, Example
-from .packing import collate
+from .packing import collate, lengths_of
+from .report import say
+from .rows import DataError
 
 aten = torch.ops.aten
 
@@ -71,16 +73,18 @@ def without_longer(examples, most, skip_bad=False):
     """
     if most is None:
         return examples
-    errors = []
-    for example in examples:
-        if (tokens := len(example.input_ids)) > most:
-            path, _, line = example.source.rpartition(":")
-            reason = f"{tokens} tokens, longer than the {most} positions that the model has"
-            errors.append(DataError(path, line, reason))
-    if errors and (not skip_bad or len(errors) == len(examples)):
-        raise errors[0]
-    for error in errors[:20]:
-        print(f"skipped {error}")
-    if errors:
-        print(f"skipped {len(errors)} lines that are longer than the model's positions")
-    return [example for example in examples if len(example.input_ids) <= most]
+    lengths = lengths_of(examples)
+    fits, long = np.flatnonzero(lengths <= most), np.flatnonzero(lengths > most)
+
+    def refusal(example):
+        path, _, line = example.source.rpartition(":")
+        reason = f"{len(example.input_ids)} tokens, longer than the {most} positions that the model has"
+        return DataError(path, line, reason)
+
+    if len(long) and (not skip_bad or not len(fits)):
+        raise refusal(examples[int(long[0])])
+    for i in long[:20]:
+        say(f"skipped {refusal(examples[int(i)])}")
+    if len(long):
+        say(f"skipped {len(long)} lines that are longer than the model's positions")
+    return examples.choose(fits) if len(long) else examples

@@ -24,6 +24,8 @@ class Recipe:
     trust_remote_code: bool = False
     """Let Python code run that lies in the folders of model and tokenizer. Otherwise a folder that needs it is
     refused."""
+    cache: str | None = None
+    """Folder for tokenised data, which a later run starts from; None: sft_kernels in ~/.cache."""
     out: str = "out/run"
     """Folder for train.jsonl, curves.png and model/. It must not hold a run already, nor a link in their place."""
     mask: Literal["all", "completion", "completion+eot"] = "completion+eot"

@@ -99,10 +99,10 @@ class RunLog:
                 self.plot()
             except Exception as error:  # matplotlib and its back ends raise all kinds
                 self.curves = False
-                _warn(f"curves.png could not be drawn ({reason_of(error)})")
+                warn(f"curves.png could not be drawn ({reason_of(error)})")
         self._write_out()
         if self._unwritten:
-            _warn(f"the end of {self.path} is missing, {len(self._unwritten)} bytes")
+            warn(f"the end of {self.path} is missing, {len(self._unwritten)} bytes")
         steps = [row for row in self.history if "skipped_steps" in row]
         if steps and (skipped := steps[-1]["skipped_steps"]):
             say(f"skipped {skipped} of {self.done} steps: the gradient's norm was not finite")
@@ -128,7 +128,7 @@ class RunLog:
                 raise IsADirectoryError(f"{self.out / 'curves.png'} is a folder")
             _draw(example, io.BytesIO(), dpi=30)
         except Exception as error:
-            _warn(f"curves.png cannot be drawn, the run goes on without ({reason_of(error)})")
+            warn(f"curves.png cannot be drawn, the run goes on without ({reason_of(error)})")
             return False
         return True
 
@@ -145,7 +145,7 @@ class RunLog:
                     self._unwritten = self._unwritten[file.write(self._unwritten) :]
         except OSError as error:
             if not self._warned:
-                _warn(f"{self.path} could not be written, to be tried again ({reason_of(error)})")
+                warn(f"{self.path} could not be written, to be tried again ({reason_of(error)})")
             self._warned = True
 
 
@@ -155,7 +155,8 @@ def say(text, file=None):
         tqdm.write(text, file=file or sys.stdout)
 
 
-def _warn(text):
+def warn(text):
+    """Print a warning beside the bar, to the screen's error output."""
     say(f"warning: {text}", sys.stderr)
 
 

@@ -32,6 +32,17 @@ _TOOLS = '**{k: r[k] for k in r if k == "tools"}'
 _CALLS = '[{"type": "function", "function": c} for c in (v if isinstance(v, list) else [v])]'
 
 
+def known_shape(row):
+    """Names the shape of an object that :mod:`.rows` reads as messages, or returns None."""
+    if "conversations" in row and row["conversations"] is not None and not isinstance(row["conversations"], str):
+        return "conversations"
+    if isinstance(row.get("instruction"), str) and "output" in row:
+        return "instruction"
+    asked, said = row.get("prompt"), row.get("completion")
+    kept = row.get("label", True) is not False  # an answer not to learn from
+    return "completion" if kept and isinstance(asked, str | list) and isinstance(said, str | list) else None
+
+
 class Shape(NamedTuple):
     """A shape by name, and the expression of its rewritten row."""
 
@@ -40,12 +51,12 @@ class Shape(NamedTuple):
 
 
 def shape_of(row):
-    """The :class:`Shape` of a row that has neither ``messages`` nor ``text``, or None."""
+    """The :class:`Shape` of a row that has neither ``messages`` nor ``text``, or None. A row that is read has none."""
     if isinstance(row, str):
         return Shape("a string", '{"text": r}')
     if is_messages(row):
         return Shape("a list of messages", f'{{"messages": {_messages("r", row)}}}')
-    if not isinstance(row, dict):
+    if not isinstance(row, dict) or known_shape(row):
         return None
     found = _conversation(row, _CHATS) or _pair(row) or _conversation(row, ("chosen", *row))
     found = found or _encoded(row) or _single(row)
@@ -67,7 +78,7 @@ def rows_inside(row):
         if not isinstance(value, list) or not value or is_messages(value):
             continue
         first = value[0]
-        if isinstance(first, dict) and ({"messages", "text"} & {*first} or shape_of(first)):
+        if isinstance(first, dict) and ({"messages", "text"} & {*first} or known_shape(first) or shape_of(first)):
             return key, value
     return None
 

@@ -4,6 +4,7 @@ import inspect
 from contextlib import contextmanager
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -12,7 +13,7 @@ from ..integrations.rotary import forget_lengths
 from ..ops.softmax_grad.composed import torch_cross_entropy
 from .masking import IGNORE
 from .model import causal_lm, head, hidden_states, stock_attention, stock_implementation
-from .packing import collate
+from .packing import collate, lengths_of
 
 _TOLERANCE = 1e-3  # relative; fp32 rounding stays far below, a leak or a changed logit far above
 _LEAK = 1e-4  # of one token, between two rows computed alike: what rounding of another order leaves far below
@@ -37,13 +38,13 @@ def batch_to_check(model, examples, row_tokens, pad_id):
     Labels are thinned to 256 an example. With stock attention that keeps its weights, [tokens, tokens] for each layer,
     examples of more than 1024 tokens have none, so that their hidden states are compared and their gradients are not.
     """
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))
-    longest, last = by_length[-1], len(by_length) - 1
+    by_length = np.argsort(lengths_of(examples), kind="stable").tolist()
+    longest, last = examples[by_length[-1]], len(by_length) - 1
     room = row_tokens - len(longest.input_ids)
     most = _EAGER if stock_implementation(model) == "eager" else row_tokens
     neighbours = []
     for number, i in enumerate((0, last // 2, last // 4, last * 3 // 4)):
-        neighbour = by_length[i]
+        neighbour = examples[by_length[i]]
         if number < 2:  # these two are always there
             fits = len(neighbour.input_ids) <= min(room - 1, most)
             neighbour = neighbour if fits else _end_of(neighbour, min(most, max(64, row_tokens // 8)))

@@ -92,15 +92,15 @@ class ChatTemplate:
             raise refusal_of("the chat template", error) from error
         return [tuple(span) for span in spans]
 
-    def turn(self, before, message, tools, whole=None):
+    def turn(self, before, message, tools, whole=None, marks=None):
         """The :class:`Turn` of the assistant's ``message`` behind the messages ``before``.
 
         Its prompt is the one that the template renders for generation, and what it says is what the template renders
         behind that prompt. If the turn does not begin as that prompt does, the prompt with thinking switched on or off
         is tried. Next, if the template renders the messages before differently once the turn follows, what it says
         begins behind the last message and the generation prompt, and follows the prompt all the same. Last, in a
-        template that marks turns, the prompt is the text in front of the mark. ``whole`` is the rendered text, if it is
-        known.
+        template that marks turns, the prompt is the text in front of the mark. ``whole`` is the rendered text and
+        ``marks`` is what :meth:`marked` returns for it, if they are known.
 
         Raises :class:`~.endings.Refused` if there is no such prompt, if the template ends the turn with no special
         token, if it leaves out a part of the message or does not mark it, or if the message has an end token in it.
@@ -120,7 +120,8 @@ class ChatTemplate:
 
         check_parts(message, said)
         if self.marks_turns:
-            self._check_marks(self.marked(upto, tools, options), whole, message, Span(start, stop, end_here))
+            spans = self.marked(upto, tools, options) if options or marks is None else marks
+            self._check_marks(spans, whole, message, Span(start, stop, end_here))
         if options:
             self.note(f"some turns follow the chat template's prompt with {turn.switches}, not its default prompt")
         return turn

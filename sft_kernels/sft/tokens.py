@@ -1,6 +1,7 @@
 """A text as tokens none of which reaches across given places, as none does where a model begins to speak."""
 
 from bisect import bisect_left
+from itertools import pairwise
 
 from .endings import Refused, refusal_of
 
@@ -26,14 +27,37 @@ class Tokens:
         those that it has behind the text before it, or, if they would reach across, those that it has by itself. Raises
         :class:`~.endings.Refused` if the tokenizer has none (because it puts a space in front of every text, say).
         """
+        (found,) = self.of([(text, cuts)])
+        if isinstance(found, Refused):
+            raise found
+        return found
+
+    def of(self, asked):
+        """The tokens of several ``(text, cuts)`` at once, which takes less time than one after the other.
+
+        Returns a list. An entry is what a call returns, or the :class:`~.endings.Refused` that it raises.
+        """
+        plans = [self._pieces(text, cuts) for text, cuts in asked]
+        try:
+            encoded = iter(self._encode([text for pieces in plans for text, _ in pieces]))
+        except Refused as error:
+            return [error] if len(asked) == 1 else [self.of([one])[0] for one in asked]
+        return [self._joined([(next(encoded), span) for _, span in pieces]) for pieces in plans]
+
+    def _pieces(self, text, cuts):
+        """``(piece, (context, start, stop))`` of each stretch between cuts; its piece begins at ``context``."""
         places = [0, *sorted({cut for cut in cuts if 0 < cut < len(text)}), len(text)]
-        contexts = [self._context(text, start) for start in places[:-1]]
-        pieces = [text[context:stop] for context, stop in zip(contexts, places[1:], strict=True)]
+        spans = [(self._context(text, start), start, stop) for start, stop in pairwise(places)]
+        return [(text[context:stop], (context, start, stop)) for context, start, stop in spans]
+
+    def _joined(self, pieces):
         ids, starts = [], []
-        for encoded, context, start, stop in zip(self._encode(pieces), contexts, places, places[1:], strict=False):
+        for (text, *encoded), (context, start, stop) in pieces:
             found = _behind(encoded, start - context)
-            if found is None:
-                found = self._alone(text[start:stop])
+            try:
+                found = found or self._alone(text[start - context :])
+            except Refused as error:
+                return error
             ids += found[0]
             starts += [min(start + at, stop - 1) for at in found[1]]
         return ids, starts
@@ -47,17 +71,17 @@ class Tokens:
     def _alone(self, piece):
         """Ids and first characters of a piece by itself, without the space that some tokenizers put before a text."""
         for joint in _JOINTS:
-            if found := _behind(self._encode([joint + piece])[0], len(joint)):
+            if found := _behind(self._encode([joint + piece])[0][1:], len(joint)):
                 return found
         raise Refused(f"the tokenizer has no tokens that begin with the turn, {piece[:20]!r}")
 
     def _encode(self, texts):
-        """Ids and offsets of each text."""
+        """``(text, ids, offsets)`` of each text."""
         try:
             encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
         except Exception as error:  # the tokenizer's own and its library's
             raise refusal_of("the tokenizer", error) from error
-        return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        return list(zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True))
 
 
 def _behind(encoded, start):

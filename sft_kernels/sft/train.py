@@ -3,76 +3,60 @@
 import random
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
+import numpy as np
 import torch
-from tqdm import tqdm
 
 from .. import AdamW, decay_groups, linear_cross_entropy
 from . import model as models
-from .data import DataError, check_pipes, first_of, read_all
+from .data import stream
+from .dataset import end_of_turn, load_examples
 from .evaluate import masked_loss
 from .files import template
 from .finish import saved_at_the_end
 from .loading import check_recipe, load_config
 from .lr import cosine_factor
 from .masking import Encoder
-from .packing import collate, groups_of, pack_rows
+from .packing import PackedRows, collate, groups_of, lengths_of, pack
 from .positions import most_positions, without_longer
 from .recipe import Recipe as Recipe
 from .recipe import check
-from .report import RunLog
+from .report import RunLog, say
 from .saving import check_folder, rehearse
+from .sources import Source, check_pipes
 from .stock import batch_to_check, check_against_stock, packed_hidden_states
-
-
-def load_examples(paths, encoder, row_tokens, skip_bad=False, desc="reading", name="data"):
-    """All examples of some JSONL files, and the :class:`~.data.DataError` of each line left out (``skip_bad``).
-
-    Instead of paths, :class:`~.data.Lines` may be given, as :func:`~.data.read_all` returns them.
-    """
-    records, bad = read_all(paths, skip_bad)
-    bad, examples = list(bad), []
-    for record in tqdm(records, desc=desc, unit="line", leave=False, disable=len(records) < 1000):
-        try:
-            found = encoder.examples(record)
-            longest = max(len(example.input_ids) for example in found)
-            if longest > row_tokens:
-                raise record.error(f"{longest} tokens, longer than the row of {row_tokens}")
-            examples += found
-        except DataError as error:
-            if not skip_bad:
-                raise
-            bad.append(error)
-    if not examples:
-        files = ", ".join(dict.fromkeys(record.path for record in records))
-        raise ValueError(f"{name}: no usable conversation in {files}; {first_of(bad)}")
-    return examples, bad
 
 
 def train_tokenizer_on(paths, vocab_size, skip_bad=False, chat_template=None):
     """A byte-level BPE of at most ``vocab_size`` tokens, trained on what the conversations in ``paths`` say.
 
-    ``paths`` may be :class:`~.data.Lines`, as for :func:`load_examples`.
+    ``paths`` may be :class:`~.sources.Source` s, as for :func:`~.dataset.load_examples`.
     """
-    records = read_all(paths, skip_bad).records
-    texts = (r.text or "\n".join(str(m.get("content") or m.get("tool_calls")) for m in r.messages) for r in records)
-    tokenizer = models.train_tokenizer(texts, vocab_size)
+    sources = [path if isinstance(path, Source) else Source(path) for path in paths]
+    refuse = (lambda error: None) if skip_bad else None
+    records = (record for source in sources for record in stream(source, refuse))
+    tokenizer = models.train_tokenizer(filter(None, map(_words, records)), vocab_size)
     if chat_template:
         tokenizer.chat_template = template(chat_template)
     return tokenizer
 
 
-def prepare_tokenizer(recipe, lines=None):
+def _words(record):
+    return record.text or "\n".join(str(m.get("content") or m.get("tool_calls")) for m in record.messages or ())
+
+
+def prepare_tokenizer(recipe, sources=None):
     """The recipe's tokenizer; for a bare config one of the config's vocabulary that is trained on the data.
 
-    ``lines`` are the data, if they have been read.
+    ``sources`` are the data, if they are open.
     """
     if recipe.tokenizer or not models.is_config(recipe.model):
         folder = recipe.tokenizer or recipe.model
         return models.load_tokenizer(folder, recipe.chat_template, recipe.trust_remote_code)
     vocab_size = load_config(recipe.model, recipe.trust_remote_code).get_text_config().vocab_size
-    return train_tokenizer_on(lines or recipe.data, vocab_size, recipe.skip_bad, recipe.chat_template)
+    return train_tokenizer_on(sources or recipe.data, vocab_size, recipe.skip_bad, recipe.chat_template)
 
 
 def train(recipe, *, model=None, tokenizer=None):
@@ -97,18 +81,23 @@ def train(recipe, *, model=None, tokenizer=None):
         device = model.device
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    lines = read_all(recipe.data, recipe.skip_bad)
-    tokenizer = tokenizer or prepare_tokenizer(recipe, lines)
+    sources = [Source(path) for path in recipe.data]
+    tokenizer = tokenizer or prepare_tokenizer(recipe, sources)
     encoder = Encoder(tokenizer, recipe.mask, recipe.split_turns)
-    examples, bad = load_examples(lines, encoder, recipe.row_tokens, recipe.skip_bad)
-    del lines
-    held_out, more_bad = _held_out(recipe, encoder, examples)
+    load = partial(
+        load_examples,
+        encoder=encoder,
+        row_tokens=recipe.row_tokens,
+        skip_bad=recipe.skip_bad,
+        cache_folder=recipe.cache,
+    )
+    examples, held_out, refusals = _data(recipe, sources, load)
     for note in encoder.notes:
-        print(note)
-    for error in (bad := bad + more_bad)[:20]:
-        print(f"skipped {error}")
-    if bad:
-        print(f"skipped {len(bad)} lines, {len(examples) + len(held_out)} are left")
+        say(note)
+    for error in islice(chain(*refusals), 20):
+        say(f"skipped {error}")
+    if bad := sum(map(len, refusals)):
+        say(f"skipped {bad} lines, {len(examples) + len(held_out)} are left")
 
     if model is None:
         model = models.load_model(recipe.model, device, recipe.trust_remote_code)
@@ -124,16 +113,16 @@ def train(recipe, *, model=None, tokenizer=None):
         checked = batch_to_check(model, examples + held_out, recipe.row_tokens, pad_id or 0)
         check_against_stock(model, checked.to(device))
     steps = _Steps(examples, recipe)
-    evaluation = [batch(rows) for rows in groups_of(recipe.rows, pack_rows(held_out, recipe.row_tokens))]
+    evaluation = PackedRows(held_out, recipe.row_tokens)
 
     optimizer = AdamW(
         decay_groups(model, recipe.weight_decay), lr=recipe.lr, max_grad_norm=recipe.max_grad_norm, skip_nonfinite=True
     )
     warmup = round(recipe.warmup * steps.total)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: cosine_factor(t, steps.total, warmup))
-    rehearse(model, tokenizer, out, encoder.end_of_turn if recipe.mask == "completion+eot" else None)
+    rehearse(model, tokenizer, out, end_of_turn(examples) if recipe.mask == "completion+eot" else None)
     log = RunLog(out, steps.total, recipe.log_every)
-    evaluate = partial(_evaluate, model, evaluation, device, recipe, log)
+    evaluate = partial(_evaluate, model, lambda: map(batch, groups_of(recipe.rows, evaluation)), device, recipe, log)
     with saved_at_the_end(model, tokenizer, log, evaluate) as stop:
         model.train()
         with models.boundaries_given(model):
@@ -184,7 +173,7 @@ class _Steps:
 
     def __init__(self, examples, recipe):
         self.examples, self.recipe = examples, recipe
-        rows = len(pack_rows(examples, recipe.row_tokens))
+        rows = len(pack(lengths_of(examples), recipe.row_tokens))
         per_epoch = -(-rows // (recipe.rows * recipe.accumulate))
         self.total = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * per_epoch))
 
@@ -192,40 +181,46 @@ class _Steps:
         done = epoch = 0
         while done < self.total:
             shuffle = random.Random(f"{self.recipe.seed}/{epoch}").shuffle
-            examples = list(self.examples)
-            shuffle(examples)
-            rows = pack_rows(examples, self.recipe.row_tokens)
-            shuffle(rows)
-            for step in groups_of(self.recipe.accumulate, groups_of(self.recipe.rows, rows)):
+            order = np.arange(len(self.examples))
+            shuffle(order)
+            rows = PackedRows(self.examples, self.recipe.row_tokens, order)
+            shuffle(rows.rows)
+            for first in range(0, len(rows), self.recipe.rows * self.recipe.accumulate):
                 if done == self.total:
                     return
-                yield step
+                step = rows[first : first + self.recipe.rows * self.recipe.accumulate]
+                yield [*groups_of(self.recipe.rows, step)]
                 done += 1
             epoch += 1
 
 
-def _held_out(recipe, encoder, examples):
-    """Examples to measure on: files of their own, and a share that is taken out of ``examples``, in place."""
-    held_out, bad = [], []
+def _data(recipe, sources, load):
+    """``(examples, held_out, refusals)``; held out are files of their own, and a share of the conversations."""
+    examples, bad = load(sources)
+    refusals, held_out = [bad], examples.choose(slice(0, 0))
     if recipe.eval_data:
-        desc, name = "reading held-out", "eval_data"
-        held_out, bad = load_examples(recipe.eval_data, encoder, recipe.row_tokens, recipe.skip_bad, desc, name)
+        held_out, bad = load(recipe.eval_data, desc="reading held-out", name="eval_data")
+        refusals.append(bad)
     if recipe.holdout:
-        random.Random(f"{recipe.seed}/holdout").shuffle(examples)
-        lines = list(dict.fromkeys(example.source for example in examples))  # a split conversation stays together
+        order = np.arange(len(examples))
+        random.Random(f"{recipe.seed}/holdout").shuffle(order)
+        examples = examples.choose(order)
+        of_line = examples.sources()  # a split conversation stays together
+        lines, first = np.unique(of_line, return_index=True)
         count = max(1, round(recipe.holdout * len(lines)))
         if count >= len(lines):
             raise ValueError(f"holdout: {recipe.holdout} of {len(lines)} conversations leaves none to train on")
-        chosen = set(lines[:count])
-        held_out += [example for example in examples if example.source in chosen]
-        examples[:] = [example for example in examples if example.source not in chosen]
-    return held_out, bad
+        chosen = np.isin(of_line, lines[np.argsort(first)[:count]])
+        held_out += examples.choose(np.flatnonzero(chosen))
+        examples = examples.choose(np.flatnonzero(~chosen))
+    return examples, held_out, refusals
 
 
 def _evaluate(model, batches, device, recipe, log, stop, step):
-    if batches:
+    """``batches()`` are those of the held-out examples, if there are any."""
+    if (first := next(found := batches(), None)) is not None:
         with _autocast(device, recipe.precision), models.boundaries_given(model):
-            log.evaluation(step, masked_loss(model, stop.batches(batches), device))
+            log.evaluation(step, masked_loss(model, stop.batches(chain([first], found)), device))
 
 
 def _autocast(device, precision):

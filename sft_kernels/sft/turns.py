@@ -97,9 +97,9 @@ class _Locator:
         """``(span, turn)`` of message ``i``: a :class:`Span` if the text has the turn, else the turn alone."""
         turn, span = None, None if exact or self.known is None else self._in_window(i)
         if span is None:
-            whole = self.text if i == len(self.messages) - 1 else None
-            turn = self.template.turn(self.messages[:i], self.messages[i], self.tools, whole)
-            if turn.borrowed and whole == (turn.prompt + turn.said).removesuffix(turn.borrowed):
+            known = (self.text, self.marks) if i == len(self.messages) - 1 else ()
+            turn = self.template.turn(self.messages[:i], self.messages[i], self.tools, *known)
+            if turn.borrowed and known and self.text == (turn.prompt + turn.said).removesuffix(turn.borrowed):
                 self.text += turn.borrowed
             if not self.text.startswith(turn.prompt):
                 self.known = None

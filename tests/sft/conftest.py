@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sft_kernels.sft.data import Record
 from sft_kernels.sft.model import CHAT_TEMPLATE, train_tokenizer
+from sft_kernels.sft.rows import Record
 
 REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 

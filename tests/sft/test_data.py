@@ -4,8 +4,10 @@ import threading
 
 import pytest
 
-from sft_kernels.sft import data
-from sft_kernels.sft.data import DataError, Lines, check_pipes, read_all, read_jsonl
+from sft_kernels.sft import rows
+from sft_kernels.sft.data import read_jsonl
+from sft_kernels.sft.rows import DataError
+from sft_kernels.sft.sources import Source, check_pipes
 
 from .conftest import chat
 
@@ -209,7 +211,7 @@ def test_tools_may_be_a_string_of_json(tools, expected, write_jsonl):
 
 
 def test_a_line_that_is_too_long_is_named_and_passed_over(write_jsonl, monkeypatch):
-    monkeypatch.setattr(data, "LONGEST", 1 << 20)
+    monkeypatch.setattr(rows, "LONGEST", 1 << 20)
     bad = []
     path = write_jsonl(GOOD, beside('"x": "' + "y" * (3 << 20) + '"'), GOOD)
     assert [record.line for record in read_jsonl(path, bad)] == [1, 3]
@@ -228,7 +230,7 @@ def test_the_first_reason_is_told_if_no_line_is_left(write_jsonl):
     with pytest.raises(DataError, match=reason):
         read_jsonl(path, [])
     with pytest.raises(DataError, match=r"refused 1 line, the first: .*:1: not JSON"):
-        read_all([write_jsonl(GOOD), write_jsonl("{", name="bad.jsonl")], skip_bad=True)
+        read_jsonl(write_jsonl("{"), [])
 
 
 def piped(*rows):
@@ -239,14 +241,14 @@ def piped(*rows):
     return read, f"/dev/fd/{read}"
 
 
-def test_a_pipe_is_read_once():
+def test_a_pipe_can_be_read_again_through_its_source():
     read, path = piped(GOOD, GOOD)
-    lines = read_all([path])
-    assert [(r.path, r.line) for r in lines.records] == [(path, 1), (path, 2)]
-    assert read_all(lines) is lines
-    assert isinstance(lines, Lines)
+    source = Source(path)
+    assert source.is_pipe
+    for _ in range(2):
+        assert [number for number, _ in source.lines()] == [1, 2]
     with pytest.raises(DataError, match="no conversation in it"):
-        read_all([path])
+        read_jsonl(path)
     os.close(read)
 
 
@@ -255,9 +257,9 @@ def test_a_pipe_that_is_given_twice_is_refused_before_it_is_read(write_jsonl):
     file = write_jsonl(GOOD)
     for paths in ([path, path], [path, file, f"/proc/self/fd/{read}"]):
         with pytest.raises(DataError, match="given twice, but a pipe can be read only once"):
-            read_all(paths)
+            check_pipes(paths)
     check_pipes([path, file, file, file.parent, file.parent, "nowhere", "nowhere"])
-    assert len(read_all([path, file, file]).records) == 3
+    assert len(read_jsonl(path)) == 1
     os.close(read)
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from sft_kernels.sft.data import DataError, read_jsonl
+from sft_kernels.sft.data import read_jsonl
+from sft_kernels.sft.rows import DataError
 
 ASK, SAY = "hi?", 'It\'s "yo" é.'
 
@@ -81,20 +82,35 @@ def jsonl(*rows):
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-ROWS = {  # rows in other shapes, and the messages that they become
+READ = {  # rows in shapes that are read, and their messages
     "ShareGPT": (SHAREGPT, CHAT),
     "ShareGPT with a system prompt": ({"system": "Be kind.", **SHAREGPT}, [SYSTEM, *CHAT]),
-    "ShareGPT beside a prompt": ({"prompt": "x", "output": "y", **SHAREGPT}, CHAT),
     "conversations with roles": ({"conversations": CHAT}, CHAT),
-    "another key": ({"id": 5, "spoken": CHAT}, CHAT),
-    "a quote in the key": ({"it's \"$(touch x)`": CHAT}, CHAT),
-    "a conversation as a string": ({"conversations": json.dumps(SHARED)}, CHAT),
-    "messages as a string": ({"messages": json.dumps(CHAT)}, CHAT),
     "Alpaca": (ALPACA, ADDED),
     "Alpaca without input": ({**ALPACA, "input": ""}, turns("Add.", SAY)),
     "Alpaca with history": ({**ALPACA, "history": [["q", "a"]]}, turns("q", "a") + ADDED),
     "prompt and completion": ({"prompt": ASK, "completion": SAY}, CHAT),
     "prompt and completion as messages": ({"prompt": [USER], "completion": [REPLY]}, CHAT),
+    "function_call as ShareGPT has it": (
+        {"conversations": [SHARED[0], AS_SHARED, {"from": "observation", "value": "3"}, SHARED[1]]},
+        [USER, {**NEW_CALL, "content": ""}, RESULT, REPLY],
+    ),
+    "Alpaca with its text": ({**ALPACA, "text": "### Add."}, ADDED),
+    "Alpaca with a system prompt": ({**ALPACA, "system": "Be kind.", "id": 1}, [SYSTEM, *ADDED]),
+    "a prompt of several turns": (
+        {"prompt": [USER, REPLY, USER], "completion": [REPLY]},
+        [USER, {**REPLY, "weight": 0}, USER, REPLY],
+    ),
+    "a prompt in messages": ({"prompt": [SYSTEM, USER], "completion": SAY}, [SYSTEM, USER, REPLY]),
+    "an answer to learn from": ({"prompt": ASK, "completion": SAY, "label": True}, CHAT),
+    "no messages": ({"messages": None, **SHAREGPT}, CHAT),
+    "a weight": ({"conversations": [SHARED[0], {**SHARED[1], "weight": 1}]}, [USER, {**REPLY, "weight": 1}]),
+}
+ROWS = {  # rows in other shapes, and the messages that they become
+    "another key": ({"id": 5, "spoken": CHAT}, CHAT),
+    "a quote in the key": ({"it's \"$(touch x)`": CHAT}, CHAT),
+    "a conversation as a string": ({"conversations": json.dumps(SHARED)}, CHAT),
+    "messages as a string": ({"messages": json.dumps(CHAT)}, CHAT),
     "question and answer": ({"question": ASK, "answer": SAY}, CHAT),
     "OpenOrca": ({"system_prompt": "Be kind.", "question": ASK, "response": SAY}, [SYSTEM, *CHAT]),
     "input and output": ({"input": ASK, "output": SAY}, CHAT),
@@ -118,10 +134,6 @@ ROWS = {  # rows in other shapes, and the messages that they become
         {"messages": [USER, OLD_CALL, {"role": "function", "content": "3"}, REPLY]},
         [USER, NEW_CALL, RESULT, REPLY],
     ),
-    "function_call as ShareGPT has it": (
-        {"conversations": [SHARED[0], AS_SHARED, {"from": "observation", "value": "3"}, SHARED[1]]},
-        [USER, {**NEW_CALL, "content": ""}, RESULT, REPLY],
-    ),
     "a system prompt beside messages": ({"system": "Be kind.", **ROW}, [SYSTEM, *CHAT]),
     "a text beside messages": ({**ROW, "text": "hi yo"}, CHAT),
 }
@@ -137,7 +149,49 @@ def test_a_row_in_another_shape_becomes_messages(shape, tmp_path):
     assert {file.name.split(".")[0] for file in tmp_path.iterdir()} == {"it's chats"}
 
 
-@pytest.mark.parametrize("shape", ["ShareGPT", "Alpaca", "question and answer"])
+@pytest.mark.parametrize("shape", READ)
+def test_a_row_in_a_common_shape_is_read(shape, tmp_path):
+    row, expected = READ[shape]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(jsonl(row, {**row, "tools": json.dumps([TOOL])}, ROW), encoding="utf-8")
+    records = read_jsonl(path)
+    assert messages(records) == [expected, expected, CHAT]
+    assert [record.tools for record in records] == [None, [TOOL], None]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"conversations": []}, '"conversations" is empty or not a list'),
+        ({"conversations": {"from": "human"}}, '"conversations" is empty or not a list'),
+        ({"conversations": ["a"]}, "message 0 is not an object"),
+        ({"conversations": [{"from": "human", "value": 5}]}, 'message 0: "value" is not a string'),
+        ({"conversations": [*SHARED, {"from": "alien", "value": "x"}]}, "message 2 has unknown role 'alien'"),
+        ({"conversations": [*SHARED, {"value": "x"}]}, "message 2 has unknown role None"),
+        ({"conversations": SHARED[:1]}, "no assistant turn"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "message 0: a function_call is not JSON"),
+        (
+            {"conversations": [SHARED[0], {"from": "function_call", "value": "[5]"}]},
+            ".*tool call 0 has a .function. that is not",
+        ),
+        ({"prompt": "x", **SHAREGPT}, '"prompt" beside "messages" says what no message says'),
+        ({"instruction": "", "input": " ", "output": SAY}, '"instruction" is empty'),
+        ({**ALPACA, "input": ["1"]}, '"input" is not a string'),
+        ({**ALPACA, "output": None}, '"output" is empty, so there is no answer'),
+        ({**ALPACA, "output": 5}, '"output" is not a string'),
+        ({**ALPACA, "history": [["q"]]}, '"history" is not a list of pairs'),
+        ({"prompt": ASK, "completion": " "}, '"completion" is empty'),
+        ({"prompt": [USER], "completion": [USER]}, "no assistant turn"),
+    ],
+)
+def test_a_row_in_a_common_shape_that_makes_no_sense_is_named(row, reason, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(jsonl(ROW, row))
+    with pytest.raises(DataError, match=f":2: {reason}"):
+        read_jsonl(path)
+
+
+@pytest.mark.parametrize("shape", ["OpenOrca", "question and answer"])
 def test_tools_stay_and_rows_that_fit_stay_as_they_are(shape, tmp_path):
     row, expected = ROWS[shape]
     path = tmp_path / "chats.jsonl"
@@ -235,22 +289,73 @@ def made_by(*command):
 def tabular(kind):
     pa = pytest.importorskip("pyarrow")
     rows, sink = pa.Table.from_pylist([ROW]), pa.BufferOutputStream()
-    if kind in ("parquet", "orc"):
-        pytest.importorskip(f"pyarrow.{kind}").write_table(rows, sink)
+    if kind == "orc":
+        pytest.importorskip("pyarrow.orc").write_table(rows, sink)
     else:
         with getattr(pa.ipc, kind)(sink, rows.schema) as writer:
             writer.write_table(rows)
     return sink.getvalue().to_pybytes()
 
 
+def by_arrow(name):
+    pa = pytest.importorskip("pyarrow")
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, name) as file:
+        file.write(jsonl(ROW, ROW).encode())
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESSED = {
+    "gzip": lambda: gzip.compress(jsonl(ROW, ROW).encode()),
+    "two of gzip": lambda: gzip.compress(jsonl(ROW).encode()) * 2,
+    "bzip2": lambda: bz2.compress(jsonl(ROW, ROW).encode()),
+    "xz": lambda: lzma.compress(jsonl(ROW, ROW).encode()),
+    "zstd": lambda: by_arrow("zstd"),
+    "two of zstd": lambda: by_arrow("zstd") * 2,
+    "lz4": lambda: by_arrow("lz4"),
+}
+
+
+@pytest.mark.parametrize("kind", COMPRESSED)
+def test_a_compressed_file_is_read_and_a_part_of_it_named(kind, tmp_path):
+    path, data = tmp_path / "chats.data", COMPRESSED[kind]()
+    path.write_bytes(data)
+    found = messages(read_jsonl(path))
+    assert found == [CHAT] * len(found)
+    assert len(found) >= 2
+    path.write_bytes(data[:-5])
+    with pytest.raises(DataError, match=r"chats\.data:\d+: (cannot be read|not JSON)"):
+        read_jsonl(path)
+
+
+def test_a_compressed_pipe_is_read():
+    read, write = os.pipe()
+    os.write(write, gzip.compress(jsonl(ROW).encode()))
+    os.close(write)
+    assert messages(read_jsonl(f"/dev/fd/{read}")) == [CHAT]
+    os.close(read)
+
+
+def test_a_parquet_table_is_read(tmp_path):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path = tmp_path / "chats.parquet"
+    rows = [{"id": i, "messages": [USER, {**NEW_CALL, "weight": 1}, RESULT, REPLY], "tools": None} for i in range(300)]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=100)
+    records = read_jsonl(path)
+    assert [record.line for record in records] == [*range(1, 301)]
+    expected = [USER, {**NEW_CALL, "weight": 1}, RESULT, REPLY]
+    del expected[1]["content"]  # a table has no difference between null and not there
+    assert records[-1].messages == expected
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"chats\.parquet:1: cannot be read"):
+        read_jsonl(path)
+
+
 BINARY = {
-    "gzip": lambda: gzip.compress(jsonl(ROW).encode()),
-    "bzip2": lambda: bz2.compress(jsonl(ROW).encode()),
-    "xz": lambda: lzma.compress(jsonl(ROW).encode()),
-    "zstd": lambda: made_by("zstd", "-c"),
     "zip": lambda: archive("chats.jsonl", jsonl(ROW)),
     "tar": lambda: made_by("tar", "-c", "-f", "-", "-C", "/dev", "stdin", "--dereference"),
-    "Parquet": lambda: tabular("parquet"),
     "ORC": lambda: tabular("orc"),
     "Arrow": lambda: tabular("new_file"),
     "Arrow (stream)": lambda: tabular("new_stream"),
@@ -312,7 +417,7 @@ def test_an_input_that_only_later_rows_have_is_kept(tmp_path):
     [
         {"input": {"messages": [USER]}, "preferred_output": [REPLY], "non_preferred_output": [REPLY]},
         {"id": "1", "data": ["a", "b"]},
-        {"instruction": "Go.", "output": ["a", "b"]},
+        {"question": "Go.", "output": ["a", "b"]},
     ],
     ids=["half-a-conversation", "id", "list-of-answers"],
 )
@@ -349,7 +454,7 @@ def test_a_folder_says_what_to_give(tmp_path):
 
 def test_the_command_for_a_pipe_has_placeholders():
     read, write = os.pipe()
-    os.write(write, gzip.compress(jsonl(ROW).encode()))
+    os.write(write, archive("chats.jsonl", jsonl(ROW)))
     os.close(write)
-    assert refusal(f"/dev/fd/{read}").endswith("To convert it: zcat FILE > NEW.jsonl")
+    assert refusal(f"/dev/fd/{read}").endswith("To convert it: unzip -p FILE > NEW.jsonl")
     os.close(read)

@@ -2,8 +2,9 @@ import json
 
 import pytest
 
-from sft_kernels.sft.data import DataError, read_jsonl
+from sft_kernels.sft.data import read_jsonl
 from sft_kernels.sft.masking import IGNORE, MODES, Encoder
+from sft_kernels.sft.rows import DataError
 
 from .conftest import REAL_DATA, TURNS, record
 

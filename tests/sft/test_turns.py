@@ -1,5 +1,7 @@
 """Templates that render a turn in another way once others follow, and what else keeps labels from being right."""
 
+from functools import partial
+
 import pytest
 
 from sft_kernels.sft import train, turns
@@ -432,7 +434,7 @@ def test_the_turns_of_one_conversation_are_held_out_together(make, write_jsonl, 
     path = write_jsonl(*({"messages": THINKING} for _ in range(6)))
     recipe = Recipe(data=[str(path)], out=str(tmp_path / "run"), holdout=0.4, split_turns=True)
     encoder = Encoder(make(THINKS_LAST), split_turns=True)
-    examples, _ = load_examples(recipe.data, encoder, recipe.row_tokens)
-    held_out, _ = train._held_out(recipe, encoder, examples)
+    load = partial(load_examples, encoder=encoder, row_tokens=recipe.row_tokens)
+    examples, held_out, _ = train._data(recipe, recipe.data, load)
     assert (len(held_out), len(examples)) == (4, 8)
     assert not {example.source for example in held_out} & {example.source for example in examples}

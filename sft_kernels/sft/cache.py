@@ -1,0 +1,161 @@
+"""Tokenised files that a later run starts from, each in a folder named by everything that its tokens depend on."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from contextlib import contextmanager, suppress
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+from .examples import Part
+from .report import reason_of, warn
+
+_LIBRARIES = ("transformers", "tokenizers", "jinja2")
+
+
+def default_folder():
+    """``sft_kernels`` in the user's folder for caches (``XDG_CACHE_HOME``, else ``~/.cache``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sft_kernels")
+
+
+def part(source, encoder, build, folder=None):
+    """The :class:`~.examples.Part` of a :class:`~.sources.Source`: the one in the cache, or a new one.
+
+    ``build(folder)`` writes one into an empty folder. The new one is in the cache in whole or not at all; another
+    process that wants the same waits for it. What cannot be kept (a pipe, a tokenizer of a class that transformers has
+    not, a cache that cannot be written) is built in a temporary folder.
+
+    Args:
+        folder: of the cache, by default :func:`default_folder`. If it is given, it must be writable: else ``OSError``.
+    """
+    key = None if source.is_pipe else _key(source, encoder)
+    if key is None:
+        return _temporary(source, build)
+    try:
+        place = Path(folder or default_folder()).absolute() / key
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{place}.lock", "ab"):
+            pass
+    except (OSError, RuntimeError) as error:
+        if folder is not None:
+            raise OSError(f"cache: cannot write into {folder} ({reason_of(error)})") from error
+        warn(f"tokens are not kept for the next run: the cache cannot be written ({reason_of(error)})")
+        return _temporary(source, build)
+    with _locked(f"{place}.lock", wait=True):
+        if (found := _opened(place, source)) is None:
+            _sweep(place.parent)
+            found = _built(place, source, build)
+    return found
+
+
+def _built(place, source, build):
+    partial = Path(f"{place}.partial")
+    for leftover in (partial, place):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        with _naming(place.parent):
+            partial.mkdir()
+            build(partial)
+            for file in partial.iterdir():
+                _to_disk(file)
+            partial.rename(place)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return _opened(place, source)
+
+
+def _opened(place, source):
+    """The part in ``place``; None if there is none, or files are not as long as they should be."""
+    try:
+        return Part(place, source.path)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _temporary(source, build):
+    with _naming(tempfile.gettempdir()):
+        folder = tempfile.TemporaryDirectory(prefix="sft_kernels-")
+        build(Path(folder.name))
+    return Part(folder.name, source.path, keep=folder)
+
+
+@contextmanager
+def _naming(folder):
+    """Say in which folder a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        message = f"cache: {folder} cannot take the tokenised data ({reason_of(error)}); give another with --cache"
+        raise OSError(message) from error
+
+
+def _key(source, encoder):
+    known = _fingerprint(encoder)
+    if known is None:
+        return None
+    return _hash("\0".join([source.path, source.digest(), known]).encode(errors="surrogateescape"))
+
+
+def _hash(data):
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _fingerprint(encoder):
+    """All that the tokens of a given file depend on, as text; None if they depend on code that is not known here."""
+    tokenizer = encoder.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kind = type(tokenizer)
+    if backend is None or kind.__module__.split(".")[0] != "transformers":
+        return None
+    given = {k: v for k, v in tokenizer.init_kwargs.items() if not k.endswith(("_file", "_object", "name_or_path"))}
+    template = tokenizer.chat_template
+    return json.dumps(
+        [
+            [version(library) for library in _LIBRARIES],
+            _hash(b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.glob("*.py")))),
+            [kind.__qualname__, backend.to_str(), tokenizer.special_tokens_map, given, template],
+            [encoder.mode, encoder.split_turns],
+            date.today().isoformat() if "strftime_now" in str(template) else None,
+        ],
+        sort_keys=True,
+        default=str,
+    )
+
+
+@contextmanager
+def _locked(path, wait):
+    """Hold the lock of a file; yields False if another process has it and ``wait`` is false."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield True
+        return
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                yield False
+                return
+            warn("another run is reading the same file; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        yield True
+
+
+def _sweep(folder):
+    """Remove what killed runs left."""
+    for partial in folder.glob("*.partial"):
+        with suppress(OSError), _locked(partial.with_suffix(".lock"), wait=False) as ours:
+            if ours:
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _to_disk(file):
+    with open(file, "rb") as opened, suppress(OSError):
+        os.fsync(opened.fileno())

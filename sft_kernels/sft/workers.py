@@ -1,0 +1,174 @@
+"""Runs a function in processes of its own, so that it is bounded in time and memory and uses every core.
+
+The processes are forked, as torch's data loader forks its own on Linux: they have the function and all it needs without
+pickling. Elsewhere the function is called here, one item after the other and without bounds.
+"""
+
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+import warnings
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+SECONDS = 30  # of computing, for one piece of work
+MEMORY = 2 << 30  # bytes beside those that the process has when it begins
+_bounded = []  # not empty in a process of Workers
+
+
+class OutOfTime(BaseException):
+    """Raised by :func:`limited`. No ``Exception``, since a template's errors are caught as such."""
+
+
+class Died(RuntimeError):
+    """A process ended before it answered; the message says why."""
+
+
+class Workers:
+    """Processes that call ``function(item)``; to be used in a ``with`` block.
+
+    Args:
+        function: called in the processes. It may take :data:`MEMORY` more memory than there is now.
+        count: of processes.
+    """
+
+    def __init__(self, function, count):
+        self.function, self.processes = function, []
+        if sys.platform == "linux":
+            context = multiprocessing.get_context("fork")
+            for _ in range(count):
+                here, there = context.Pipe()
+                process = context.Process(target=_serve, args=(function, there, here), daemon=True)
+                with _quiet_fork():
+                    process.start()
+                there.close()
+                self.processes.append((process, here))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process, pipe in self.processes:
+            process.kill()
+            process.join()
+            process.close()
+            pipe.close()
+
+    def map(self, items):
+        """Yield ``(item, result)`` in the order of ``items``, of which a few are taken ahead.
+
+        A result is :class:`Died` if its process ended; that process is not replaced.
+        """
+        if not self.processes:
+            for item in items:
+                yield item, self.function(item)
+            return
+        free, waiting = deque(self.processes), deque()
+        # A thread for each process: it sends an item and waits for the answer.
+        with ThreadPoolExecutor(len(self.processes)) as threads:
+            try:
+                for item in items:
+                    waiting.append((item, threads.submit(_ask, free, item)))
+                    if len(waiting) > 2 * len(self.processes):
+                        item, answer = waiting.popleft()
+                        yield item, answer.result()
+                while waiting:
+                    item, answer = waiting.popleft()
+                    yield item, answer.result()
+            finally:
+                for _, answer in waiting:
+                    answer.cancel()
+                if waiting:
+                    for process, _ in self.processes:
+                        process.kill()
+
+
+def _ask(free, item):
+    process, pipe = free.popleft()
+    try:
+        pipe.send(item)
+        answer, failure = pipe.recv()
+    except (EOFError, OSError):
+        process.join()
+        return Died(_cause(process.exitcode))
+    finally:
+        free.append((process, pipe))
+    if failure:
+        raise RuntimeError(f"in a process of its own:\n{failure}")
+    return answer
+
+
+def _cause(status):
+    if status == -signal.SIGPROF:
+        return f"it did not end within {2 * SECONDS} s of computing"
+    if status is not None and status < 0:
+        return f"{signal.Signals(-status).name} ended it, perhaps for lack of memory"
+    return f"it ended with status {status}"
+
+
+def _serve(function, pipe, other_end):
+    """The loop of a process: answer until the other end is closed."""
+    other_end.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGVTALRM, _out_of_time)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # libraries' warnings, once for each process
+        os.dup2(silent, stream)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _bound_memory()
+    _bounded.append(True)
+    gc.freeze()  # a collection would write to the parent's objects, and so copy them
+    with suppress(EOFError, OSError):  # the other end is closed
+        while True:
+            item, answer, failure = pipe.recv(), None, None
+            try:
+                answer = function(item)
+            except BaseException:
+                failure = traceback.format_exc()
+            pipe.send((answer, failure))
+
+
+def _bound_memory():
+    import resource
+
+    with open("/proc/self/statm") as file:
+        most = int(file.read().split()[0]) * resource.getpagesize() + MEMORY
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or most < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+
+
+@contextmanager
+def limited():
+    """In a process of :class:`Workers`, give the block :data:`SECONDS` of computing, then raise :class:`OutOfTime`.
+
+    Code that does not come back to Python's interpreter is ended with its process after twice that time.
+    """
+    if not _bounded:
+        yield
+        return
+    signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, 2 * SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _out_of_time(number, frame):
+    raise OutOfTime
+
+
+@contextmanager
+def _quiet_fork():
+    """Without Python 3.12's warning that a process with threads forks: what the threads hold is not used."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+        yield
