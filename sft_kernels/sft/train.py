@@ -73,7 +73,6 @@ def train(recipe, *, model=None, tokenizer=None):
     check(recipe, model is not None)
     check_pipes([*recipe.data, *recipe.eval_data])
     check_folder(recipe.out)
-    recipe = check_recipe(recipe, model is not None, tokenizer is not None)
     out = Path(recipe.out).absolute()  # also if the working directory changes
     torch.manual_seed(recipe.seed)
     if model is not None:
@@ -81,6 +80,7 @@ def train(recipe, *, model=None, tokenizer=None):
         device = model.device
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = check_recipe(recipe, model is not None, tokenizer is not None)
     sources = [Source(path) for path in recipe.data]
     tokenizer = tokenizer or prepare_tokenizer(recipe, sources)
     encoder = Encoder(tokenizer, recipe.mask, recipe.split_turns)
