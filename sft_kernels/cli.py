@@ -200,7 +200,7 @@ def _inspect(argv):
         data: Annotated[list[str], tyro.conf.Positional]
         """JSONL files; - is standard input."""
         tokenizer: str | None = None
-        """Folder of a tokenizer; None: a byte-level BPE trained on the data."""
+        """Folder of a tokenizer, or hf:owner/name; None: a byte-level BPE trained on the data."""
         chat_template: str | None = None
         """A file that replaces the tokenizer's chat template."""
         trust_remote_code: bool = False

@@ -8,10 +8,9 @@ training.
 
 import json
 import random
-import shutil
-from pathlib import Path
 
 from .evaluate import answer, exact_match, masked_loss
+from .manifest import Manifest
 from .masking import Encoder
 from .model import END_OF_TURN, train_tokenizer
 from .packing import PackedRows, collate, groups_of
@@ -66,7 +65,7 @@ def write_data(folder, seed, lists, held_out):
     parts = {name: _lists(rng, size, taken) for name, size in sizes.items()}
     folder.mkdir(parents=True, exist_ok=True)
     for name, asked in parts.items():
-        with (folder / f"{name}.jsonl").open("w") as file:
+        with (folder / f"{name}.jsonl").open("x", encoding="utf-8") as file:
             for i, words in enumerate(asked):
                 tasks = list(_tasks(words, rng.randrange(len(words) - 1)).values())
                 if name == "base":
@@ -114,52 +113,55 @@ def judge(model, tokenizer, path, row_tokens=1024):
 
 
 def run(out="out/demo", base_steps=500, steps=400, lists=6000, held_out=240, seed=0):
-    """The demo; returns what was measured before and after fine-tuning. ``out`` is made anew.
+    """The demo; returns what was measured before and after fine-tuning.
 
     Args:
-        out: folder for data, logs, curves and models.
+        out: folder for data, logs, curves and models. An earlier demo in it is made anew; a folder that
+            holds anything else is refused.
         base_steps: optimiser steps of the base model.
         steps: optimiser steps of fine-tuning.
         lists: of words, in each of the two training sets.
         held_out: prompts to judge by.
         seed: of everything.
     """
-    out = Path(out)
-    if out.exists():
-        if not (out / "data" / "base.jsonl").is_file():
-            raise FileExistsError(f"out: {out} exists and is no earlier demo")
-        shutil.rmtree(out)
-    data = write_data(out / "data", seed, lists, held_out)
+    manifest = Manifest(out, ("data", "tokenizer", "config", "base", "tuned"))
+    manifest.begin()
+    with manifest.phase("data") as folder:
+        data = write_data(folder, seed, lists, held_out)
     texts = [line for name in ("base", "chats") for line in data[name].read_text().splitlines()]
     tokenizer = train_tokenizer((r for line in texts for r in _strings(json.loads(line))), vocab_size=480)
-    tokenizer.save_pretrained(out / "tokenizer")
-    config(len(tokenizer), tokenizer.pad_token_id).save_pretrained(out / "config")
+    with manifest.phase("tokenizer") as tokens:
+        tokenizer.save_pretrained(tokens)
+    with manifest.phase("config") as shape:
+        config(len(tokenizer), tokenizer.pad_token_id).save_pretrained(shape)
 
-    shared = {"row_tokens": 1024, "rows": 2, "log_every": 50, "seed": seed, "tokenizer": str(out / "tokenizer")}
+    shared = {"row_tokens": 1024, "rows": 2, "log_every": 50, "seed": seed, "tokenizer": str(tokens)}
     say(f"1. a base model: {base_steps} steps on unformatted text")
-    base = Recipe(
-        data=[str(data["base"])],
-        model=str(out / "config"),
-        mask="all",
-        lr=3e-3,
-        steps=base_steps,
-        out=str(out / "base"),
-        **shared,
-    )
-    model, _, _ = train(base)
+    with manifest.phase("base") as base:
+        recipe = Recipe(
+            data=[str(data["base"])],
+            model=str(shape),
+            mask="all",
+            lr=3e-3,
+            steps=base_steps,
+            out=str(base),
+            **shared,
+        )
+        model, _, _ = train(recipe)
     before = judge(model, tokenizer, data["held_out"])
     say(f"2. fine-tuning: {steps} steps on chats, the loss on the answers and {END_OF_TURN}")
-    tune = Recipe(
-        data=[str(data["chats"])],
-        eval_data=[str(data["held_out"])],
-        model=str(out / "base" / "model"),
-        lr=2e-3,
-        steps=steps,
-        eval_every=100,
-        out=str(out / "tuned"),
-        **shared,
-    )
-    model, _, _ = train(tune)
+    with manifest.phase("tuned") as tuned:
+        recipe = Recipe(
+            data=[str(data["chats"])],
+            eval_data=[str(data["held_out"])],
+            model=str(base / "model"),
+            lr=2e-3,
+            steps=steps,
+            eval_every=100,
+            out=str(tuned),
+            **shared,
+        )
+        model, _, _ = train(recipe)
     after = judge(model, tokenizer, data["held_out"])
     say(f"\n{'held-out prompts':<20}{'before':>10}{'after':>10}")
     for name in before:

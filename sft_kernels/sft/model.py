@@ -1,4 +1,4 @@
-"""Any Hugging Face causal LM from a folder or a config, with its tokenizer."""
+"""A Hugging Face causal LM as the trainer uses it, and the tokenizer that is trained here."""
 
 import errno
 import os
@@ -6,6 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from .folders import is_config as is_config
+from .loading import load_model as load_model
+from .loading import load_tokenizer as load_tokenizer
 
 # What a tokenizer that is trained here renders conversations with. It marks what the assistant says.
 CHAT_TEMPLATE = (
@@ -49,50 +53,6 @@ def train_tokenizer(texts, vocab_size):
         chat_template=CHAT_TEMPLATE,
         padding_side="left",
     )
-
-
-def load_tokenizer(path, chat_template=None, trust_remote_code=False):
-    """The tokenizer in folder ``path``; ``chat_template`` is a file that replaces its template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-    return tokenizer
-
-
-def is_config(path):
-    """Whether ``path`` describes a model without weights: a JSON file, or a folder with nothing but configs.
-
-    A folder that lacks its weights but has more in it is no config: random weights would pass for a download cut short.
-    """
-    path = Path(path)
-    if path.is_file():
-        return True
-    return path.is_dir() and {p.name for p in path.iterdir()} <= {"config.json", "generation_config.json"}
-
-
-def load_model(path, device, trust_remote_code=False):
-    """The causal LM in ``path`` in fp32 (autocast lowers the products), attending through packed attention.
-
-    A folder with weights is loaded; a config gives a model with random weights, drawn from torch's seed.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ..integrations import calls, register
-
-    register()
-    trust = {"trust_remote_code": trust_remote_code}
-    options = {"dtype": torch.float32, "attn_implementation": calls.NAME, **trust}
-    if is_config(path):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path, **trust), **options)
-    else:
-        model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
-        if missing := sorted(found["missing_keys"]):  # tied weights are none
-            raise ValueError(
-                f"model: {path} lacks {len(missing)} weights that its config asks for, such as {missing[0]}"
-            )
-    return model.to(device)
 
 
 def causal_lm(model):
@@ -250,10 +210,12 @@ def save(model, tokenizer, path):
         if os.path.lexists(taken):
             raise FileExistsError(f"{taken} exists already")
     partial(path).mkdir()
+    mode = partial(path).stat().st_mode & 0o777  # as the umask gives it
     save_model(model, partial(path))
     tokenizer.save_pretrained(partial(path))
     for file in partial(path).rglob("*"):
         if file.is_file():
+            file.chmod(mode & 0o666)  # safetensors lets nobody but the owner read it
             _to_disk(file)
     partial(path).rename(path)
 

@@ -16,17 +16,18 @@ class Recipe:
     data: list[str] = field(default_factory=list)
     """JSONL files of conversations to train on."""
     model: str = ""
-    """A Hugging Face causal LM: a folder, or a config (JSON) for random weights."""
+    """A Hugging Face causal LM: a folder, a config (JSON) for random weights, or hf:owner/name to fetch one."""
     tokenizer: str | None = None
-    """Its folder; None: the model's, or for a config a byte-level BPE trained on the data."""
+    """Its folder, or hf:owner/name; None: the model's, or for a config a byte-level BPE trained on the data."""
     chat_template: str | None = None
     """A file that replaces the tokenizer's chat template."""
     trust_remote_code: bool = False
-    """Let Python code run that lies in the folders of model and tokenizer."""
+    """Let Python code run that lies in the folders of model and tokenizer. Otherwise a folder that needs it is
+    refused."""
     cache: str | None = None
     """Folder for tokenised data, which a later run starts from; None: sft_kernels in ~/.cache."""
     out: str = "out/run"
-    """Folder for train.jsonl, curves.png and model/. It must not hold a run already."""
+    """Folder for train.jsonl, curves.png and model/. It must not hold a run already, nor a link in their place."""
     mask: Literal["all", "completion", "completion+eot"] = "completion+eot"
     """Which tokens carry loss."""
     weigh: Literal["tokens", "examples"] = "tokens"

@@ -114,6 +114,8 @@ class RunLog:
         rate."""
         image, path = io.BytesIO(), self.out / "curves.png"
         _draw(self.history, image, dpi=120)
+        if path.is_symlink():
+            raise FileExistsError(f"{path} is a link")
         try:
             path.write_bytes(image.getvalue())
         except OSError:

@@ -14,10 +14,11 @@ import torch
 
 from . import generation
 from . import model as models
+from .out import UNFINISHED as UNFINISHED
+from .out import check_folder as check_folder
+from .out import new_folder
 from .report import reason_of, say
 
-UNFINISHED = "model-unfinished"
-"""The folder in ``out`` for the model of a run that an error ended."""
 _MARGIN = 4 << 20  # for the log, the curves and what a file system needs for itself
 _trial_lock = threading.Lock()
 
@@ -30,22 +31,6 @@ class NotSaved(OSError):
     """
 
     path = result = None
-
-
-def check_folder(out):
-    """Refuse an ``out`` that is no folder, holds a run already, or holds what a killed run left."""
-    out = Path(out)
-    if os.path.lexists(out) and not out.is_dir():
-        raise NotADirectoryError(f"out: {out} is not a folder; give a folder or a new path")
-    for name in ("train.jsonl", "model", UNFINISHED):
-        if os.path.lexists(out / name):
-            raise FileExistsError(f"out: {out} holds a run already ({name})")
-    for name in ("model.partial", f"{UNFINISHED}.partial"):
-        if os.path.lexists(out / name):
-            raise FileExistsError(
-                f"out: {out} holds {name}, which a run left that was killed while it saved; "
-                "move it away or give another folder"
-            )
 
 
 def check_room(folder, *sizes):
@@ -207,7 +192,7 @@ def _places_aside(path):
     run = path.absolute().parent
     for parent in (run.parent, Path(tempfile.gettempdir())):
         try:
-            folder = Path(tempfile.mkdtemp(prefix=f"{run.name}-", dir=parent))
+            folder = new_folder(parent, f"{run.name}-")
         except OSError:
             continue
         try:
@@ -242,7 +227,12 @@ def _save_weights(model, path):
         file = place.with_name(f"{path.name}-weights.pt")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(model.state_dict(), file)
+            opened = file.open("xb")  # never through a link, nor over what is there
+        except OSError:
+            continue
+        try:
+            with opened:
+                torch.save(model.state_dict(), opened)
             return file
         except Exception:
             with suppress(OSError):

@@ -14,7 +14,9 @@ from . import model as models
 from .data import stream
 from .dataset import end_of_turn, load_examples
 from .evaluate import masked_loss
+from .files import template
 from .finish import saved_at_the_end
+from .loading import check_recipe, load_config
 from .lr import cosine_factor
 from .masking import Encoder
 from .packing import PackedRows, collate, groups_of, lengths_of, pack
@@ -37,7 +39,7 @@ def train_tokenizer_on(paths, vocab_size, skip_bad=False, chat_template=None):
     records = (record for source in sources for record in stream(source, refuse))
     tokenizer = models.train_tokenizer(filter(None, map(_words, records)), vocab_size)
     if chat_template:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = template(chat_template)
     return tokenizer
 
 
@@ -53,9 +55,7 @@ def prepare_tokenizer(recipe, sources=None):
     if recipe.tokenizer or not models.is_config(recipe.model):
         folder = recipe.tokenizer or recipe.model
         return models.load_tokenizer(folder, recipe.chat_template, recipe.trust_remote_code)
-    from transformers import AutoConfig
-
-    vocab_size = AutoConfig.from_pretrained(recipe.model).get_text_config().vocab_size
+    vocab_size = load_config(recipe.model, recipe.trust_remote_code).get_text_config().vocab_size
     return train_tokenizer_on(sources or recipe.data, vocab_size, recipe.skip_bad, recipe.chat_template)
 
 
@@ -80,6 +80,7 @@ def train(recipe, *, model=None, tokenizer=None):
         device = model.device
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = check_recipe(recipe, model is not None, tokenizer is not None)
     sources = [Source(path) for path in recipe.data]
     tokenizer = tokenizer or prepare_tokenizer(recipe, sources)
     encoder = Encoder(tokenizer, recipe.mask, recipe.split_turns)

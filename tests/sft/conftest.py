@@ -1,4 +1,6 @@
+import builtins
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,25 @@ def small_model(tokenizer):
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def whole(tokenizer, tmp_path_factory):
+    """A folder with a tiny model and its tokenizer."""
+    from .small import model_of
+
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    model_of(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(whole, tmp_path, monkeypatch):
+    """A copy of a whole folder. A question on stdin fails the test."""
+
+    def ask(*args):
+        raise AssertionError("a question was asked")
+
+    monkeypatch.setattr(builtins, "input", ask)
+    return shutil.copytree(whole, tmp_path / "model")

@@ -11,9 +11,11 @@ from safetensors import SafetensorError
 
 from sft_kernels.sft import model as models
 from sft_kernels.sft import saving
+from sft_kernels.sft.recipe import Recipe
 from sft_kernels.sft.saving import NotSaved, check_folder, check_room, rehearse, save
+from sft_kernels.sft.train import train
 
-from .small import loaded, model_of, same_weights
+from .small import loaded, model_of, recipe_in, same_weights
 
 
 @pytest.fixture
@@ -114,12 +116,102 @@ def test_a_file_in_the_way_is_refused(model, tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "model", "model-unfinished", "model.partial"])
-def test_what_an_earlier_run_left_is_refused(name, tmp_path):
-    check_folder(tmp_path)
-    (tmp_path / name).symlink_to(tmp_path / "nowhere")  # a link to nothing is in the way, too
-    with pytest.raises(FileExistsError, match=f"^out: .*{name}"):
-        check_folder(tmp_path)
+WRITTEN = ["train.jsonl", "curves.png", "model", "model-unfinished", "model-weights.pt", "model-unfinished-weights.pt"]
+PARTIAL = ["model.partial", "model-unfinished.partial"]
+
+
+@pytest.mark.parametrize("name", WRITTEN + PARTIAL)
+@pytest.mark.parametrize("kind", ["a file", "a folder", "a link", "a link to nothing"])
+def test_what_an_earlier_run_left_is_refused(name, kind, tmp_path):
+    out = tmp_path / "run"
+    (out / ".trial-abc").mkdir(parents=True)  # of a killed run; its name is never used again
+    (out / "notes.txt").write_text("mine")
+    check_folder(out)
+    if kind == "a file":
+        (out / name).write_text("mine")
+    elif kind == "a folder":
+        (out / name).mkdir()
+    else:
+        (out / name).symlink_to(tmp_path / "nowhere" if kind == "a link to nothing" else out / "notes.txt")
+    with pytest.raises(FileExistsError, match=rf"^out: .*{name}{', ' + kind if 'link' in kind else ''}[,)]"):
+        check_folder(out)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_refuses_what_it_would_write_before_it_reads(tmp_path):
+    (tmp_path / "curves.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match=r"curves\.png, a link to nothing"):
+        train(Recipe(data=[str(tmp_path / "none.jsonl")], model="none", out=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("spot", "error", "reason"),
+    [
+        ("", ValueError, "expected a folder"),
+        ("a\0b", ValueError, "no path"),
+        ("file", NotADirectoryError, "file is not a folder"),
+        ("file/run", NotADirectoryError, "file is not a folder, so .*file/run cannot be made"),
+        ("dangling", NotADirectoryError, "dangling is a link to nothing"),
+        ("dangling/a/b", NotADirectoryError, "dangling is a link to nothing, so"),
+        ("locked/run", PermissionError, "locked cannot be written to"),
+        ("x" * 300, OSError, "File name too long"),
+        ("new/a/b", None, ""),
+        ("link", None, ""),
+        ("link/run", None, ""),
+    ],
+)
+def test_spots_where_no_folder_can_be(spot, error, reason, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "locked").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))  # root may do anything
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for name in {spot, f"{tmp_path}/{spot}" if spot else ""}:
+        if error is None:
+            check_folder(name)
+        else:
+            with pytest.raises(error, match=f"^out: .*{reason}"):
+                check_folder(name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_saved_files_have_the_mode_that_the_umask_gives(mask, model, tokenizer, tmp_path, elsewhere, monkeypatch):
+    run, full = tmp_path / "run", tmp_path / "full"
+    before = os.umask(mask)
+    try:
+        train(recipe_in(tmp_path, steps=1), model=model, tokenizer=tokenizer)
+        monkeypatch.setattr(model, "save_pretrained", failing(model.save_pretrained, full))
+        with pytest.raises(NotSaved) as aside:
+            save(model, tokenizer, full / "model")
+        monkeypatch.setattr(model, "save_pretrained", failing(model.save_pretrained, error=ValueError))
+        with pytest.raises(NotSaved) as weights:
+            save(model, tokenizer, run / "other")
+    finally:
+        os.umask(before)
+    assert weights.value.path.name == "other-weights.pt"
+    assert aside.value.path.parents[1] == tmp_path
+    saved = [path for top in (run, aside.value.path.parent) for path in (top, *top.rglob("*"))]
+    assert {"curves.png", "train.jsonl", "model.safetensors", "tokenizer.json"} <= {path.name for path in saved}
+    for path in saved:
+        assert path.stat().st_mode & 0o777 == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+def test_weights_are_not_written_through_a_link(model, tokenizer, tmp_path, elsewhere, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (run / "model-weights.pt").symlink_to(tmp_path / "mine")
+    monkeypatch.setattr(model, "save_pretrained", failing(model.save_pretrained, error=ValueError))
+    with pytest.raises(NotSaved, match="its weights are in") as e:
+        save(model, tokenizer, run / "model")
+    assert e.value.path.parent != run
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert (run / "model-weights.pt").is_symlink()
 
 
 def test_a_folder_that_cannot_be_written_keeps_its_kind_of_error(model, tokenizer, tmp_path, monkeypatch):

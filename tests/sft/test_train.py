@@ -406,7 +406,15 @@ def test_bad_lines_can_be_skipped_and_are_reported(recipe, write_jsonl, small_mo
 def test_a_model_with_attention_of_its_own_is_refused(recipe, tokenizer, tmp_path):
     config = tmp_path / "falcon.json"
     config.write_text(
-        json.dumps({"model_type": "falcon", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1})
+        json.dumps(
+            {
+                "model_type": "falcon",
+                "vocab_size": 300,
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+            }
+        )
     )
     with pytest.raises(ValueError, match="FalconForCausalLM, which computes its attention itself"):
         train(replace(recipe, model=str(config)), tokenizer=tokenizer)
