@@ -23,7 +23,18 @@ _USAGE = """usage: sft-kernels COMMAND [options]
 sft-kernels COMMAND --help lists a command's options. sft-kernels --version prints the version."""
 
 # The modules of the extra "train".
-_TRAIN = ("transformers", "tokenizers", "safetensors", "tyro", "tqdm", "yaml", "matplotlib")
+_TRAIN = (
+    "transformers",
+    "tokenizers",
+    "huggingface_hub",
+    "safetensors",
+    "tyro",
+    "tqdm",
+    "yaml",
+    "matplotlib",
+    "jinja2",
+    "pyarrow",
+)
 
 
 class Interrupted(KeyboardInterrupt):
