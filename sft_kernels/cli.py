@@ -3,14 +3,13 @@
 import os
 import signal
 import sys
-import threading
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Literal
 
 from . import __version__
+from ._signals import Signals
 from ._terminal import coloured, one_line, printable, taken
 
 _USAGE = """usage: sft-kernels COMMAND [options]
@@ -37,35 +36,15 @@ _TRAIN = (
 )
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT ended the command.
-
-    After a plain ``KeyboardInterrupt`` Python may end by the signal, and not with the status 130.
-    """
-
-    status = 128 + signal.SIGINT
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM ended the command."""
-
-    status = 128 + signal.SIGTERM
-
-
-_SIGNALS = {
-    signal.SIGINT: partial(Interrupted, "interrupted"),
-    signal.SIGTERM: partial(Terminated, "terminated"),
-}
-
-
 def main(argv=None):
     """Run a command; returns the exit status.
 
     It is 0, 1 if the input was refused, 2 for a wrong call, 130 if SIGINT ended the command, and
     143 if SIGTERM did. A run that saved its model ends with 0, whatever fails after that.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
-    with taken() as output, _interruptible() as signals:
+    last = argv is None  # as the process's own command
+    argv = sys.argv[1:] if last else list(argv)
+    with taken() as output, Signals(last) as signals:
         asked = None
         try:
             status = _status(argv, signals)
@@ -80,6 +59,10 @@ def main(argv=None):
     return status
 
 
+class _AfterSaving(Exception):
+    """Something failed after a run had saved its model; the message is one line."""
+
+
 def _status(argv, signals):
     try:
         return _run(argv)
@@ -87,9 +70,12 @@ def _status(argv, signals):
         _complain(one_line(stop) if str(stop) else "interrupted")
         return getattr(stop, "status", 128 + signal.SIGINT)
     except Exception as error:
-        if signals:  # which a library has made another error of
-            _complain(str(_SIGNALS[signals[0]]()))
-            return 128 + signals[0]
+        if signals.end:  # which a library has made another error of
+            _complain(signals.end)
+            return signals.end.status
+        if isinstance(error, _AfterSaving):
+            _complain(f"warning: {error}")
+            return 0
         if isinstance(error, ImportError):
             if (error.name or "").startswith("sft_kernels"):
                 raise
@@ -129,32 +115,6 @@ def _missing(error):
     return one_line(message)
 
 
-@contextmanager
-def _interruptible():
-    """Make SIGINT and SIGTERM raise ``KeyboardInterrupt`` in the block; yields those that came.
-
-    A second one does what it would have done without the block. Handlers of others stay in place.
-    """
-    came, before = [], {}
-
-    def interrupt(number, frame):
-        came.append(number)
-        signal.signal(number, before[number])
-        raise _SIGNALS[number]()
-
-    if threading.current_thread() is threading.main_thread():
-        usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-        for number, handler in usual.items():
-            if signal.getsignal(number) == handler:
-                before[number] = handler
-                signal.signal(number, interrupt)
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _options(kind, command, argv, default=None, **more):
     """Returns the options in ``argv``; --help and a wrong option raise ``SystemExit``."""
     import tyro
@@ -192,10 +152,8 @@ def _train(argv):
     except Exception as error:
         if before or isinstance(error, NotSaved) or not model.is_dir():
             raise
-        # Nothing that fails after the model is saved fails the run.
-        failed = f"{type(error).__name__}: {one_line(error)}"
-        _complain(f"warning: the model is in {printable(str(model))}, then {failed}")
-        return 0
+        what = f"{type(error).__name__}: {one_line(error)}"
+        raise _AfterSaving(f"the model is in {printable(str(model))}, then {what}") from error
     made = "model, log and curves" if log.curves else "model and log"
     print(printable(f"{made} are in {recipe.out}"))
     return 0

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -337,6 +338,48 @@ def test_a_signal_is_one_line(number, status, word, disguised, trainer, monkeypa
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+class Garbage:
+    """Python ignores what is raised where this is collected."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        signal.raise_signal(self.number)
+
+
+def swallow(number):
+    with contextlib.suppress(KeyboardInterrupt):
+        signal.raise_signal(number)
+
+
+@pytest.mark.parametrize(("number", "status", "word"), ENDS)
+@pytest.mark.parametrize("lose", [Garbage, swallow])
+def test_a_signal_that_is_lost_comes_again(lose, number, status, word, trainer, monkeypatch, capsys):
+    def fail(recipe):
+        lose(number)
+        time.sleep(20)
+
+    monkeypatch.setattr(training, "train", fail)
+    hook = sys.unraisablehook
+    assert trainer.run() == status
+    assert capsys.readouterr().err == f"sft-kernels: {word}\n"
+    assert sys.unraisablehook is hook
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_a_signal_that_was_made_another_error_after_saving_counts(trainer, monkeypatch, capsys):
+    def fail(recipe):
+        (trainer.out / "model").mkdir(parents=True)
+        swallow(signal.SIGTERM)
+        raise RuntimeError("initialization failed")
+
+    monkeypatch.setattr(training, "train", fail)
+    assert trainer.run() == 143
+    assert capsys.readouterr().err == "sft-kernels: terminated\n"
+
+
 @pytest.mark.parametrize(("number", "status", "word"), ENDS)
 def test_a_signal_in_the_first_evaluation(number, status, word, train, monkeypatch, capfd):
     monkeypatch.setattr(training, "masked_loss", lambda *args: signal.raise_signal(number))
@@ -450,6 +493,14 @@ cli._inspect = work
     argv = [*CLOSING, sys.executable, "-c", f"{before}\n{MAIN}", "inspect"]
     assert subprocess.run(argv, cwd=ROOT).returncode == 0
     assert (tmp_path / "mine").read_text() == "True"
+
+
+@pytest.mark.parametrize(("number", "status", "word"), ENDS)
+def test_a_signal_while_the_process_ends_is_quiet(number, status, word):
+    before = f"import atexit, signal; atexit.register(signal.raise_signal, {int(number)})"
+    done = process("--version", before=before)
+    assert (done.returncode, done.stderr) == (status, "")
+    assert done.stdout.startswith("sft-kernels ")
 
 
 @pytest.mark.parametrize(("number", "status", "word"), ENDS)
