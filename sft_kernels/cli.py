@@ -167,7 +167,7 @@ def _inspect(argv):
         """Show what a run would train on."""
 
         data: Annotated[list[str], tyro.conf.Positional]
-        """JSONL files; - is standard input."""
+        """Files of conversations: JSONL, also compressed, or Parquet; - is standard input."""
         tokenizer: str | None = None
         """Folder of a tokenizer, or hf:owner/name; None: a byte-level BPE trained on the data."""
         chat_template: str | None = None

@@ -14,7 +14,7 @@ class Recipe:
     """One run. Every field can stand in the YAML file and be overridden on the command line."""
 
     data: list[str] = field(default_factory=list)
-    """JSONL files of conversations to train on."""
+    """Files of conversations to train on: JSONL, also compressed, or Parquet; - is standard input."""
     model: str = ""
     """A Hugging Face causal LM: a folder, a config (JSON) for random weights, or hf:owner/name to fetch one."""
     tokenizer: str | None = None
@@ -60,7 +60,7 @@ class Recipe:
     holdout: float = 0.0
     """Share of the conversations kept out of training to measure the masked loss on."""
     eval_data: list[str] = field(default_factory=list)
-    """JSONL files to measure the masked loss on."""
+    """Files to measure the masked loss on."""
     eval_every: int = 0
     """Steps between measurements; 0: before and after only."""
     log_every: int = 10
