@@ -26,6 +26,7 @@ _ENDS = {
     signal.SIGINT: partial(Interrupted, "interrupted"),
     signal.SIGTERM: partial(Terminated, "terminated"),
 }
+_SECONDS = 5  # long enough for what is cleared up after the first
 _USUAL = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
@@ -34,7 +35,7 @@ class Signals:
 
     A second signal does what it would have done without the block. Handlers of others stay in
     place. What is raised can be lost: Python ignores it in ``__del__``, and a library may turn it
-    into an error that it then ignores. So it is raised again every second until the block ends.
+    into an error that it then ignores. So it is raised again every few seconds until the block ends.
 
     If the block is the ``last`` thing that the process does, a signal after it ends the process
     silently. ``end`` is the exception of the first signal, or None.
@@ -69,11 +70,11 @@ class Signals:
         self._number, end = number, _ENDS[number]()
         self.end = self.end or end
         signal.signal(number, self._before[number])
-        self._repeat_in(1)
+        self._repeat_in(_SECONDS)
         raise end
 
     def _again(self, number, frame):
-        self._repeat_in(1)
+        self._repeat_in(_SECONDS)
         if signal.getsignal(self._number) == self._before[self._number]:
             signal.signal(self._number, self._raise)
         signal.raise_signal(self._number)

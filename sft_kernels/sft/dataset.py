@@ -1,6 +1,7 @@
 """Files of rows as :class:`~.examples.Examples`: read in a stream, tokenised on every core, kept for the next run."""
 
 import os
+import sys
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from .._terminal import output
 from . import cache, workers
 from .examples import Examples, PartWriter
 from .formats import Unfit
@@ -125,7 +127,8 @@ def _build(source, encoder, skip_bad, desc, folder):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(cores, 1 + (source.size >> 20), _MOST)
     topics, end = {}, None
-    bar = tqdm(total=source.size, desc=desc, unit="B", unit_scale=True, leave=False, disable=source.size < _SHOWN)
+    shown = {"desc": desc, "unit": "B", "unit_scale": True, "leave": False, "file": output(sys.stderr)}
+    bar = tqdm(total=source.size, disable=source.size < _SHOWN, **shown)
     with bar, PartWriter(folder) as writer, Workers(partial(_encode, encoder, source.path), count) as pool:
         with closing(pool.map(_batches(source))) as results:
             for (lines, position), found in results:
