@@ -135,10 +135,12 @@ def _train(argv):
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv:
         at = argv.index("--config")
-        if at + 1 == len(argv):
+        if not argv[at + 1 :] or not argv[at + 1]:
             raise ValueError("--config: expected a file")
         recipe = from_yaml(argv[at + 1])
         argv = argv[:at] + argv[at + 2 :]
+        if "--config" in argv:
+            raise ValueError("--config: expected one file, got two")
     description = "--config FILE reads options from YAML first."
     recipe = _options(Recipe, "train", argv, default=recipe, description=description)
 
@@ -150,7 +152,7 @@ def _train(argv):
     try:
         _, _, log = train(recipe)
     except Exception as error:
-        if before or isinstance(error, NotSaved) or not model.is_dir():
+        if before or isinstance(error, NotSaved) or not os.path.isdir(model):
             raise
         what = f"{type(error).__name__}: {one_line(error)}"
         raise _AfterSaving(f"the model is in {printable(str(model))}, then {what}") from error
