@@ -11,6 +11,7 @@ from .opening import open_now
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|nan)\Z", re.I)
 _LONGEST = 1 << 18  # bytes of a YAML file; its reader takes some seconds for a megabyte
+_LONGEST_ROW = 1 << 24  # tokens; a row is padded to its length, which has to fit into memory
 _MOST = (1 << 63) - 1  # of an integer; with more digits than 4300 Python does not even print one
 _NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
@@ -175,6 +176,8 @@ def check(recipe, model_given=False):
     for name in ("row_tokens", "rows", "accumulate", "log_every"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(recipe, name)}")
+    if recipe.row_tokens > _LONGEST_ROW:
+        raise ValueError(f"row_tokens: expected at most {_LONGEST_ROW}, got {recipe.row_tokens}")
     if recipe.steps is not None and recipe.steps < 1:
         raise ValueError(f"steps: expected at least 1, got {recipe.steps}")
     if recipe.steps is None and not 0 < recipe.epochs < math.inf:
