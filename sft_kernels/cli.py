@@ -1,8 +1,10 @@
 """``sft-kernels``: train, inspect, demo, verify."""
 
 import os
+import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -124,8 +126,22 @@ def _options(kind, command, argv, default=None, **more):
         more["default"] = default
         for value in vars(default).values():
             shown += value if isinstance(value, list) else [value]
-    with coloured(*shown):
+    with coloured(*shown), _wide_enough():
         return tyro.cli(kind, prog=f"sft-kernels {command}", args=argv, **more)
+
+
+@contextmanager
+def _wide_enough():
+    """Let tyro see a terminal of 40 columns at least. In one of 5, its help does not come to an end."""
+    before = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < 40:
+        os.environ["COLUMNS"] = "40"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _train(argv):
@@ -193,6 +209,10 @@ def _inspect(argv):
     options = _options(Inspect, "inspect", argv)
     if not options.data:
         raise ValueError("data: expected at least one JSONL file")
+
+    from .sft.recipe import check_row_tokens
+
+    check_row_tokens(options.row_tokens)
 
     from .sft.dataset import load_examples
     from .sft.inspection import label_table, summary

@@ -173,11 +173,10 @@ def check(recipe, model_given=False):
         raise ValueError("data: expected at least one JSONL file")
     if not model_given and not recipe.model:
         raise ValueError("model: expected a folder or a config")
-    for name in ("row_tokens", "rows", "accumulate", "log_every"):
+    check_row_tokens(recipe.row_tokens)
+    for name in ("rows", "accumulate", "log_every"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(recipe, name)}")
-    if recipe.row_tokens > _LONGEST_ROW:
-        raise ValueError(f"row_tokens: expected at most {_LONGEST_ROW}, got {recipe.row_tokens}")
     if recipe.steps is not None and recipe.steps < 1:
         raise ValueError(f"steps: expected at least 1, got {recipe.steps}")
     if recipe.steps is None and not 0 < recipe.epochs < math.inf:
@@ -192,3 +191,9 @@ def check(recipe, model_given=False):
     for name in ("warmup", "holdout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(recipe, name)}")
+
+
+def check_row_tokens(number):
+    """Raise ``ValueError`` for a row that is too short or too long."""
+    if not 1 <= number <= _LONGEST_ROW:
+        raise ValueError(f"row_tokens: expected from 1 to {_LONGEST_ROW}, got {str(number)[:30]}")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sft_kernels.sft import files
 from sft_kernels.sft.loading import check_recipe, load_config, load_model, load_tokenizer
+from sft_kernels.sft.model import check_vocabulary
 from sft_kernels.sft.recipe import Recipe
 
 from .small import model_of, same_weights
@@ -418,3 +419,11 @@ def test_a_chat_template_that_cannot_be_read_is_named(content, reason, folder, t
         return
     with pytest.raises(ValueError, match=r"^chat_template: "):
         check_recipe(Recipe(data=["-"], model=str(folder), chat_template=str(path)))
+
+
+def test_a_token_beyond_the_embeddings_is_named(folder):
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    tokens["model"]["vocab"]["Zq"] = 99_999
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(ValueError, match=r"^tokenizer: 'Zq' has the number 99999, the model embeds \d+ tokens"):
+        check_vocabulary(load_model(folder, "cpu"), load_tokenizer(folder))

@@ -38,9 +38,11 @@ def test_an_integer_beyond_64_bits_is_refused(name, capsys):
     assert capsys.readouterr().err == f"sft-kernels: {name}: expected at most 2⁶³ − 1\n"
 
 
-def test_a_row_that_no_memory_holds_is_refused(capsys):
-    assert main(["train", "--model", "m", "--data", "d", "--row-tokens", "1000000000"]) == 1
-    assert capsys.readouterr().err == "sft-kernels: row_tokens: expected at most 16777216, got 1000000000\n"
+@pytest.mark.parametrize("command", [["train", "--model", "m", "--data"], ["inspect"]])
+def test_a_row_that_no_memory_holds_is_refused(command, capsys):
+    for number in (0, 1_000_000_000):
+        assert main([*command, "chats.jsonl", "--row-tokens", str(number)]) == 1
+        assert capsys.readouterr().err == f"sft-kernels: row_tokens: expected from 1 to 16777216, got {number}\n"
 
 
 def test_a_recipe_is_one_file(written, capsys):
