@@ -17,13 +17,14 @@ def printable(text):
     Files, file names and templates may hold them. The end of a line becomes a space. Anything else
     that does not print becomes a backslash escape.
     """
-    text = _escaped(text)
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+    escaped = _escaped(text[: LONGEST + 1])
+    return escaped if len(escaped) <= LONGEST else f"{escaped[:LONGEST]} …"
 
 
 def one_line(error):
     """Returns the message of an error, or the name of its type, as :func:`printable` text."""
-    message = re.sub(r"\s*[\r\n]\s*", " ", str(error).strip())
+    start = str(error).lstrip()[: 2 * LONGEST]
+    message = re.sub(r"\s*[\r\n]\s*", " ", start.rstrip())
     return printable(message or type(error).__name__)
 
 

@@ -1,8 +1,10 @@
 """``sft-kernels``: train, inspect, demo, verify."""
 
 import os
+import shutil
 import signal
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -124,8 +126,22 @@ def _options(kind, command, argv, default=None, **more):
         more["default"] = default
         for value in vars(default).values():
             shown += value if isinstance(value, list) else [value]
-    with coloured(*shown):
+    with coloured(*shown), _wide_enough():
         return tyro.cli(kind, prog=f"sft-kernels {command}", args=argv, **more)
+
+
+@contextmanager
+def _wide_enough():
+    """Let tyro see a terminal of 40 columns at least. In one of 5, its help does not come to an end."""
+    before = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns < 40:
+        os.environ["COLUMNS"] = "40"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _train(argv):
@@ -135,10 +151,12 @@ def _train(argv):
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv:
         at = argv.index("--config")
-        if at + 1 == len(argv):
+        if not argv[at + 1 :] or not argv[at + 1]:
             raise ValueError("--config: expected a file")
         recipe = from_yaml(argv[at + 1])
         argv = argv[:at] + argv[at + 2 :]
+        if "--config" in argv:
+            raise ValueError("--config: expected one file, got two")
     description = "--config FILE reads options from YAML first."
     recipe = _options(Recipe, "train", argv, default=recipe, description=description)
 
@@ -150,7 +168,7 @@ def _train(argv):
     try:
         _, _, log = train(recipe)
     except Exception as error:
-        if before or isinstance(error, NotSaved) or not model.is_dir():
+        if before or isinstance(error, NotSaved) or not os.path.isdir(model):
             raise
         what = f"{type(error).__name__}: {one_line(error)}"
         raise _AfterSaving(f"the model is in {printable(str(model))}, then {what}") from error
@@ -191,6 +209,10 @@ def _inspect(argv):
     options = _options(Inspect, "inspect", argv)
     if not options.data:
         raise ValueError("data: expected at least one JSONL file")
+
+    from .sft.recipe import check_row_tokens
+
+    check_row_tokens(options.row_tokens)
 
     from .sft.dataset import load_examples
     from .sft.inspection import label_table, summary

@@ -159,3 +159,16 @@ def test_data_that_cannot_be_opened_are_named(name, config, tmp_path, capsys):
     assert main(argv) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("columns", ["1", "5", "0", "x", None])
+def test_help_in_a_narrow_terminal(columns, monkeypatch, capsys):
+    if columns is None:
+        monkeypatch.delenv("COLUMNS", raising=False)
+        monkeypatch.setattr(os, "get_terminal_size", lambda *_: os.terminal_size((3, 3)))
+    else:
+        monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    assert "--held-out" in capsys.readouterr().out
+    assert os.environ.get("COLUMNS") == columns

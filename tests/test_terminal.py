@@ -58,6 +58,12 @@ def test_printable_is_one_line_without_control_characters():
     assert one_line(ValueError()) == "ValueError"
 
 
+def test_a_message_is_cut_before_it_is_escaped():
+    began = time.perf_counter()
+    assert len(printable("\x1b" * 10_000_000)) == len(one_line(ValueError("\x1b" * 10_000_000))) == 4002
+    assert time.perf_counter() - began < 3  # escaping all takes three times as long
+
+
 # ---- streams
 
 
@@ -243,6 +249,12 @@ def test_a_run_that_saved_its_model_ends_with_0_if_what_follows_fails(trainer, c
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("sft-kernels: warning: the model is in ")
     assert line.endswith(f"then RuntimeError: out of memory {ESCAPED}")
+
+
+def test_a_name_that_is_too_long_does_not_hide_the_error(trainer, capsys):
+    trainer.error, trainer.saves, trainer.out = ValueError("data: bad"), False, trainer.out / ("x" * 300)
+    assert trainer.run() == 1
+    assert capsys.readouterr().err == "sft-kernels: data: bad\n"
 
 
 @pytest.mark.parametrize("error", [ValueError("data: bad"), NotSaved("out: saved elsewhere")])

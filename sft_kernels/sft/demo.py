@@ -124,6 +124,12 @@ def run(out="out/demo", base_steps=500, steps=400, lists=6000, held_out=240, see
         held_out: prompts to judge by.
         seed: of everything.
     """
+    numbers = {"base_steps": base_steps, "steps": steps, "lists": lists, "held_out": held_out}
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}")
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed: expected an integer from 0 to 2⁶³ − 1, got {seed}")
     manifest = Manifest(out, ("data", "tokenizer", "config", "base", "tuned"))
     manifest.begin()
     with manifest.phase("data") as folder:

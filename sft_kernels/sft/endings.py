@@ -3,6 +3,7 @@
 import re
 from contextlib import suppress
 
+from .._terminal import LONGEST
 from .spoken import words_end
 
 ASK = {"role": "user", "content": "Words of the user."}
@@ -23,7 +24,7 @@ def refusal_of(what, error):
     """
     if isinstance(error, MemoryError):
         raise error
-    reason = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+    reason = (str(error)[:LONGEST].splitlines() or [""])[0].strip() or type(error).__name__
     return Refused(f"{what} refuses it: {reason}")
 
 

@@ -6,8 +6,10 @@ import os
 import re
 import stat
 import sys
+import warnings
 from pathlib import Path
 
+from .opening import open_now
 from .report import reason_of
 
 CONFIG = "config.json"
@@ -29,13 +31,14 @@ def opened(path, argument):
     """The file at ``path`` opened for reading bytes; ``ValueError`` if it is none or a git-lfs
     pointer."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | getattr(os, "O_CLOEXEC", 0))
+        file = open_now(path)
+    except IsADirectoryError as error:
+        raise ValueError(f"{argument}: {path} is no file") from error
     except (OSError, ValueError) as error:
         raise ValueError(f"{argument}: {path} cannot be read ({reason_of(error)})") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
         raise ValueError(f"{argument}: {path} is no file")
-    file = os.fdopen(descriptor, "rb")
     if file.read(len(_POINTER)) == _POINTER:
         file.close()
         raise ValueError(f"{argument}: {path} is a git-lfs pointer, not the file itself; run git lfs pull")
@@ -74,7 +77,7 @@ def _constant(name):
 def check_text(path, argument):
     """The text of a UTF-8 file that is not empty and no longer than a template may be."""
     try:
-        with open(path, "rb") as file:  # a pipe is fine, as a shell's <(…) makes it
+        with open_now(path) as file:  # a pipe is fine, as a shell's <(…) makes it
             data = file.read(_LONGEST_TEMPLATE + 1)
     except (OSError, ValueError) as error:
         raise ValueError(f"{argument}: {path} cannot be read ({reason_of(error)})") from error
@@ -112,8 +115,11 @@ def check_tokenizer_files(folder, argument, in_full=False):
     """
     for name in (CONFIG, *_SETTINGS):
         if os.path.lexists(folder / name):
-            json_object(folder / name, argument)
+            settings = json_object(folder / name, argument)
+            if name == TOKENIZER_CONFIG and not _are_texts(settings.get("chat_template")):
+                raise ValueError(f"{argument}: {folder / name}: chat_template is no text, nor a list of named texts")
     if os.path.lexists(folder / _TEXTS[0]):
+        opened(folder / _TEXTS[0], argument).close()  # no pipe, since transformers reads it once more
         check_text(folder / _TEXTS[0], argument)
     for name in _LARGE:
         if not os.path.lexists(folder / name):
@@ -133,6 +139,17 @@ def check_tokenizer_files(folder, argument, in_full=False):
                 (folder / name).read_bytes().decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{argument}: {folder / name} is not UTF-8 (byte {error.start})") from error
+
+
+def _are_texts(templates):
+    """Returns true for a text, for named ones, and for None."""
+    if isinstance(templates, dict):
+        texts = list(templates.values())
+    elif isinstance(templates, list):
+        texts = [entry.get("template") if isinstance(entry, dict) else entry for entry in templates]
+    else:
+        texts = [templates]
+    return all(text is None or isinstance(text, str) for text in texts)
 
 
 def vocabulary_file(folder):
@@ -211,7 +228,9 @@ def _check_pickled(path, argument):
     with opened(path, argument):
         pass
     try:
-        weights = torch.load(path, map_location="meta", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle's version
+            weights = torch.load(path, map_location="meta", weights_only=True)
     except Exception as error:  # a pickle can raise anything
         text = str(error)
         if found := re.search(r"GLOBAL ([\w.]+)", text):

@@ -69,8 +69,8 @@ def load_model(path, device, trust_remote_code=False):
                 f"model: {many} not fit {files.CONFIG}: {name} is {list(there)} there, {list(asked)} is asked for"
             )
         if missing := sorted(found["missing_keys"]):  # tied weights are none
-            many = f"{len(missing)} weights that its config asks for, such as {missing[0]}"
-            raise _Refused(f"model: {path} lacks {many}")
+            many = f"{len(missing)} weights that its config asks for, such as " if len(missing) > 1 else ""
+            raise _Refused(f"model: {path} lacks {many}{missing[0]}")
         if errors := found.get("error_msgs"):
             raise _Refused(f"model: {path} cannot be loaded ({' '.join(str(errors[0]).split())[:300]})")
     if not trust_remote_code and (code := folders.code_of(path, "model")):

@@ -90,6 +90,9 @@ def check_vocabulary(model, tokenizer):
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(f"tokenizer: has {len(tokenizer)} tokens, the model embeds {rows}")
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    if number >= rows:
+        raise ValueError(f"tokenizer: {token[:50]!r} has the number {number}, the model embeds {rows} tokens")
 
 
 def head(model):

@@ -7,6 +7,7 @@ from pathlib import Path
 UNFINISHED = "model-unfinished"
 """The folder in ``out`` for the model of a run that an error ended."""
 _RUN = ("train.jsonl", "curves.png", "model", UNFINISHED, "model-weights.pt", f"{UNFINISHED}-weights.pt")
+_DEEPEST = 200  # folders; ``mkdir`` takes a step of Python's stack for each that is not there
 _PARTIAL = ("model.partial", f"{UNFINISHED}.partial")
 
 
@@ -37,7 +38,11 @@ def check_path(out):
         raise ValueError("out: expected a folder")
     if "\0" in text:
         raise ValueError(f"out: {text!r} is no path")
+    if (home := os.path.expanduser(text)) != text:
+        raise ValueError(f"out: {text[:100]} is not expanded; give {home[:100]}, or ./{text[:100]} for that name")
     path = Path(text)
+    if len(path.parts) > _DEEPEST:
+        raise ValueError(f"out: {text[:100]}… has {len(path.parts)} folders in it; at most {_DEEPEST} are supported")
     for place in (path, *path.absolute().parents):
         try:
             there = os.path.lexists(place)

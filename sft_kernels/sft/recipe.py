@@ -1,11 +1,18 @@
 """The options of a run, and the YAML file that holds them."""
 
 import math
+import re
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from .opening import open_now
+
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
+_FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|nan)\Z", re.I)
 _LONGEST = 1 << 18  # bytes of a YAML file; its reader takes some seconds for a megabyte
+_LONGEST_ROW = 1 << 24  # tokens; a row is padded to its length, which has to fit into memory
+_MOST = (1 << 63) - 1  # of an integer; with more digits than 4300 Python does not even print one
 _NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 
@@ -88,11 +95,21 @@ def from_yaml(path):
 
 
 def _read(path):
-    """The value of a YAML file without aliases, in which no key stands twice."""
+    """The value of a YAML file without aliases and tags, in which no key stands twice."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Takes for a number what looks like one. In YAML 1.1, 1:30 is 90, 010 is 8, and there are dates."""
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if not tag.endswith((":int", ":float", ":timestamp"))]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    signs = list("-+.0123456789")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, signs)
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, signs)
     try:
-        with open(path, "rb") as file:
+        with open_now(path) as file:
             source = file.read(_LONGEST + 1)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
@@ -104,24 +121,26 @@ def _read(path):
         for event in yaml.parse(text, yaml.SafeLoader):  # as they are read, since deep nesting takes hours
             if isinstance(event, yaml.AliasEvent):
                 raise ValueError("aliases (*name) are not supported; write the value out")
+            if getattr(event, "tag", None):
+                raise ValueError(f"tags ({event.tag}) are not supported; write the value alone")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > 3:
                 raise ValueError("nested deeper than a list of values")
-        root = yaml.compose(text, yaml.SafeLoader)
+        root = yaml.compose(text, Loader)
         keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
         if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
             raise ValueError(f"{twice!r} stands there twice")
-        return yaml.safe_load(text) or {}
+        return yaml.load(text, Loader) or {}
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    except ValueError as error:  # also a date or an integer that Python has not
+    except ValueError as error:  # also an integer that Python has not
         raise ValueError(f"{path}: {error}") from error
 
 
 def _as(kind, value, name):
-    """``value`` as an option of the type ``kind``; YAML 1.1 reads 1e-5 as a string."""
+    """``value`` as an option of the type ``kind``; a number in quotes is one, too."""
     if kind == list[str]:
         return [_as(str, entry, name) for entry in (value if isinstance(value, list) else [value])]
     if get_origin(kind) is Literal:
@@ -146,11 +165,16 @@ def _shown(value):
 
 def check(recipe, model_given=False):
     """Raise ``ValueError`` for a value that makes no sense. ``model_given``: the recipe need not name one."""
+    for option in fields(recipe):
+        value = getattr(recipe, option.name)
+        if isinstance(value, int) and abs(value) > _MOST:
+            raise ValueError(f"{option.name}: expected at most 2⁶³ − 1")
     if not recipe.data:
         raise ValueError("data: expected at least one JSONL file")
     if not model_given and not recipe.model:
         raise ValueError("model: expected a folder or a config")
-    for name in ("row_tokens", "rows", "accumulate", "log_every"):
+    check_row_tokens(recipe.row_tokens)
+    for name in ("rows", "accumulate", "log_every"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(recipe, name)}")
     if recipe.steps is not None and recipe.steps < 1:
@@ -167,3 +191,9 @@ def check(recipe, model_given=False):
     for name in ("warmup", "holdout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(recipe, name)}")
+
+
+def check_row_tokens(number):
+    """Raise ``ValueError`` for a row that is too short or too long."""
+    if not 1 <= number <= _LONGEST_ROW:
+        raise ValueError(f"row_tokens: expected from 1 to {_LONGEST_ROW}, got {str(number)[:30]}")

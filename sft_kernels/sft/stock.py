@@ -88,6 +88,8 @@ def check_against_stock(model, batch):
             model.eval()
             hidden = hidden_states(model, batch)
             ours = linear_cross_entropy(hidden, **head(model), shift=True, kept=batch.kept)
+            if not torch.isfinite(ours):
+                raise NotStock(_not_finite(model))
             ours.backward()
             gradients = _take_gradients(model)
             moved = _moved_by_neighbours(model, batch, hidden.detach())
@@ -108,6 +110,12 @@ def packed_hidden_states(model, batch):
         return hidden_states(model, batch)
     except (AttributeError, KeyError, TypeError) as error:
         raise NotStock(f"model: {type(model).__name__} does not take packed rows ({error!r})") from error
+
+
+def _not_finite(model):
+    found = next((name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()), None)
+    cause = f"its weight {found} holds NaN or infinite numbers" if found else "its weights are finite"
+    return f"model: its loss on the first examples is not finite; {cause}"
 
 
 @contextmanager

@@ -57,7 +57,10 @@ class ChatTemplate:
         if not tokenizer.chat_template:
             raise ValueError("tokenizer: has no chat template (give one with chat_template)")
         self.tokenizer, self.note = tokenizer, note
-        source = tokenizer.get_chat_template()
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError as error:  # several templates, none of them the default
+            raise ValueError(f"tokenizer: {error}") from error
         self.marks_turns = bool(_GENERATION_TAG.search(source))
         switches = [name for name in ("enable_thinking", "thinking") if re.search(rf"\b{name}\b", source)]
         self._options = [(), *(((name, value),) for name in switches for value in (False, True))]

@@ -151,6 +151,13 @@ def test_a_folder_with_anything_else_is_refused_and_left_alone(change, named, ki
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("name", ["base_steps", "steps", "lists", "held_out", "seed"])
+def test_a_number_that_makes_no_sense_is_refused_before_anything_is_written(name, tmp_path):
+    with pytest.raises(ValueError, match=f"^{name}: expected"):
+        demo.run(str(tmp_path / "demo"), **{name: -1})
+    assert not (tmp_path / "demo").exists()
+
+
 def test_a_folder_that_no_demo_made_is_refused(tmp_path):
     (tmp_path / "project" / "data").mkdir(parents=True)
     (tmp_path / "project" / "data" / "base.jsonl").write_text("mine")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import shutil
 import struct
 import sys
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from sft_kernels.sft import files
 from sft_kernels.sft.loading import check_recipe, load_config, load_model, load_tokenizer
+from sft_kernels.sft.model import check_vocabulary
 from sft_kernels.sft.recipe import Recipe
 
 from .small import model_of, same_weights
@@ -92,7 +94,7 @@ def dangling(file):
     file.symlink_to(file.parent / "nowhere")
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, "tokenizer.json", "model.safetensors"])
+@pytest.mark.parametrize("name", [*SETTINGS, "tokenizer.json", "chat_template.jinja", "model.safetensors"])
 @pytest.mark.parametrize("spoil", [taken_away, pipe, dangling])
 def test_what_is_no_file_is_named(name, spoil, folder):
     spoil(folder / name)
@@ -189,6 +191,14 @@ def test_a_pickle_does_not_run(as_zip, folder, tmp_path):
     load_model(folder, "cpu")  # plain tensors are read
     torch.save(weights | {"x": Runs(tmp_path / "it_ran")}, file, _use_new_zipfile_serialization=as_zip)
     assert f"{file} cannot be read as weights (it asks for posix.mkdir" in refused(folder)
+    assert not (tmp_path / "it_ran").exists()
+
+
+def test_a_pickle_of_another_version_is_one_line(folder, tmp_path, recwarn):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Runs(tmp_path / "it_ran")}, protocol=4))
+    assert "pytorch_model.bin cannot be read as weights" in refused(folder)
+    assert not list(recwarn)
     assert not (tmp_path / "it_ran").exists()
 
 
@@ -292,6 +302,8 @@ def test_what_transformers_says_comes_only_of_a_folder_that_is_loaded(folder):
         ("tokenizer_config.json", {"eos_token": 5}),
         ("tokenizer_config.json", {"tokenizer_class": 5}),
         ("tokenizer_config.json", {"auto_map": 5}),
+        ("tokenizer_config.json", {"chat_template": 5}),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default", "template": 5}]}),
         ("tokenizer.json", {"model": {"type": "Nope"}}),
         ("tokenizer.json", {"model": ...}),
         ("config.json", {"auto_map": 5}),
@@ -390,16 +402,28 @@ def test_code_for_generation_is_refused(folder):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [(None, "No such file"), ("folder", "Is a directory"), (b"\xe9", "not UTF-8"), (b" \n", "is empty"),
-     (POINTER, "git-lfs pointer"), (b"x" * (1 << 20) + b"x", "longer than 1 MiB")],
-    ids=["none", "folder", "latin", "empty", "pointer", "long"],
+     (POINTER, "git-lfs pointer"), (b"x" * (1 << 20) + b"x", "longer than 1 MiB"), ("pipe", "is empty")],
+    ids=["none", "folder", "latin", "empty", "pointer", "long", "pipe"],
 )  # fmt: skip
 def test_a_chat_template_that_cannot_be_read_is_named(content, reason, folder, tmp_path):
     path = tmp_path / "template.jinja"
     if content == "folder":
         path.mkdir()
+    elif content == "pipe":
+        os.mkfifo(path)  # nobody writes to it
     elif content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=f"^chat_template: {path} .*{reason}"):
         load_tokenizer(folder, chat_template=path)
+    if content == "pipe":  # which could be read only once
+        return
     with pytest.raises(ValueError, match=r"^chat_template: "):
         check_recipe(Recipe(data=["-"], model=str(folder), chat_template=str(path)))
+
+
+def test_a_token_beyond_the_embeddings_is_named(folder):
+    tokens = json.loads((folder / "tokenizer.json").read_text())
+    tokens["model"]["vocab"]["~"] = 99_999
+    (folder / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(ValueError, match=r"^tokenizer: '~' has the number 99999, the model embeds \d+ tokens"):
+        check_vocabulary(load_model(folder, "cpu"), load_tokenizer(folder))

@@ -156,6 +156,7 @@ def test_a_run_refuses_what_it_would_write_before_it_reads(tmp_path):
         ("dangling/a/b", NotADirectoryError, "dangling is a link to nothing, so"),
         ("locked/run", PermissionError, "locked cannot be written to"),
         ("x" * 300, OSError, "File name too long"),
+        ("x/" * 2000, ValueError, "at most 200 are supported"),
         ("new/a/b", None, ""),
         ("link", None, ""),
         ("link/run", None, ""),
@@ -177,6 +178,15 @@ def test_spots_where_no_folder_can_be(spot, error, reason, tmp_path, monkeypatch
             with pytest.raises(error, match=f"^out: .*{reason}"):
                 check_folder(name)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_home_that_no_shell_expanded_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^out: ~/run is not expanded; give /home/me/run, or ./~/run"):
+        check_folder("~/run")
+    check_folder("./~/run")
+    check_folder("run~")
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])

@@ -223,6 +223,13 @@ def test_a_model_of_low_precision_is_compared_in_fp32_and_left_as_it_was(dtype, 
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_weights_that_are_not_finite_are_named(small_model):
+    model = small_model()
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(NotStock, match=r"loss .* is not finite; its weight model\.norm\.weight holds NaN"):
+        check_against_stock(model, batch_to_check(model, [of_length(20)], 80, pad_id=0))
+
+
 def test_a_failed_check_leaves_the_model_as_it_was(small_model, monkeypatch):
     model = small_model().to(torch.bfloat16)
     monkeypatch.setattr(stock, "head", lambda model: models.head(model) | {"logit_scale": 2.0})
