@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -16,10 +15,10 @@ import pytest
 
 from sft_kernels import cli
 from sft_kernels._terminal import Output, coloured, one_line, output, printable, taken
-from sft_kernels.sft import train as training
 from sft_kernels.sft.saving import NotSaved
 
-ROOT = Path(__file__).parents[1]
+from .conftest import CLOSING, ENV, MAIN, ROOT, conversation, process
+
 HOSTILE = "a\x1b[2Jb\x9bc\u202ed\u2066e\u2028f\x07g\x00h\udcffi\x7fj"
 ESCAPED = r"a\x1b[2Jb\x9bc\u202ed\u2066e\u2028f\x07g\x00h\udcffi\x7fj"
 full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
@@ -165,29 +164,6 @@ def test_nothing_stays_in_the_buffer_of_a_pipe_that_is_closed(monkeypatch):
 # ---- the command
 
 
-def conversation(question, reply):
-    turns = {"role": "user", "content": question}, {"role": "assistant", "content": reply}
-    return json.dumps({"messages": turns}) + "\n"
-
-
-@pytest.fixture
-def chats(tmp_path):
-    path = tmp_path / "chats.jsonl"
-    path.write_text(conversation("How many?", "Two … words.") * 12)
-    return path
-
-
-@pytest.fixture
-def train(chats, tmp_path):
-    """The arguments of a run on a model that a config describes."""
-    config = tmp_path / "config.json"
-    shape = {"vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    config.write_text(json.dumps({"model_type": "llama", **shape, **heads}))
-    options = ["--row-tokens", "64", "--steps", "1", "--holdout", "0.2"]
-    return ["train", "--model", config, "--data", chats, *options, "--out", tmp_path / "模型"]
-
-
 def test_inspect_on_any_stream(chats, monkeypatch, capsys):
     with without_reader() as inner:
         monkeypatch.setattr(sys, "stdout", inner)
@@ -211,30 +187,6 @@ def test_verify_on_any_stream(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", Broken(NO_SPACE))
     assert cli.main(argv) == 1
     assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-class Trainer:
-    """Stands for the trainer: makes the model's folder, prints, and then raises."""
-
-    def __init__(self, monkeypatch, tmp_path):
-        self.out, self.error, self.saves = tmp_path / "run", None, True
-        monkeypatch.setattr(training, "train", self)
-
-    def __call__(self, recipe):
-        print("step")
-        if self.saves:
-            (self.out / "model").mkdir(parents=True)
-        if self.error:
-            raise self.error
-        return None, None, type("Log", (), {"curves": True})
-
-    def run(self):
-        return cli.main(["train", "--out", str(self.out)])
-
-
-@pytest.fixture
-def trainer(monkeypatch, tmp_path):
-    return Trainer(monkeypatch, tmp_path)
 
 
 def test_a_run_that_saved_its_model_ends_with_0_if_its_output_is_lost(trainer, monkeypatch, capsys):
@@ -325,118 +277,7 @@ def test_the_modules_of_the_extra_are_those_of_pyproject():
     assert {*cli._TRAIN} == {{"pyyaml": "yaml"}.get(name, name) for name in names}
 
 
-# ---- signals
-
-
-ENDS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-
-
-@pytest.mark.parametrize(("number", "status", "word"), ENDS)
-@pytest.mark.parametrize("disguised", [False, True], ids=["as it is", "as an error of a library"])
-def test_a_signal_is_one_line(number, status, word, disguised, trainer, monkeypatch, capsys):
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
-
-    def fail(recipe):
-        try:
-            signal.raise_signal(number)
-        except BaseException as error:
-            if disguised:
-                raise ImportError("numpy.core.multiarray failed to import") from error
-            raise
-
-    monkeypatch.setattr(training, "train", fail)
-    assert trainer.run() == status
-    assert capsys.readouterr().err == f"sft-kernels: {word}\n"
-    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-class Garbage:
-    """Python ignores what is raised where this is collected."""
-
-    def __init__(self, number):
-        self.number = number
-
-    def __del__(self):
-        signal.raise_signal(self.number)
-
-
-def swallow(number):
-    with contextlib.suppress(KeyboardInterrupt):
-        signal.raise_signal(number)
-
-
-@pytest.mark.parametrize(("number", "status", "word"), ENDS)
-@pytest.mark.parametrize("lose", [Garbage, swallow])
-def test_a_signal_that_is_lost_comes_again(lose, number, status, word, trainer, monkeypatch, capsys):
-    ignored, went_on = [], []
-
-    def fail(recipe):
-        lose(number)
-        time.sleep(5)
-        went_on.append(None)
-
-    monkeypatch.setattr(training, "train", fail)
-    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
-    hook = sys.unraisablehook
-    assert trainer.run() == status
-    assert capsys.readouterr().err == f"sft-kernels: {word}\n"
-    assert not ignored + went_on
-    assert sys.unraisablehook is hook
-    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-
-
-def test_a_signal_that_was_made_another_error_after_saving_counts(trainer, monkeypatch, capsys):
-    def fail(recipe):
-        (trainer.out / "model").mkdir(parents=True)
-        swallow(signal.SIGTERM)
-        raise RuntimeError("initialization failed")
-
-    monkeypatch.setattr(training, "train", fail)
-    assert trainer.run() == 143
-    assert capsys.readouterr().err == "sft-kernels: terminated\n"
-
-
-@pytest.mark.parametrize(("number", "status", "word"), ENDS)
-def test_a_signal_in_the_first_evaluation(number, status, word, train, monkeypatch, capfd):
-    monkeypatch.setattr(training, "masked_loss", lambda *args: signal.raise_signal(number))
-    assert cli.main([str(arg) for arg in train]) == status
-    said = capfd.readouterr().err
-    assert "Traceback" not in said
-    assert said.splitlines()[-1] == f"sft-kernels: {word}"
-    assert [path.name for path in train[-1].iterdir()] == ["train.jsonl"]
-
-
-def test_handlers_of_others_stay_and_ours_serve_once(trainer, monkeypatch):
-    seen = []
-
-    def look(recipe):
-        seen.append(signal.getsignal(signal.SIGTERM))
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        seen.append(signal.getsignal(signal.SIGINT))
-        raise ValueError
-
-    monkeypatch.setattr(training, "train", look)
-    kept = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    try:
-        assert trainer.run() == 130
-    finally:
-        signal.signal(signal.SIGTERM, kept)
-    assert seen == [signal.SIG_IGN, signal.default_int_handler]
-
-
 # ---- processes
-
-MAIN = "import sys; from sft_kernels.cli import main; sys.exit(main())"
-CLOSING = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "-"]
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def process(*argv, before="", **options):
-    options = {"capture_output": True, "text": True, "cwd": ROOT, "env": ENV, **options}
-    code = f"{before}\n{MAIN}"
-    return subprocess.run([sys.executable, "-c", code, *map(str, argv)], **options)
 
 
 def saved(train):
@@ -510,26 +351,3 @@ cli._inspect = work
     argv = [*CLOSING, sys.executable, "-c", f"{before}\n{MAIN}", "inspect"]
     assert subprocess.run(argv, cwd=ROOT).returncode == 0
     assert (tmp_path / "mine").read_text() == "True"
-
-
-@pytest.mark.parametrize(("number", "status", "word"), ENDS)
-def test_a_signal_while_the_process_ends_is_quiet(number, status, word):
-    before = f"import atexit, signal; atexit.register(signal.raise_signal, {int(number)})"
-    done = process("--version", before=before)
-    assert (done.returncode, done.stderr) == (status, "")
-    assert done.stdout.startswith("sft-kernels ")
-
-
-@pytest.mark.parametrize(("number", "status", "word"), ENDS)
-def test_a_signal_during_the_imports(number, status, word, chats):
-    before = f"""
-import signal, sys
-class Signal:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            signal.raise_signal({int(number)})
-sys.meta_path.insert(0, Signal())
-"""
-    done = process("inspect", chats, before=before)
-    assert done.returncode == status
-    assert (done.stdout, done.stderr) == ("", f"sft-kernels: {word}\n")
