@@ -56,8 +56,10 @@ def part(source, encoder, build, folder=None):
 
 def _unchanged(source, stamp, build, folder):
     build(folder)
-    if source.stamp() != stamp:
-        raise DataError(source.path, None, "changed while it was read")
+    with suppress(FileNotFoundError):
+        if source.stamp() == stamp:
+            return
+    raise DataError(source.path, None, "changed while it was read")
 
 
 def _built(place, source, build):
@@ -81,7 +83,7 @@ def _opened(place, source):
     """The part in ``place``; None if there is none, or files are not as long as they should be."""
     try:
         return Part(place, source.path)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -159,7 +161,7 @@ def _locked(path, wait):
 
 def _sweep(folder):
     """Remove what killed runs left."""
-    for unfinished in folder.glob("*.partial"):
+    for unfinished in folder.glob(f"{'[0-9a-f]' * 32}.partial"):  # and nothing of somebody else's
         with suppress(OSError), _locked(unfinished.with_suffix(".lock"), wait=False) as ours:
             if ours:
                 shutil.rmtree(unfinished, ignore_errors=True)

@@ -124,6 +124,7 @@ def _build(source, encoder, skip_bad, desc, folder):
     """Write the part of ``source`` into ``folder``; without ``skip_bad`` the first bad line raises."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(cores, 1 + (source.size >> 20), _MOST)
+    encoder = type(encoder)(encoder.tokenizer, encoder.mode, encoder.split_turns)  # notes what this file alone asks for
     topics, end = {}, None
     bar = tqdm(total=source.size, desc=desc, unit="B", unit_scale=True, leave=False, disable=source.size < _SHOWN)
     with bar, PartWriter(folder) as writer, Workers(partial(_encode, encoder, source.path), count) as pool:
