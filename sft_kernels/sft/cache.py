@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from contextlib import contextmanager, suppress
 from datetime import date
 from functools import partial
@@ -89,9 +90,15 @@ def _opened(place, source):
 
 def _temporary(source, build):
     with _naming(tempfile.gettempdir()):
-        folder = tempfile.TemporaryDirectory(prefix="sft_kernels-")
-        build(Path(folder.name))
-    return Part(folder.name, source.path, keep=folder)
+        folder = tempfile.mkdtemp(prefix="sft_kernels-")
+        try:
+            build(Path(folder))
+            found = Part(folder, source.path)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
+    return found
 
 
 @contextmanager

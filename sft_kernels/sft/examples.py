@@ -64,9 +64,8 @@ class Part:
         index: int64 ``[examples, 4]``: start, length and kept tokens of each example, and its line.
     """
 
-    def __init__(self, folder, path, keep=None):
+    def __init__(self, folder, path):
         self.folder, self.path = Path(folder), path
-        self.keep = keep  # a temporary folder lives as long as this
         self.about = json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
         examples, tokens = self.about["examples"], self.about["tokens"]
         sizes = [(self.folder / name).stat().st_size for name in _FILES]

@@ -185,7 +185,7 @@ class Source:
 
     def _for_arrow(self, arrow):
         """The file from its beginning, under another descriptor, which pyarrow closes. Both have one position."""
-        file = open(os.dup(self._file.fileno()), "rb")
+        file = open(os.dup(self._file.fileno()), "rb")  # noqa: SIM115
         file.seek(0)  # what was read of it lies in the other one's buffer
         return arrow.PythonFile(file, mode="r")
 

@@ -1,11 +1,14 @@
 """Files become examples: whichever process reads them, whether or not they were read before."""
 
 import fcntl
+import gc
 import json
 import os
 import shutil
+import tempfile
 import threading
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -392,6 +395,25 @@ def test_a_file_that_is_removed_while_it_is_read_is_named(write_jsonl, load, kep
     with pytest.raises(DataError, match=f"{path}: changed while it was read"):
         load(path)
     assert kept.entries() == []
+
+
+def test_a_temporary_folder_goes_with_its_examples(write_jsonl, load, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(cache, "_key", lambda *args: None)  # as for a pipe
+    with pytest.raises(DataError):
+        load(write_jsonl("{"))
+    assert not [*temporary.iterdir()]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        examples, refusals = load(write_jsonl(*CHATS[:3]))
+        assert len([*temporary.iterdir()]) == 1
+        assert len(examples) == 3
+        del examples, refusals
+        gc.collect()
+    assert not [*temporary.iterdir()]
+    assert not [warning for warning in warned if warning.category is ResourceWarning]
 
 
 DOUBLES = "{% set x = namespace(y='a') %}{% for i in range(60) %}{% set x.y = x.y ~ x.y %}{% endfor %}"
