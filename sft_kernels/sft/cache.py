@@ -24,7 +24,7 @@ def default_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sft_kernels")
 
 
-def part(source, encoder, build, folder=None):
+def part(source, known, build, folder=None):
     """The :class:`~.examples.Part` of a :class:`~.sources.Source`: the one in the cache, or a new one.
 
     ``build(folder)`` writes one into an empty folder. The new one is in the cache in whole or not at all; another
@@ -32,10 +32,11 @@ def part(source, encoder, build, folder=None):
     not, a cache that cannot be written) is built in a temporary folder.
 
     Args:
+        known: the :func:`fingerprint` of the encoder.
         folder: of the cache, by default :func:`default_folder`. If it is given, it must be writable: else ``OSError``.
     """
     build = partial(_unchanged, source, source.stamp(), build)
-    key = None if source.is_pipe else _key(source, encoder)
+    key = None if source.is_pipe or known is None else _key(source, known)
     if key is None:
         return _temporary(source, build)
     try:
@@ -111,10 +112,7 @@ def _naming(folder):
         raise OSError(message) from error
 
 
-def _key(source, encoder):
-    known = _fingerprint(encoder)
-    if known is None:
-        return None
+def _key(source, known):
     return _hash("\0".join([source.path, source.digest(), known]).encode(errors="surrogateescape"))
 
 
@@ -122,7 +120,7 @@ def _hash(data):
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _fingerprint(encoder):
+def fingerprint(encoder):
     """All that the tokens of a given file depend on, as text; None if they depend on code that is not known here."""
     tokenizer = encoder.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)

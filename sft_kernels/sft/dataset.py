@@ -57,10 +57,10 @@ def load_examples(paths, encoder, row_tokens, skip_bad=False, *, desc="reading",
     """
     check_pipes([path for path in paths if not isinstance(path, Source)])
     sources = [path if isinstance(path, Source) else Source(path) for path in paths]
-    parts = []
+    parts, known = [], cache.fingerprint(encoder)
     for source in sources:
         build = partial(_build, source, encoder, skip_bad, desc)
-        part = cache.part(source, encoder, build, cache_folder)
+        part = cache.part(source, known, build, cache_folder)
         if part.about["refused"] and not skip_bad:
             raise next(part.refused())
         if not part.about["examples"]:
