@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from contextlib import contextmanager, suppress
 from datetime import date
 from functools import partial
@@ -23,7 +24,7 @@ def default_folder():
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "sft_kernels")
 
 
-def part(source, encoder, build, folder=None):
+def part(source, known, build, folder=None):
     """The :class:`~.examples.Part` of a :class:`~.sources.Source`: the one in the cache, or a new one.
 
     ``build(folder)`` writes one into an empty folder. The new one is in the cache in whole or not at all; another
@@ -31,10 +32,11 @@ def part(source, encoder, build, folder=None):
     not, a cache that cannot be written) is built in a temporary folder.
 
     Args:
+        known: the :func:`fingerprint` of the encoder.
         folder: of the cache, by default :func:`default_folder`. If it is given, it must be writable: else ``OSError``.
     """
     build = partial(_unchanged, source, source.stamp(), build)
-    key = None if source.is_pipe else _key(source, encoder)
+    key = None if source.is_pipe or known is None else _key(source, known)
     if key is None:
         return _temporary(source, build)
     try:
@@ -56,8 +58,10 @@ def part(source, encoder, build, folder=None):
 
 def _unchanged(source, stamp, build, folder):
     build(folder)
-    if source.stamp() != stamp:
-        raise DataError(source.path, None, "changed while it was read")
+    with suppress(FileNotFoundError):
+        if source.stamp() == stamp:
+            return
+    raise DataError(source.path, None, "changed while it was read")
 
 
 def _built(place, source, build):
@@ -81,15 +85,21 @@ def _opened(place, source):
     """The part in ``place``; None if there is none, or files are not as long as they should be."""
     try:
         return Part(place, source.path)
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _temporary(source, build):
     with _naming(tempfile.gettempdir()):
-        folder = tempfile.TemporaryDirectory(prefix="sft_kernels-")
-        build(Path(folder.name))
-    return Part(folder.name, source.path, keep=folder)
+        folder = tempfile.mkdtemp(prefix="sft_kernels-")
+        try:
+            build(Path(folder))
+            found = Part(folder, source.path)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
+    return found
 
 
 @contextmanager
@@ -102,10 +112,7 @@ def _naming(folder):
         raise OSError(message) from error
 
 
-def _key(source, encoder):
-    known = _fingerprint(encoder)
-    if known is None:
-        return None
+def _key(source, known):
     return _hash("\0".join([source.path, source.digest(), known]).encode(errors="surrogateescape"))
 
 
@@ -113,7 +120,7 @@ def _hash(data):
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _fingerprint(encoder):
+def fingerprint(encoder):
     """All that the tokens of a given file depend on, as text; None if they depend on code that is not known here."""
     tokenizer = encoder.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -159,7 +166,7 @@ def _locked(path, wait):
 
 def _sweep(folder):
     """Remove what killed runs left."""
-    for unfinished in folder.glob("*.partial"):
+    for unfinished in folder.glob(f"{'[0-9a-f]' * 32}.partial"):  # and nothing of somebody else's
         with suppress(OSError), _locked(unfinished.with_suffix(".lock"), wait=False) as ours:
             if ours:
                 shutil.rmtree(unfinished, ignore_errors=True)

@@ -59,10 +59,10 @@ def load_examples(paths, encoder, row_tokens, skip_bad=False, *, desc="reading",
     """
     check_pipes([path for path in paths if not isinstance(path, Source)])
     sources = [path if isinstance(path, Source) else Source(path) for path in paths]
-    parts = []
+    parts, known = [], cache.fingerprint(encoder)
     for source in sources:
         build = partial(_build, source, encoder, skip_bad, desc)
-        part = cache.part(source, encoder, build, cache_folder)
+        part = cache.part(source, known, build, cache_folder)
         if part.about["refused"] and not skip_bad:
             raise next(part.refused())
         if not part.about["examples"]:
@@ -126,6 +126,7 @@ def _build(source, encoder, skip_bad, desc, folder):
     """Write the part of ``source`` into ``folder``; without ``skip_bad`` the first bad line raises."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(cores, 1 + (source.size >> 20), _MOST)
+    encoder = type(encoder)(encoder.tokenizer, encoder.mode, encoder.split_turns)  # notes what this file alone asks for
     topics, end = {}, None
     shown = {"desc": desc, "unit": "B", "unit_scale": True, "leave": False, "file": output(sys.stderr)}
     bar = tqdm(total=source.size, disable=source.size < _SHOWN, **shown)

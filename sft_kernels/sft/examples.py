@@ -51,7 +51,7 @@ class PartWriter:
     def finish(self, **about):
         """Write what else is known of the file."""
         counts = {"examples": self.examples, "tokens": self.tokens, "refused": self.refused}
-        text = json.dumps({**counts, **about})
+        text = json.dumps({**counts, "refused_bytes": self._files[3].tell(), **about})
         (self.folder / "about.json").write_text(text, encoding="utf-8")
 
 
@@ -64,13 +64,12 @@ class Part:
         index: int64 ``[examples, 4]``: start, length and kept tokens of each example, and its line.
     """
 
-    def __init__(self, folder, path, keep=None):
+    def __init__(self, folder, path):
         self.folder, self.path = Path(folder), path
-        self.keep = keep  # a temporary folder lives as long as this
         self.about = json.loads((self.folder / "about.json").read_text(encoding="utf-8"))
         examples, tokens = self.about["examples"], self.about["tokens"]
-        sizes = [(self.folder / name).stat().st_size for name in _FILES[:3]]
-        if sizes != [4 * tokens, 4 * tokens, 8 * len(_INDEX) * examples]:
+        sizes = [(self.folder / name).stat().st_size for name in _FILES]
+        if sizes != [4 * tokens, 4 * tokens, 8 * len(_INDEX) * examples, self.about["refused_bytes"]]:
             raise ValueError(f"{self.folder}: files are cut short")
         self.index = np.fromfile(self.folder / _FILES[2], np.int64).reshape(-1, len(_INDEX))
         self._maps = None
@@ -78,17 +77,17 @@ class Part:
             self._map()  # at once, so that a cache may be emptied while it is in use
 
     def _map(self):
-        self._maps = [np.asarray(np.memmap(self.folder / name, np.int32, "r")) for name in _FILES[:2]]
+        self._maps = maps = [np.asarray(np.memmap(self.folder / name, np.int32, "r")) for name in _FILES[:2]]
         _mapped[:] = [other for other in _mapped if other()] + [weakref.ref(self)]
         for other in _mapped[:-_MOST_MAPPED]:
             other()._maps = None
         del _mapped[:-_MOST_MAPPED]
+        return maps
 
     def tokens(self, start, length):
         """``(ids, labels)``, lists, of ``length`` tokens from ``start`` on."""
-        if self._maps is None:
-            self._map()
-        return tuple(array[start : start + length].tolist() for array in self._maps)
+        maps = self._maps or self._map()  # another thread may let go of them meanwhile
+        return tuple(array[start : start + length].tolist() for array in maps)
 
     def refused(self):
         """Yield the :class:`~.rows.DataError` of each line that was refused."""

@@ -74,6 +74,8 @@ def _beside(row, messages):
             if "system" not in roles and "developer" not in roles:
                 reason = f'"{key}" beside "messages"; a system prompt is the first message'
                 raise Unfit(reason, python(with_system(key)))
+            if not any(isinstance(w, str) and row[key].strip() in w for w in words):
+                raise Unfit(f'"{key}" says what no message says, beside a system message; take one of them out')
 
 
 def _unknown_role(i, message, messages):

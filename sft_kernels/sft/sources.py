@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import lzma
+import math
 import os
 import stat
 import tempfile
@@ -21,7 +22,7 @@ from .strict_json import parse
 
 STDIN = ("-", "/dev/stdin")
 _BOM = b"\xef\xbb\xbf"
-_STDLIB = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+_STREAMS = {"bzip2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}
 _ARROW = {"zstd": "zstd", "lz4": "lz4"}  # as pyarrow names them
 _CHUNK = 1 << 20
 
@@ -71,13 +72,14 @@ class Source:
         head = pipe.peek(512)
         if (refusal := formats.container(head)) and _compression(head) is None:
             raise DataError(self.path, 1, refusal.at(self.path))
-        copy = tempfile.TemporaryFile()  # noqa: SIM115
         try:
+            copy = tempfile.TemporaryFile()  # noqa: SIM115
             while chunk := pipe.read(_CHUNK):
                 copy.write(chunk)
             copy.flush()
         except OSError as error:
-            raise DataError(self.path, None, f"cannot be read ({error.strerror})") from error
+            reason = f"cannot be copied to a temporary file ({error.strerror}); TMPDIR names the folder for it"
+            raise DataError(self.path, None, reason) from error
         return copy
 
     @contextmanager
@@ -110,7 +112,7 @@ class Source:
         what is wrong with it. A Parquet row is a line of JSON.
         """
         with self._opened() as file:
-            head = file.read(512)
+            head = os.pread(file.fileno(), 512, 0) if hasattr(os, "pread") else file.read(512)
             file.seek(0)
             yield from self._lines(head)
 
@@ -150,8 +152,10 @@ class Source:
             yield number, line
 
     def _decompressed(self, name):
-        if name in _STDLIB:
-            return _STDLIB[name](self._file)
+        if name == "gzip":
+            return gzip.open(self._file)
+        if name in _STREAMS:
+            return io.BufferedReader(_Streams(self._file, _STREAMS[name]))
         arrow = self._arrow(name)
         return io.BufferedReader(arrow.CompressedInputStream(self._for_arrow(arrow), _ARROW[name]))
 
@@ -159,12 +163,15 @@ class Source:
         arrow = self._arrow("Parquet")
         import pyarrow.parquet
 
-        table = pyarrow.parquet.ParquetFile(self._for_arrow(arrow), pre_buffer=False)
+        table = pyarrow.parquet.ParquetFile(
+            self._for_arrow(arrow), pre_buffer=False, buffer_size=_CHUNK, page_checksum_verification=True
+        )
         number = 0
         for batch in table.iter_batches(batch_size=64):
             for row in batch.to_pylist():
                 number += 1
-                line = json.dumps(_without_nulls(row), default=str, ensure_ascii=False).encode(errors="surrogatepass")
+                line = json.dumps(_without_nulls(row), default=_as_text, ensure_ascii=False)
+                line = line.encode(errors="surrogatepass")
                 yield number, line if len(line) < rows.LONGEST else None
 
     def _arrow(self, name):
@@ -177,8 +184,10 @@ class Source:
         return pyarrow
 
     def _for_arrow(self, arrow):
-        """The file under another descriptor, which pyarrow closes. Both have one position."""
-        return arrow.PythonFile(open(os.dup(self._file.fileno()), "rb"), mode="r")
+        """The file from its beginning, under another descriptor, which pyarrow closes. Both have one position."""
+        file = open(os.dup(self._file.fileno()), "rb")  # noqa: SIM115
+        file.seek(0)  # what was read of it lies in the other one's buffer
+        return arrow.PythonFile(file, mode="r")
 
     def _beginning(self, line, lines, ahead):
         """The file's first line, or the refusal that it and those behind it ask for; these are left in ``ahead``."""
@@ -224,7 +233,48 @@ def _compression(head):
 
 
 def _without_nulls(value):
-    """``value`` without the keys that a table gives every object because another one has them."""
+    """``value`` without the keys that a table gives every object because another one has them.
+
+    A number that is none is such a null: pandas writes NaN.
+    """
     if isinstance(value, dict):
-        return {key: _without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+        return {key: entry for key, old in value.items() if (entry := _without_nulls(old)) is not None}
+    if isinstance(value, list):
+        return [_without_nulls(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _as_text(value):
+    """A value of a table that JSON has not, as a string; None for bytes that are no text."""
+    try:
+        return value.decode() if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError:
+        return None
+
+
+class _Streams(io.RawIOBase):
+    """The bytes of compressed streams that lie end to end in ``file``.
+
+    ``bz2.open`` and ``lzma.open`` end without an error at a second stream that is damaged, and its lines are lost.
+    """
+
+    def __init__(self, file, decompressor):
+        self.file, self.decompressor = file, decompressor
+        self.stream = decompressor()
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while True:
+            given = b""
+            if self.stream.eof:
+                given = self.stream.unused_data or self.file.read(_CHUNK)
+                if not given:
+                    return 0
+                self.stream = self.decompressor()
+            elif self.stream.needs_input and not (given := self.file.read(_CHUNK)):
+                raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            if data := self.stream.decompress(given, len(buffer)):
+                buffer[: len(data)] = data
+                return len(data)

@@ -1,7 +1,8 @@
 """Runs a function in processes of its own, so that it is bounded in time and memory and uses every core.
 
 The processes are forked, as torch's data loader forks its own on Linux: they have the function and all it needs without
-pickling. Elsewhere the function is called here, one item after the other and without bounds.
+pickling. Elsewhere, and in a daemon of ``multiprocessing``, which may have no processes of its own, the function is
+called here, one item after the other and without bounds.
 """
 
 import gc
@@ -33,19 +34,27 @@ class Workers:
 
     Args:
         function: called in the processes. It may take :data:`MEMORY` more memory than there is now.
-        count: of processes.
+        count: of processes. Fewer will do if the system gives no more; ``ValueError`` if it gives none.
     """
 
     def __init__(self, function, count):
         self.function, self.processes = function, []
-        if sys.platform == "linux":
+        if sys.platform == "linux" and not multiprocessing.current_process().daemon:
             context = multiprocessing.get_context("fork")
             for _ in range(count):
                 here, there = context.Pipe()
                 process = context.Process(target=_serve, args=(function, there, here), daemon=True)
-                with _quiet_fork():
-                    process.start()
-                there.close()
+                try:
+                    with _quiet_fork():
+                        process.start()
+                except OSError as error:
+                    here.close()
+                    if not self.processes:
+                        reason = f"no process could be started to read the data in ({error.strerror})"
+                        raise ValueError(f"{reason}; see ulimit -u, and how much memory is free") from error
+                    break
+                finally:
+                    there.close()
                 self.processes.append((process, here))
 
     def __enter__(self):
@@ -55,7 +64,8 @@ class Workers:
         for process, pipe in self.processes:
             process.kill()
             process.join()
-            process.close()
+            with suppress(ValueError):  # if SIGCHLD is ignored, nobody is told that the process has ended
+                process.close()
             pipe.close()
 
     def map(self, items):
@@ -79,12 +89,12 @@ class Workers:
                 while waiting:
                     item, answer = waiting.popleft()
                     yield item, answer.result()
-            finally:
+            except BaseException:  # an interrupt, or no more results are wanted
                 for _, answer in waiting:
                     answer.cancel()
-                if waiting:
-                    for process, _ in self.processes:
-                        process.kill()
+                for process, _ in self.processes:
+                    process.kill()
+                raise
 
 
 def _ask(free, item):

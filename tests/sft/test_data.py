@@ -89,6 +89,10 @@ MESSAGES = [
     (reply(training=2), '"training" is not true or false'),
     (reply(loss=[]), '"loss" is not true or false'),
     (reply(loss=True, train=False), "contradicts"),
+    (
+        {"system": "Be quick.", "messages": [{"role": "system", "content": "Be kind."}, USER, REPLY]},
+        '"system" says what',
+    ),
     ({**GOOD, "system": [{"type": "text", "text": "Be kind."}]}, '"system" beside "messages" is not a string'),
     ({**GOOD, "prompt": "Another question?"}, '"prompt" beside "messages" says what no message says'),
     ({**GOOD, "documents": [{"text": "d"}]}, '"documents" beside "messages" is not supported'),

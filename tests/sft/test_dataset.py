@@ -1,11 +1,14 @@
 """Files become examples: whichever process reads them, whether or not they were read before."""
 
 import fcntl
+import gc
 import json
 import os
 import shutil
+import tempfile
 import threading
 import tracemalloc
+import warnings
 
 import numpy as np
 import pytest
@@ -346,6 +349,71 @@ def test_labels_that_make_no_sense_are_named(changes, reason, write_jsonl, load)
     path = write_jsonl(GIVEN, {**GIVEN, **changes})
     with pytest.raises(DataError, match=f"{path}:2: {reason}"):
         load(path)
+
+
+def test_the_notes_of_a_file_are_its_own(write_jsonl, tokenizer, kept):
+    """Those of the files before it are not in its part, which a run without them may start from."""
+    paths = [write_jsonl(KEYED, name=name) for name in ("a.jsonl", "b.jsonl")]
+    for files, first in ((paths, paths[0]), (paths[1:], paths[1])):
+        encoder = Encoder(tokenizer)
+        load_examples(files, encoder, 256, cache_folder=kept.path)
+        (note,) = encoder.notes
+        assert note.startswith(f"{first}:1: ")
+        assert "'mood'" in note
+
+
+def test_a_cache_may_lie_among_other_files(write_jsonl, load, kept):
+    ours, theirs = kept.path / f"{'0a' * 16}.partial", kept.path / "film.partial"
+    for folder in (ours, theirs):
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("of it")
+    load(write_jsonl(*CHATS))
+    assert (theirs / "half").exists()
+    assert not ours.exists()
+    assert not (kept.path / "film.lock").exists()
+
+
+@pytest.mark.parametrize("name", ["refused.jsonl", "about.json", "index.int64", "ids.int32"])
+@pytest.mark.parametrize("content", [None, b"", b"[]"], ids=["no file", "empty", "too short"])
+def test_a_part_that_lost_something_is_made_again(name, content, write_jsonl, load, kept):
+    path = write_jsonl(CHATS[0], "{", "[]")
+    first, refusals = load(path, skip_bad=True)
+    reasons = [*map(str, refusals)]
+    (entry,) = kept.entries()
+    (entry / name).unlink()
+    if content is not None:
+        (entry / name).write_bytes(content)
+    again, refusals = load(path, skip_bad=True)
+    assert [*again] == [*first]
+    assert [*map(str, refusals)] == reasons
+
+
+def test_a_file_that_is_removed_while_it_is_read_is_named(write_jsonl, load, kept, monkeypatch):
+    path = write_jsonl(*CHATS)
+    real = dataset._build
+    monkeypatch.setattr(dataset, "_build", lambda *args: (real(*args), path.unlink()))
+    with pytest.raises(DataError, match=f"{path}: changed while it was read"):
+        load(path)
+    assert kept.entries() == []
+
+
+def test_a_temporary_folder_goes_with_its_examples(write_jsonl, load, tmp_path, monkeypatch):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(cache, "_key", lambda *args: None)  # as for a pipe
+    with pytest.raises(DataError):
+        load(write_jsonl("{"))
+    assert not [*temporary.iterdir()]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        examples, refusals = load(write_jsonl(*CHATS[:3]))
+        assert len([*temporary.iterdir()]) == 1
+        assert len(examples) == 3
+        del examples, refusals
+        gc.collect()
+    assert not [*temporary.iterdir()]
+    assert not [warning for warning in warned if warning.category is ResourceWarning]
 
 
 DOUBLES = "{% set x = namespace(y='a') %}{% for i in range(60) %}{% set x.y = x.y ~ x.y %}{% endfor %}"

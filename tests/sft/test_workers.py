@@ -1,5 +1,6 @@
 """Work in other processes: in its order, bounded, and gone when it should be."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -111,3 +112,52 @@ def test_an_interrupt_does_not_wait_for_the_work():
     with pytest.raises(KeyboardInterrupt), Workers(sleeps, 2) as pool, closing(pool.map(interrupted())) as results:
         list(results)
     assert time.monotonic() - started < 10
+
+
+def test_a_daemon_which_may_have_no_processes_does_the_work_itself(monkeypatch):
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)
+    with Workers(double, 3) as pool:
+        assert [*pool.map([1, 2])] == [(1, (2, os.getpid())), (2, (4, os.getpid()))]
+
+
+@pytest.mark.parametrize("allowed", [0, 1])
+def test_fewer_processes_will_do_and_none_is_an_error(allowed, monkeypatch):
+    fork, left = os.fork, [None] * allowed
+
+    def limited_fork():
+        if not left:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        left.pop()
+        return fork()
+
+    monkeypatch.setattr(os, "fork", limited_fork)
+    if not allowed:
+        with pytest.raises(ValueError, match=r"no process could be started .*unavailable\); see ulimit -u"):
+            Workers(double, 3)
+        return
+    with Workers(double, 3) as pool:
+        assert [twice for _, (twice, _) in pool.map(range(5))] == [0, 2, 4, 6, 8]
+
+
+def test_it_works_if_sigchld_is_ignored():
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Workers(double, 2) as pool:
+            assert [twice for _, (twice, _) in pool.map(range(5))] == [0, 2, 4, 6, 8]
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_an_interrupt_does_not_wait_for_the_last_item():
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    start = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt), Workers(sleeps, 1) as pool:
+            list(pool.map([1]))
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - start < 10
