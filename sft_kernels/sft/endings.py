@@ -28,6 +28,11 @@ def refusal_of(what, error):
     return Refused(f"{what} refuses it: {reason}")
 
 
+def is_failure(error):
+    """Returns true for errors, and for panics of tokenizers, which are no ``Exception``."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
 class Endings:
     """How a chat template ends assistants' turns.
 

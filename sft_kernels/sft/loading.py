@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 
 from . import files, folders, hub
+from .endings import is_failure
 from .report import reason_of, say
 from .rows import DataError
 
@@ -197,7 +198,7 @@ def _guarded(argument, path, fault=None, code=()):
         except _Refused:
             raise
         except BaseException as error:
-            if not _is_failure(error):
+            if not is_failure(error):
                 raise
             if code and "trust_remote_code" in str(error):
                 raise folders.needs_code(path, argument, code) from error
@@ -214,14 +215,9 @@ def _line(argument, file):
     try:
         yield
     except BaseException as error:
-        if not _is_failure(error):
+        if not is_failure(error):
             raise
         raise ValueError(f"{argument}: {file} cannot be loaded ({_reason(error)})") from error
-
-
-def _is_failure(error):
-    """Returns true for errors, and for panics of tokenizers, which are no ``Exception``."""
-    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
 def _reason(error):

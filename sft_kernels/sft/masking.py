@@ -7,7 +7,7 @@ happens in the loss.
 from bisect import bisect_left
 from typing import NamedTuple
 
-from .endings import Refused, refusal_of
+from .endings import Refused, is_failure, refusal_of
 from .formats import Unfit
 from .left_out import check_rendered
 from .messages import check
@@ -187,7 +187,9 @@ class Encoder:
             raise Refused('the "text" is empty but for special tokens')
         try:
             ids = list(tokenizer(text)["input_ids"])
-        except Exception as error:  # the tokenizer's own and its library's
+        except BaseException as error:  # the tokenizer's own and its library's
+            if not is_failure(error):
+                raise
             raise refusal_of("the tokenizer", error) from error
         if begins and ids[0] != tokenizer.bos_token_id:
             ids.insert(0, tokenizer.bos_token_id)

@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from itertools import pairwise
 
-from .endings import Refused, refusal_of
+from .endings import Refused, is_failure, refusal_of
 
 _CONTEXT = 64  # characters in front of a piece, if no special token is near
 _JOINTS = ("\n", "a", ".")  # what a piece can stand behind, since alone it may get a space in front
@@ -79,7 +79,9 @@ class Tokens:
         """``(text, ids, offsets)`` of each text."""
         try:
             encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-        except Exception as error:  # the tokenizer's own and its library's
+        except BaseException as error:  # the tokenizer's own and its library's
+            if not is_failure(error):
+                raise
             raise refusal_of("the tokenizer", error) from error
         return list(zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True))
 

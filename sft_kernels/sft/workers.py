@@ -16,7 +16,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
-SECONDS = 30  # of computing, for one piece of work
+SECONDS = 20  # of computing, for one piece of work
 MEMORY = 2 << 30  # bytes beside those that the process has when it begins
 _bounded = []  # not empty in a process of Workers
 

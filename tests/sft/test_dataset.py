@@ -417,6 +417,17 @@ def test_a_temporary_folder_goes_with_its_examples(write_jsonl, load, tmp_path, 
 
 
 DOUBLES = "{% set x = namespace(y='a') %}{% for i in range(60) %}{% set x.y = x.y ~ x.y %}{% endfor %}"
+
+
+def test_a_tokenizer_that_panics_is_told_by_line(write_jsonl, load, tokenizer, tokenizer_with):
+    from tokenizers import normalizers
+
+    broken = tokenizer_with(tokenizer.chat_template)
+    broken.backend_tokenizer.normalizer = normalizers.Replace("", "x")
+    with pytest.raises(DataError, match=r"chats\.jsonl:1: the tokenizer refuses it: "):
+        load(write_jsonl(CHATS[0]), tokenizer=broken)
+
+
 FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
