@@ -99,7 +99,7 @@ class Manifest:
         return len(inside.parts) > 1 and inside.parts[0] == listed["writing"]
 
     def _read(self):
-        """What the list says, or None if there is none; ``FileExistsError`` if it is another's."""
+        """The content of the list, or None if there is none; ``FileExistsError`` if it is another's."""
         path = self.folder / NAME
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)

@@ -34,7 +34,7 @@ class Example(NamedTuple):
         return sum(label != IGNORE for label in self.labels)
 
 
-ALL = ()  # in the place of spans: every token is learned
+_ALL = ()  # in the place of spans: every token is learned
 
 
 class _Draft(NamedTuple):
@@ -109,9 +109,9 @@ class Encoder:
         return found
 
     def of(self, records):
-        """What :meth:`examples` returns for each of ``records``, or the :class:`~.data.DataError` that it raises.
+        """A list with an entry for each of ``records``: what :meth:`examples` returns or raises.
 
-        The tokenizer is called once for all of them.
+        The tokenizer is called once for all of them, which takes less time.
         """
         drafts = []
         for record in records:
@@ -138,7 +138,7 @@ class Encoder:
         if isinstance(found, Refused):
             return found
         ids, starts = found
-        if draft.spans == ALL:
+        if draft.spans == _ALL:
             return ids, list(ids)
         labels = [IGNORE] * len(ids)
         for span in draft.spans:
@@ -207,7 +207,7 @@ class Encoder:
             raise Refused(error.reason) from error
         messages = self._readable(record)
         if self.mode == "all":
-            drafts = [_Draft(self._whole(messages, record.tools), ALL)]
+            drafts = [_Draft(self._whole(messages, record.tools), _ALL)]
         else:
             found = find_turns(self._template, messages, record.tools, self.split_turns)
             drafts = [_Draft(text, spans) for text, spans in found]

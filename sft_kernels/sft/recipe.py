@@ -38,7 +38,7 @@ class Recipe:
     mask: Literal["all", "completion", "completion+eot"] = "completion+eot"
     """Which tokens carry loss."""
     weigh: Literal["tokens", "examples"] = "tokens"
-    """Whether each kept token weighs the same, or each example."""
+    """Give each kept token the same weight, or each example."""
     split_turns: bool = False
     """Make an example of its own of an assistant's turn that the chat template renders differently once others
     follow."""
@@ -74,7 +74,7 @@ class Recipe:
     """Steps between lines on the screen. The host waits for the device there, once, and not between; train.jsonl has
     every step all the same."""
     seed: int = 0
-    """Of weights, split and order."""
+    """The seed of weights, split and order."""
 
 
 def from_yaml(path):

@@ -39,7 +39,7 @@ COMPRESS = {
 
 @pytest.mark.parametrize("kind", COMPRESS)
 def test_no_line_of_a_compressed_file_is_lost(kind, tmp_path):
-    """Of a file that is larger than any buffer, and holds two streams as parallel compressors write them."""
+    """The bytes of a file that is larger than any buffer, and holds two streams as parallel compressors write them."""
     path, (first, second) = tmp_path / "chats.data", map(COMPRESS[kind], HALVES)
     path.write_bytes(first + second)
     assert [record.messages for record in read_jsonl(path)] == [row["messages"] for row in CHATS]

@@ -1,4 +1,4 @@
-"""What the command line prints on any terminal, pipe or disk, and how it ends."""
+"""The command line on any terminal, pipe or disk: its lines and its status."""
 
 import contextlib
 import errno
