@@ -1,8 +1,9 @@
 """Runs a function in processes of its own, so that it is bounded in time and memory and uses every core.
 
 The processes are forked, as torch's data loader forks its own on Linux: they have the function and all it needs without
-pickling. Elsewhere, and in a daemon of ``multiprocessing``, which may have no processes of its own, the function is
-called here, one item after the other and without bounds.
+pickling. Elsewhere the function is called here, one item after the other and without bounds. So it is in a daemon of
+``multiprocessing``, which may have no processes of its own, and in a thread beside the main one: a fork there makes the
+new process drop what the main thread held, and torch's Gloo then waits for ever for threads that are gone.
 """
 
 import gc
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections import deque
@@ -18,6 +20,7 @@ from contextlib import contextmanager, suppress
 
 SECONDS = 20  # of computing, for one piece of work
 MEMORY = 2 << 30  # bytes beside those that the process has when it begins
+_BEGINNING = 60  # seconds that a process may take to begin
 _bounded = []  # not empty in a process of Workers
 
 
@@ -39,7 +42,7 @@ class Workers:
 
     def __init__(self, function, count):
         self.function, self.processes = function, []
-        if sys.platform == "linux" and not multiprocessing.current_process().daemon:
+        if _may_fork():
             context = multiprocessing.get_context("fork")
             for _ in range(count):
                 here, there = context.Pipe()
@@ -56,6 +59,7 @@ class Workers:
                 finally:
                     there.close()
                 self.processes.append((process, here))
+        self.processes = [one for one in self.processes if _began(*one)]
 
     def __enter__(self):
         return self
@@ -97,6 +101,23 @@ class Workers:
                 raise
 
 
+def _may_fork():
+    main = threading.current_thread() is threading.main_thread()
+    return sys.platform == "linux" and main and not multiprocessing.current_process().daemon
+
+
+def _began(process, pipe):
+    """Wait for a process to say that it is there. One that hangs in a lock of another thread is given up."""
+    with suppress(EOFError, OSError):
+        if pipe.poll(_BEGINNING):
+            pipe.recv()
+            return True
+    process.kill()
+    process.join()
+    pipe.close()
+    return False
+
+
 def _ask(free, item):
     process, pipe = free.popleft()
     try:
@@ -135,6 +156,7 @@ def _serve(function, pipe, other_end):
     _bounded.append(True)
     gc.freeze()  # a collection would write to the parent's objects, and so copy them
     with suppress(EOFError, OSError):  # the other end is closed
+        pipe.send(None)  # see _began
         while True:
             item, answer, failure = pipe.recv(), None, None
             try:

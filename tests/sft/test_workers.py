@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from contextlib import closing
 
@@ -40,6 +41,26 @@ def test_without_processes_the_work_is_done_here(monkeypatch):
     monkeypatch.setattr(workers.sys, "platform", "darwin")
     with Workers(double, 3) as pool:
         assert [*pool.map([1, 2])] == [(1, (2, os.getpid())), (2, (4, os.getpid()))]
+
+
+def test_a_thread_beside_the_main_one_does_the_work_itself():
+    found = []
+
+    def work():
+        with Workers(double, 3) as pool:
+            found.extend(pool.map([1, 2]))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [(1, (2, os.getpid())), (2, (4, os.getpid()))]
+
+
+def test_a_process_that_does_not_begin_is_given_up(monkeypatch):
+    monkeypatch.setattr(workers, "_BEGINNING", 0.2)
+    monkeypatch.setattr(workers, "_bound_memory", lambda: time.sleep(60))
+    with Workers(double, 2) as pool:
+        assert [*pool.map([1])] == [(1, (2, os.getpid()))]
 
 
 def fails(item):
