@@ -15,9 +15,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from sft_kernels.sft.data import DataError, Record
 from sft_kernels.sft.masking import IGNORE, Encoder
 from sft_kernels.sft.model import train_tokenizer
+from sft_kernels.sft.rows import DataError, Record
 
 from .facts import code_state, publish, versions
 

@@ -32,7 +32,7 @@ from sft_kernels import AdamW, KeptTokens, decay_groups, linear_cross_entropy
 from sft_kernels.integrations import attention
 from sft_kernels.sft.masking import IGNORE, Example
 from sft_kernels.sft.model import boundaries_given, head, hidden_states
-from sft_kernels.sft.packing import collate, groups_of, pack_rows
+from sft_kernels.sft.packing import PackedRows, collate, groups_of
 
 from .bench_packed_attention import lengths_of
 from .facts import code_state, replace, versions
@@ -135,7 +135,7 @@ def stock_packed_batches(setup):
 
     It does so without an attention mask and without a cache alone.
     """
-    return [_packed(row) for row in pack_rows(setup.examples, setup.row_tokens)]
+    return [_packed(row) for row in PackedRows(setup.examples, setup.row_tokens)]
 
 
 def _packed(examples):
@@ -149,7 +149,7 @@ def _packed(examples):
 
 def packed_batches(setup):
     """The same rows for ours, none of them padded."""
-    rows = pack_rows(setup.examples, setup.row_tokens)
+    rows = PackedRows(setup.examples, setup.row_tokens)
     return [collate([row], sum(len(example.input_ids) for example in row), pad_id=0) for row in rows]
 
 
