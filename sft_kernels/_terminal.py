@@ -28,6 +28,13 @@ def one_line(error):
     return printable(message or type(error).__name__)
 
 
+def reason_of(error):
+    """Returns an error's message in one line of at most 300 characters, none of them of control."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return printable(" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
 def output(stream):
     """Returns an :class:`Output` for ``stream``; one that is an :class:`Output` stays as it is."""
     return stream if isinstance(stream, Output) else Output(stream)

@@ -12,8 +12,9 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
+from .._terminal import reason_of
 from .examples import Part
-from .report import reason_of, warn
+from .report import warn
 from .rows import DataError
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")

@@ -9,8 +9,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from .._terminal import reason_of
 from .opening import open_now
-from .report import reason_of
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"

@@ -7,7 +7,8 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 
-from .report import reason_of, say
+from .._terminal import reason_of
+from .report import say
 from .saving import UNFINISHED, NotSaved, save
 
 

@@ -140,7 +140,7 @@ def _check_settings(settings, file):
     """Refuse settings that would fetch code, that mean quantized weights, or that ask for more
     parts than a model has."""
     layers = experts = 1
-    for key, value in _entries(settings):
+    for key, value in entries(settings):
         where = f"model: {file}: {key}"
         if key in ("quantization_config", "compression_config") and value:
             raise ValueError(f"{where}: quantized weights are not supported; give the model in 32 or 16 bits")
@@ -182,7 +182,7 @@ def _check_kind(settings, file, code):
     raise ValueError(f"model: {file}: {what}")
 
 
-def _entries(value):
+def entries(value):
     """All keys and values of nested objects."""
     level = [value]
     while level:

@@ -38,13 +38,6 @@ def _table(module, table):
     return python("r, default=str", f"for r in {table}.to_pylist()", f"json, sys, {module} as p")
 
 
-COMPRESSED = {  # by a file's first bytes
-    b"\x1f\x8b": "gzip",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ\0": "xz",
-    b"\x04\x22\x4d\x18": "lz4",
-}
 _CONTAINERS = (  # the first bytes of a file, its format, the program
     (b"\x1f\x8b", "gzip", "zcat"),
     (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
@@ -64,6 +57,7 @@ _CONTAINERS = (  # the first bytes of a file, its format, the program
     (b"\0{", "UTF-16", "iconv -f UTF-16BE -t UTF-8"),
     (b"\0[", "UTF-16", "iconv -f UTF-16BE -t UTF-8"),
 )
+_COMPRESSED = ("gzip", "zstd", "bzip2", "xz", "lz4")
 _RECORDS = 'sys.stdout, orient="records", lines=True'
 _EXCEL = f"import pandas, sys; pandas.read_excel(sys.argv[1]).to_json({_RECORDS})"
 _SAVED = "import datasets, sys; datasets.load_from_disk(sys.argv[1]).to_json(sys.stdout.buffer)"
@@ -117,6 +111,12 @@ def folder(path):
         return Unfit("is a folder that datasets saved", f"python -c {shlex.quote(_SAVED)}")
     inside = f"{shlex.quote(str(path))}/*.jsonl"
     return Unfit(f"is a folder; give the files in it, for example {inside}")
+
+
+def compression(head):
+    """Names what compressed a file by its first bytes, if the reader takes it; else None."""
+    names = (name for magic, name, _ in _CONTAINERS if head.startswith(magic))
+    return next((name for name in names if name in _COMPRESSED), None)
 
 
 def container(head):

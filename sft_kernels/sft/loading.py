@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import torch
 
+from .._terminal import reason_of
 from . import files, folders, hub
 from .endings import is_failure
-from .report import reason_of, say
+from .report import say
 from .rows import DataError
 
 
@@ -178,7 +179,7 @@ def _check_text_config(config, text, settings, file):
         return
     if heads < 1:
         raise _Refused(f"model: {file}: num_attention_heads: expected at least 1, got {heads}")
-    own = any("head_dim" in key or key == "kv_lora_rank" for key, _ in folders._entries(settings))
+    own = any("head_dim" in key or key == "kv_lora_rank" for key, _ in folders.entries(settings))
     if isinstance(size, int) and size % heads and not own:
         raise _Refused(f"model: {file}: hidden_size {size} is no multiple of num_attention_heads {heads}")
     if isinstance(pairs, int) and (pairs < 1 or heads % pairs):

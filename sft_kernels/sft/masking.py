@@ -11,13 +11,12 @@ from .endings import Refused, is_failure, refusal_of
 from .formats import Unfit
 from .left_out import check_rendered
 from .messages import check
-from .rows import DataError
+from .rows import IGNORE, DataError
 from .spoken import READ_HERE, switched_off, with_argument_objects
 from .templates import ChatTemplate
 from .tokens import Tokens
 from .turns import find_turns
 
-IGNORE = -100
 MODES = ("all", "completion", "completion+eot")
 
 
@@ -91,7 +90,7 @@ class Encoder:
         return self.tokenizer.convert_tokens_to_ids(end) if end else None
 
     def __call__(self, record):
-        """The one :class:`Example` of a :class:`~.data.Record`; with ``split_turns`` there may be several, which
+        """The one :class:`Example` of a :class:`~.rows.Record`; with ``split_turns`` there may be several, which
         :meth:`examples` returns."""
         found = self.examples(record)
         if len(found) != 1:
@@ -99,9 +98,9 @@ class Encoder:
         return found[0]
 
     def examples(self, record):
-        """The :class:`Example` s of a :class:`~.data.Record`, one unless turns are split.
+        """The :class:`Example` s of a :class:`~.rows.Record`, one unless turns are split.
 
-        Raises :class:`~.data.DataError` if there is nothing to learn from, or if the record cannot be learned.
+        Raises :class:`~.rows.DataError` if there is nothing to learn from, or if the record cannot be learned.
         """
         (found,) = self.of([record])
         if isinstance(found, DataError):

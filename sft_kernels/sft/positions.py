@@ -68,7 +68,7 @@ class _Tables(TorchDispatchMode):
 def without_longer(examples, most, skip_bad=False):
     """The examples of at most ``most`` tokens; all of them if it is None.
 
-    Raises :class:`~.data.DataError` for the first that is longer. With ``skip_bad`` longer ones are left out and
+    Raises :class:`~.rows.DataError` for the first that is longer. With ``skip_bad`` longer ones are left out and
     reported, and it is raised only if none is left.
     """
     if most is None:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from .._terminal import one_line
 from .opening import open_now
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
@@ -134,7 +135,7 @@ def _read(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: not YAML: {one_line(error)}") from error
     except ValueError as error:  # also an integer that Python has not
         raise ValueError(f"{path}: {error}") from error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .._terminal import output, printable
+from .._terminal import output, printable, reason_of
 
 _COLUMNS = (
     ("step", "{:>6d}"),
@@ -179,13 +179,6 @@ def warn(text):
 def _screen():
     # A terminal that is gone raises OSError, a closed file ValueError.
     return suppress(OSError, ValueError)
-
-
-def reason_of(error):
-    """Returns an error's message in one line of at most 300 characters, none of them of control."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return printable(" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def _finite(value):

@@ -12,7 +12,7 @@ from .strict_json import parse
 
 LONGEST = 1 << 22  # bytes of a line: about a million tokens, which no row of a batch holds
 IGNORE = -100
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
 _MASKS = ("loss_mask", "completion_mask", "assistant_masks", "seq_lengths")
 
 
@@ -48,7 +48,7 @@ def record_of(path, number, line):
     if line is None:
         raise Unfit(f"longer than {LONGEST >> 20} MiB")
     try:
-        text = line.removeprefix(_BOM).decode()
+        text = line.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 ({error.reason} at byte {error.start}); name its encoding for ENCODING"
         raise Unfit(reason, "iconv -f ENCODING -t UTF-8") from error
@@ -74,7 +74,7 @@ def record_of(path, number, line):
 
 def is_blank(line):
     """True for a line with nothing in it but space."""
-    return line is not None and (line.isspace() or line.strip() in (b"", _BOM))
+    return line is not None and (line.isspace() or line.strip() in (b"", BOM))
 
 
 def _tokens(row):

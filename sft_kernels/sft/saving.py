@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
+from .._terminal import reason_of
 from . import generation
 from . import model as models
 from .out import UNFINISHED as UNFINISHED
 from .out import check_folder as check_folder
 from .out import new_folder
-from .report import reason_of, say
+from .report import say
 
 _MARGIN = 4 << 20  # for the log, the curves and what a file system needs for itself
 _trial_lock = threading.Lock()

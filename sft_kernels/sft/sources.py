@@ -15,15 +15,14 @@ from collections import deque
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
+from .._terminal import reason_of
 from . import formats, rows
 from .formats import ENOUGH, NotJson, Unfit
-from .rows import DataError, is_blank
+from .rows import BOM, DataError, is_blank
 from .strict_json import parse
 
 STDIN = ("-", "/dev/stdin")
-_BOM = b"\xef\xbb\xbf"
 _STREAMS = {"bzip2": bz2.BZ2Decompressor, "xz": lzma.LZMADecompressor}
-_ARROW = {"zstd": "zstd", "lz4": "lz4"}  # as pyarrow names them
 _CHUNK = 1 << 20
 
 
@@ -70,7 +69,7 @@ class Source:
     def _copied(self, pipe):
         """A temporary file of what ``pipe`` holds, unless its beginning shows that it is no data."""
         head = pipe.peek(512)
-        if (refusal := formats.container(head)) and _compression(head) is None:
+        if (refusal := formats.container(head)) and formats.compression(head) is None:
             raise DataError(self.path, 1, refusal.at(self.path))
         try:
             copy = tempfile.TemporaryFile()  # noqa: SIM115
@@ -119,7 +118,7 @@ class Source:
     def _lines(self, head):
         number = 0
         try:
-            lines = self._parquet() if head.startswith(b"PAR1") else self._text(_compression(head))
+            lines = self._parquet() if head.startswith(b"PAR1") else self._text(formats.compression(head))
             ahead, first = deque(), True
             for number, line in lines:
                 if is_blank(line):
@@ -135,8 +134,7 @@ class Source:
         except DataError:
             raise
         except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
-            raise DataError(self.path, number + 1, f"cannot be read ({reason})") from error
+            raise DataError(self.path, number + 1, f"cannot be read ({reason_of(error)})") from error
 
     def _text(self, compression):
         file = self._file if compression is None else self._decompressed(compression)
@@ -157,7 +155,7 @@ class Source:
         if name in _STREAMS:
             return io.BufferedReader(_Streams(self._file, _STREAMS[name]))
         arrow = self._arrow(name)
-        return io.BufferedReader(arrow.CompressedInputStream(self._for_arrow(arrow), _ARROW[name]))
+        return io.BufferedReader(arrow.CompressedInputStream(self._for_arrow(arrow), name))
 
     def _parquet(self):
         arrow = self._arrow("Parquet")
@@ -192,7 +190,7 @@ class Source:
     def _beginning(self, line, lines, ahead):
         """The file's first line, or the refusal that it and those behind it ask for; these are left in ``ahead``."""
         try:
-            parse(line.removeprefix(_BOM).decode(errors="replace"))
+            parse(line.removeprefix(BOM).decode(errors="replace"))
         except NotJson:
             size = 0
             for number, more in lines:
@@ -200,7 +198,7 @@ class Source:
                 size += len(more or b"")
                 if size > ENOUGH:
                     break
-            head = b"".join([line, *(more or b"" for _, more in ahead)]).removeprefix(_BOM)
+            head = b"".join([line, *(more or b"" for _, more in ahead)]).removeprefix(BOM)
             return formats.beginning(head.decode(errors="replace"), self.path) or line
         except Unfit:
             pass
@@ -225,11 +223,6 @@ def _open(path, source):
         raise DataError(path, None, f"cannot be read ({error.strerror})") from error
     except ValueError as error:  # a name that no file can have
         raise DataError(path, None, f"cannot be read ({error})") from error
-
-
-def _compression(head):
-    """The name of what compressed a file, as far as it is read here."""
-    return next((n for magic, n in formats.COMPRESSED.items() if head.startswith(magic)), None)
 
 
 def _without_nulls(value):

@@ -122,7 +122,7 @@ def train(recipe, *, model=None, tokenizer=None):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: cosine_factor(t, steps.total, warmup))
     rehearse(model, tokenizer, out, end_of_turn(examples) if recipe.mask == "completion+eot" else None)
     log = RunLog(out, steps.total, recipe.log_every)
-    evaluate = partial(_evaluate, model, lambda: map(batch, groups_of(recipe.rows, evaluation)), device, recipe, log)
+    evaluate = partial(_evaluate, model, evaluation, batch, device, recipe, log)
     with saved_at_the_end(model, tokenizer, log, evaluate) as stop:
         model.train()
         with models.boundaries_given(model):
@@ -216,11 +216,11 @@ def _data(recipe, sources, load):
     return examples, held_out, refusals
 
 
-def _evaluate(model, batches, device, recipe, log, stop, step):
-    """``batches()`` are those of the held-out examples, if there are any."""
-    if (first := next(found := batches(), None)) is not None:
+def _evaluate(model, rows, batch, device, recipe, log, stop, step):
+    if rows:
         with _autocast(device, recipe.precision), models.boundaries_given(model):
-            log.evaluation(step, masked_loss(model, stop.batches(chain([first], found)), device))
+            batches = map(batch, groups_of(recipe.rows, rows))
+            log.evaluation(step, masked_loss(model, stop.batches(batches), device))
 
 
 def _autocast(device, precision):

@@ -37,7 +37,8 @@ class Workers:
 
     Args:
         function: called in the processes. It may take :data:`MEMORY` more memory than there is now.
-        count: of processes. Fewer will do if the system gives no more; ``ValueError`` if it gives none.
+        count: of processes. Fewer will do if the system gives no more; ``ValueError`` if it gives none. If none of
+            them begins within a minute, the work is done here.
     """
 
     def __init__(self, function, count):
