@@ -21,6 +21,10 @@ def printable(text):
     return escaped if len(escaped) <= LONGEST else f"{escaped[:LONGEST]} …"
 
 
+class ForTheUser(Exception):
+    """An error whose message is for the user of a command, who gets no traceback."""
+
+
 def one_line(error):
     """Returns the message of an error, or the name of its type, as :func:`printable` text."""
     start = str(error).lstrip()[: 2 * LONGEST]

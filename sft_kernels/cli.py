@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from . import __version__
 from ._signals import Signals
-from ._terminal import coloured, one_line, printable, taken
+from ._terminal import ForTheUser, coloured, one_line, printable, taken
 
 _USAGE = """usage: sft-kernels COMMAND [options]
 
@@ -82,7 +82,7 @@ def _status(argv, signals):
             if (error.name or "").startswith("sft_kernels"):
                 raise
             _complain(_missing(error))
-        elif isinstance(error, (ValueError, OSError)):
+        elif isinstance(error, (ValueError, OSError, ForTheUser)):
             _complain(one_line(error))
         else:
             raise
@@ -145,7 +145,8 @@ def _wide_enough():
 
 
 def _train(argv):
-    from .sft.recipe import Recipe, from_yaml
+    from .sft.recipe import Recipe
+    from .sft.recipe_file import from_yaml
 
     recipe = Recipe()
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]

@@ -77,7 +77,7 @@ def test_train_reads_yaml_and_the_command_line_overrides_it(chats, config, tmp_p
     argv = ["train", f"--config={recipe}", "--data", str(chats), "--steps", "2", "--out", str(out)]
     assert main(argv) == 0
     rows = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
     assert rows[0]["lr"] == 2e-3  # YAML 1.1 reads 2e-3 as a string
     assert (out / "model" / "model.safetensors").is_file()
     header = next(line for line in capsys.readouterr().out.splitlines() if "grad_norm" in line)

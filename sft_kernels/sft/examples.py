@@ -1,5 +1,6 @@
 """Examples that lie in files: the tokens of a data set, mapped into memory and not read before they are asked for."""
 
+import hashlib
 import json
 import weakref
 from bisect import bisect_right
@@ -89,6 +90,10 @@ class Part:
         maps = self._maps or self._map()  # another thread may let go of them meanwhile
         return tuple(array[start : start + length].tolist() for array in maps)
 
+    def arrays(self):
+        """All tokens, their labels, and the index."""
+        return [*(self._maps or self._map()), self.index] if self.about["tokens"] else [self.index]
+
     def refused(self):
         """Yield the :class:`~.rows.DataError` of each line that was refused."""
         with open(self.folder / "refused.jsonl", encoding="utf-8") as file:
@@ -129,6 +134,14 @@ class Examples(Sequence):
     def choose(self, places):
         """The :class:`Examples` at some places of these, in that order."""
         return Examples(self.parts, self.chosen[places])
+
+    def digest(self):
+        """SHA-256 of all tokens and labels, and of which of them these examples are; it reads the files."""
+        digest = hashlib.sha256(self.chosen.astype(np.int64))
+        for part in self.parts:
+            for array in part.arrays():
+                digest.update(array)
+        return digest.hexdigest()
 
     def sources(self):
         """int64 of each example, the same for those of one line of one file."""

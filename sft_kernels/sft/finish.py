@@ -1,22 +1,25 @@
-"""The end of a run, whichever way it comes: the model is saved first, and nothing else that fails
-costs it."""
+"""The end of a run, whichever way it comes: model or checkpoint is saved first, and nothing else that
+fails costs it."""
 
 import os
 import signal
 import sys
 import threading
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from .._terminal import reason_of
-from .report import say
+from .guards import TooManySkips
+from .report import say, warn
 from .saving import UNFINISHED, NotSaved, save
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM ended the run, after its model was saved.
+    """SIGINT or SIGTERM ended the run, after a checkpoint or the finished model was saved.
 
-    ``status`` is the usual exit status, 130 or 143. ``path`` is the model's folder, and ``result``
-    is ``(model, tokenizer, log)``, as :func:`~.train.train` would have returned it.
+    ``status`` is the usual exit status, 130 or 143. ``path`` is the model's folder, in the
+    checkpoint or in the run's folder, and ``result`` is ``(model, tokenizer, log)``, as
+    :func:`~.train.train` would have returned it.
     """
 
     def __init__(self, number, message):
@@ -75,22 +78,24 @@ class Stop:
     def _note(self, number, frame):
         self.signal = signal.Signals(number)
         self.restore()
-        what = "finishing this step, then saving the model; a second signal ends at once"
+        what = "finishing this step, then saving; a second signal ends at once"
         with suppress(OSError):  # a print could come in the middle of another, which raises
             os.write(2, f"\n{self.signal.name}: {what}\n".encode())
 
 
 @contextmanager
-def saved_at_the_end(model, tokenizer, log, evaluate):
+def saved_at_the_end(model, tokenizer, log, evaluate, checkpoint, replace=False):
     """Yield a :class:`Stop`; however the block ends, its log is kept and its model saved.
 
-    At the end, and after a signal, the model is saved in ``model`` in the log's folder before
-    anything else. Then come the last evaluation (not after a signal), the curves and what is
-    printed. After a signal :class:`Stopped` is raised, after a failed save
-    :class:`~.saving.NotSaved`. After an error in the block the model is saved in
-    ``model-unfinished``, and the error is raised again. ``evaluate(stop, step)`` writes to the log.
+    At the end the model is saved in ``model`` in the log's folder before anything else. Then come
+    the last evaluation, the curves and what is printed. After a signal ``checkpoint()`` is called,
+    which saves one and returns its folder, and :class:`Stopped` is raised. So it is after too many
+    skipped steps. After another error the model is saved in ``model-unfinished``. Errors are raised
+    again; a failed save raises :class:`~.saving.NotSaved`. ``evaluate(stop, step)`` writes to the
+    log. ``replace``: models that are there are of this run, and make room.
     """
     stop = Stop()
+    save_in = partial(_save, model, tokenizer, log, replace=replace)
     try:
         try:
             with suppress(_Asked):
@@ -100,20 +105,29 @@ def saved_at_the_end(model, tokenizer, log, evaluate):
                 log.close()
             raise
         log.close()
+    except TooManySkips as error:
+        path = _checkpoint(checkpoint, save_in, log, str(error))
+        log.finish()
+        stop.restore()
+        raise TooManySkips(f"{error}; {_resumable(path)}") from error
     except Exception as error:
-        _save_unfinished(model, tokenizer, log, error)
+        _save_unfinished(save_in, log, error)
         stop.restore()
         raise
     except BaseException as interrupt:
         log.ended(type(interrupt).__name__)
         stop.restore()
         raise
+    unfinished = stop.signal and log.done < log.total
     try:
-        if stop.signal and log.done < log.total:
-            log.ended(stop.signal.name)
-        path = _save(model, tokenizer, log, "model")
+        if unfinished:
+            path = _checkpoint(checkpoint, save_in, log, stop.signal.name)
+        else:
+            path = save_in("model")
         if not stop.signal:
             _evaluate_last(evaluate, stop, log, path)
+        if not stop.signal:
+            log.finished()
         log.finish()
     except Exception:
         log.finish()
@@ -121,25 +135,46 @@ def saved_at_the_end(model, tokenizer, log, evaluate):
     finally:
         stop.restore()
     if stop.signal:
-        raise _stopped(stop.signal, (model, tokenizer, log), path)
+        where = _resumable(path) if unfinished else f"the finished model is in {path}"
+        error = Stopped(stop.signal, f"{stop.signal.name} after step {log.done} of {log.total}; {where}")
+        error.path = path / "model" if unfinished and path.name != UNFINISHED else path
+        error.result = model, tokenizer, log
+        raise error
 
 
-def _save_unfinished(model, tokenizer, log, error):
+def _checkpoint(checkpoint, save_in, log, reason):
+    """Save a checkpoint, or at least the model, of a run that ends for ``reason``; returns the folder."""
+    try:
+        path = checkpoint()  # before the log says that the run ended, which is not so once it goes on
+    except Exception as error:
+        warn(f"no checkpoint could be saved ({reason_of(error)})")
+        path = None
+    log.ended(reason)
+    return path or save_in(UNFINISHED)
+
+
+def _resumable(path):
+    if path.name == UNFINISHED:
+        return f"the unfinished model is in {path}"
+    return f"--resume goes on from {path}, whose model/ is the unfinished model"
+
+
+def _save_unfinished(save_in, log, error):
     log.ended(f"{type(error).__name__}: {reason_of(error)}")
     if not log.done:
         return
     what = f"the run failed after step {log.done} of {log.total}"
     try:
-        path = _save(model, tokenizer, log, UNFINISHED)
+        path = save_in(UNFINISHED)
         say(f"{what}; the unfinished model is in {path}", sys.stderr)
     except NotSaved as failed:
         say(str(failed), sys.stderr)
     log.finish()
 
 
-def _save(model, tokenizer, log, name):
+def _save(model, tokenizer, log, name, replace):
     try:
-        return save(model, tokenizer, log.out / name)
+        return save(model, tokenizer, log.out / name, replace)
     except NotSaved as error:
         error.result = model, tokenizer, log
         if log.stopped:
@@ -156,12 +191,3 @@ def _evaluate_last(evaluate, stop, log, path):
     except BaseException:
         say(f"the last evaluation did not end; the finished model is in {path}", sys.stderr)
         raise
-
-
-def _stopped(number, result, path):
-    log = result[2]
-    state = "unfinished" if log.done < log.total else "finished"
-    after = f"{number.name} after step {log.done} of {log.total}"
-    error = Stopped(number, f"{after}; the {state} model is in {path}")
-    error.path, error.result = path, result
-    return error

@@ -1,12 +1,11 @@
 """A Hugging Face causal LM as the trainer uses it, and the tokenizer that is trained here."""
 
-import errno
 import os
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
+from . import whole
 from .folders import is_config as is_config
 from .loading import load_model as load_model
 from .loading import load_tokenizer as load_tokenizer
@@ -200,27 +199,14 @@ def stop_at(model, token):
     model.generation_config.eos_token_id = list(dict.fromkeys([*known, token]))
 
 
-def partial(path):
-    """The folder beside ``path`` that :func:`save` writes and then renames to it."""
-    return Path(path).with_name(Path(path).name + ".partial")
+def save(model, tokenizer, path, replace=False):
+    """A folder that ``from_pretrained`` loads, there in whole or not at all."""
 
+    def fill(folder):
+        save_model(model, folder)
+        tokenizer.save_pretrained(folder)
 
-def save(model, tokenizer, path):
-    """A folder that ``from_pretrained`` loads, there in whole or not at all: written beside, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for taken in (path, partial(path)):
-        if os.path.lexists(taken):
-            raise FileExistsError(f"{taken} exists already")
-    partial(path).mkdir()
-    mode = partial(path).stat().st_mode & 0o777  # as the umask gives it
-    save_model(model, partial(path))
-    tokenizer.save_pretrained(partial(path))
-    for file in partial(path).rglob("*"):
-        if file.is_file():
-            file.chmod(mode & 0o666)  # safetensors lets nobody but the owner read it
-            _to_disk(file)
-    partial(path).rename(path)
+    whole.write(path, fill, replace)
 
 
 def save_model(model, folder):
@@ -240,15 +226,3 @@ def save_model(model, folder):
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _to_disk(file):
-    """Wait for the disk, which may say only here that it or a quota is full."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
-            raise  # a file system that has no fsync is no failure
-    finally:
-        os.close(descriptor)

@@ -6,9 +6,18 @@ from pathlib import Path
 
 UNFINISHED = "model-unfinished"
 """The folder in ``out`` for the model of a run that an error ended."""
-_RUN = ("train.jsonl", "curves.png", "model", UNFINISHED, "model-weights.pt", f"{UNFINISHED}-weights.pt")
+_RUN = (
+    "train.jsonl",
+    "curves.png",
+    "checkpoints",
+    "best",
+    "model",
+    UNFINISHED,
+    "model-weights.pt",
+    f"{UNFINISHED}-weights.pt",
+)
 _DEEPEST = 200  # folders; ``mkdir`` takes a step of Python's stack for each that is not there
-_PARTIAL = ("model.partial", f"{UNFINISHED}.partial")
+_PARTIAL = ("model.partial", "best.partial", "best.replaced", f"{UNFINISHED}.partial")
 
 
 def check_folder(out):
@@ -28,6 +37,15 @@ def check_folder(out):
                 f"out: {out} holds {_described(out / name)}, which a run left that was killed while it saved; "
                 "move it away or give another folder"
             )
+
+
+def check_again(out):
+    """The path of an ``out`` in which a run may go on; a link in the place of what it writes is refused."""
+    out = check_path(out)
+    for name in (*_RUN, *_PARTIAL):
+        if (out / name).is_symlink():
+            raise FileExistsError(f"out: {out / name} is a link, through which nothing is written")
+    return out
 
 
 def check_path(out):

@@ -1,20 +1,11 @@
-"""The options of a run, and the YAML file that holds them."""
+"""The options of a run."""
 
 import math
-import re
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal
 
-from .._terminal import one_line
-from .opening import open_now
-
-_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
-_FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|nan)\Z", re.I)
-_LONGEST = 1 << 18  # bytes of a YAML file; its reader takes some seconds for a megabyte
 _LONGEST_ROW = 1 << 24  # tokens; a row is padded to its length, which has to fit into memory
 _MOST = (1 << 63) - 1  # of an integer; with more digits than 4300 Python does not even print one
-_NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 
 @dataclass
@@ -34,8 +25,17 @@ class Recipe:
     refused."""
     cache: str | None = None
     """Folder for tokenised data, which a later run starts from; None: sft_kernels in ~/.cache."""
+    init_from: str | None = None
+    """An earlier run's folder, checkpoint or model to start a new schedule from, in the place of model."""
     out: str = "out/run"
-    """Folder for train.jsonl, curves.png and model/. It must not hold a run already, nor a link in their place."""
+    """Folder for train.jsonl, curves.png, checkpoints/, best/ and model/. Without resume it must not hold a run
+    already, nor a link in their place."""
+    resume: bool = False
+    """Go on from the newest complete checkpoint in out; from the start, if there is none. All else as it was."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: one only if a signal ends the run."""
+    keep: int = 2
+    """Checkpoints that stay; the best model is kept apart from them."""
     mask: Literal["all", "completion", "completion+eot"] = "completion+eot"
     """Which tokens carry loss."""
     weigh: Literal["tokens", "examples"] = "tokens"
@@ -63,105 +63,38 @@ class Recipe:
     """On matrices; never on biases, norms and embeddings."""
     max_grad_norm: float = 1.0
     """Clip the global norm to this."""
+    max_skips: int = 10
+    """Stop after so many skipped steps in a row. A step is skipped if its gradient norm is not finite."""
+    spike: float = 0.0
+    """Skip a step, too, if its gradient norm is above this many times the running median; 0: never."""
+    dropout: float = 0.0
+    """On the outputs of attention and FFN, where the model's config offers it; every other dropout is 0."""
+    neftune_alpha: float = 0.0
+    """NEFTune: noise of up to alpha / √(L · d) on the embeddings in training, L the tokens of the example."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 autocast; auto: where the device computes in it."""
+    """bf16 autocast; auto: where the device computes in it. Of no effect with parameters in bf16."""
+    parameters: Literal["fp32", "bf16+master", "bf16+stochastic"] = "fp32"
+    """Parameters in fp32; or in bf16 with fp32 masters (split) or with stochastic rounding. Moments are fp32."""
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in backward instead of keeping them."""
     holdout: float = 0.0
     """Share of the conversations kept out of training to measure the masked loss on."""
     eval_data: list[str] = field(default_factory=list)
     """Files to measure the masked loss on."""
     eval_every: int = 0
-    """Steps between measurements; 0: before and after only."""
+    """Steps between measurements; 0: before and after only, and no best model is kept."""
+    metric: str = "exact_match"
+    """Score of greedy answers to held-out prompts, by which the best model is chosen: exact_match, or the dotted
+    name of a Python function of (prompts, answers, references), larger is better."""
+    metric_prompts: int = 200
+    """At most so many held-out prompts are answered; 0: none, and the best model is chosen on the masked loss."""
+    max_new_tokens: int = 256
+    """The longest answer."""
     log_every: int = 10
     """Steps between lines on the screen. The host waits for the device there, once, and not between; train.jsonl has
     every step all the same."""
     seed: int = 0
     """The seed of weights, split and order."""
-
-
-def from_yaml(path):
-    """The :class:`Recipe` in a YAML file: one mapping of options to values, lists of values, or null for the default.
-
-    Raises ``ValueError`` naming the file, and the option whose value does not fit. Aliases are refused, since a few
-    lines of them stand for more values than memory holds, and so is a file of more than 256 KiB.
-    """
-    values = _read(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of options")
-    kinds = get_type_hints(Recipe)
-    for key in values:
-        if key not in kinds:
-            raise ValueError(f"{path}: unknown option {key!r}; there are {', '.join(sorted(kinds))}")
-    given = {key: value for key, value in values.items() if value is not None}
-    return Recipe(**{key: _as(kinds[key], value, f"{path}: {key}") for key, value in given.items()})
-
-
-def _read(path):
-    """The value of a YAML file without aliases and tags, in which no key stands twice."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        """Takes for a number what looks like one. In YAML 1.1, 1:30 is 90, 010 is 8, and there are dates."""
-
-    Loader.yaml_implicit_resolvers = {
-        first: [(tag, rule) for tag, rule in rules if not tag.endswith((":int", ":float", ":timestamp"))]
-        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    signs = list("-+.0123456789")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, signs)
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, signs)
-    try:
-        with open_now(path) as file:
-            source = file.read(_LONGEST + 1)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(source) > _LONGEST:
-        raise ValueError(f"{path}: longer than {_LONGEST >> 10} KiB, so it is no recipe")
-    try:
-        text = source.decode("utf-8-sig")
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):  # as they are read, since deep nesting takes hours
-            if isinstance(event, yaml.AliasEvent):
-                raise ValueError("aliases (*name) are not supported; write the value out")
-            if getattr(event, "tag", None):
-                raise ValueError(f"tags ({event.tag}) are not supported; write the value alone")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > 3:
-                raise ValueError("nested deeper than a list of values")
-        root = yaml.compose(text, Loader)
-        keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-        if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
-            raise ValueError(f"{twice!r} stands there twice")
-        return yaml.load(text, Loader) or {}
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML: {one_line(error)}") from error
-    except ValueError as error:  # also an integer that Python has not
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _as(kind, value, name):
-    """``value`` as an option of the type ``kind``; a number in quotes is one, too."""
-    if kind == list[str]:
-        return [_as(str, entry, name) for entry in (value if isinstance(value, list) else [value])]
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(f"{name}: expected one of {', '.join(get_args(kind))}, got {_shown(value)}")
-        return value
-    kind = next((k for k in get_args(kind) if k is not type(None)), kind)  # of X | None
-    fits = isinstance(value, bool) == (kind is bool)
-    if fits and kind in (int, float) and isinstance(value, (int, float, str)):
-        with suppress(ValueError, OverflowError):
-            if kind is float or not isinstance(value, float) or value.is_integer():
-                return kind(value)
-    elif fits and isinstance(value, kind):
-        return value
-    hint = "; put it in quotes" if kind is str and not isinstance(value, (list, dict)) else ""
-    raise ValueError(f"{name}: expected {_NAMES[kind]}, got {_shown(value)}{hint}")
-
-
-def _shown(value):
-    return f"a {type(value).__name__}" if isinstance(value, (list, dict)) else repr(value)[:60]
 
 
 def check(recipe, model_given=False):
@@ -172,24 +105,31 @@ def check(recipe, model_given=False):
             raise ValueError(f"{option.name}: expected at most 2⁶³ − 1")
     if not recipe.data:
         raise ValueError("data: expected at least one JSONL file")
-    if not model_given and not recipe.model:
+    if recipe.init_from is not None and (recipe.model or model_given):
+        raise ValueError("init_from: it takes the place of the model; give one of the two")
+    if not (model_given or recipe.model or recipe.init_from):
         raise ValueError("model: expected a folder or a config")
     check_row_tokens(recipe.row_tokens)
-    for name in ("rows", "accumulate", "log_every"):
+    for name in ("rows", "accumulate", "log_every", "keep", "max_skips", "max_new_tokens"):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected at least 1, got {getattr(recipe, name)}")
     if recipe.steps is not None and recipe.steps < 1:
         raise ValueError(f"steps: expected at least 1, got {recipe.steps}")
     if recipe.steps is None and not 0 < recipe.epochs < math.inf:
         raise ValueError(f"epochs: expected more than 0, got {recipe.epochs}")
-    for name in ("lr", "weight_decay", "max_grad_norm"):
+    for name in ("lr", "weight_decay", "neftune_alpha"):
         if not 0 <= getattr(recipe, name) < math.inf:
             raise ValueError(f"{name}: expected a finite number from 0 up, got {getattr(recipe, name)}")
-    if recipe.eval_every < 0:
-        raise ValueError(f"eval_every: expected 0 or more steps, got {recipe.eval_every}")
+    if not recipe.max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm: expected more than 0, got {recipe.max_grad_norm}")
+    if recipe.spike != 0 and not 1 < recipe.spike < math.inf:
+        raise ValueError(f"spike: expected 0, or a finite number above 1, got {recipe.spike}")
+    for name in ("eval_every", "save_every", "metric_prompts"):
+        if getattr(recipe, name) < 0:
+            raise ValueError(f"{name}: expected 0 or more, got {getattr(recipe, name)}")
     if not 0 <= recipe.seed < 1 << 63:
         raise ValueError(f"seed: expected an integer from 0 to 2⁶³ − 1, got {recipe.seed}")
-    for name in ("warmup", "holdout"):
+    for name in ("warmup", "holdout", "dropout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(recipe, name)}")
 

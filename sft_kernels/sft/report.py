@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .._terminal import output, printable, reason_of
+from .whole import sync
 
 _COLUMNS = (
     ("step", "{:>6d}"),
@@ -27,12 +28,13 @@ _COLUMNS = (
 
 class RunLog:
     """Writes ``train.jsonl`` in ``out`` and shows the steps; a run that is there already raises
-    ``FileExistsError``.
+    ``FileExistsError``, unless the first ``keep`` bytes of its log are to be gone on from.
 
     Numbers may arrive as 0-d tensors on a device. Every ``every`` steps those of all steps since
     the last time are copied to the host at once: each step becomes a line of the file, and the last
     one also a line on the screen. Each line has the numbers of its own step, no means over several.
-    A number that is not finite is ``null`` in the file.
+    A number that is not finite is ``null`` in the file. ``watch(row, sources)`` is called with each
+    step's row before it is written, and with the ``sources`` that the step was given.
 
     ``done`` is the last step so far, ``total`` the last one planned. ``stopped`` says what ended
     the run before that, a signal's name or an error, and the file's last line says the same. A
@@ -40,19 +42,19 @@ class RunLog:
     they can be drawn, which is tried here.
     """
 
-    def __init__(self, out, total, every):
+    def __init__(self, out, total, every, watch=None, keep=None):
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
         self.path = out / "train.jsonl"
-        self.path.open("x").close()
-        self.every, self.total = every, total
-        self.done, self.stopped = 0, None
+        self.history = self._begin(keep)
+        self.every, self.total, self.watch = every, total, watch
+        self.done = max((row["step"] for row in self.history), default=0)
+        self.stopped = self.best = None
         self.pending = []
-        self.history = []
         self._unwritten, self._warned = b"", False
         self.curves = self._try_curves()
-        self.bar = _bar(total)
+        self.bar = _bar(total, self.done)
         header = (f"{name:>{len(form.format(0))}}" for name, form in _COLUMNS)
         say(" ".join(header))
 
@@ -64,10 +66,14 @@ class RunLog:
         if len(self.pending) >= self.every:
             self.flush()
 
-    def evaluation(self, step, loss):
+    def evaluation(self, step, measured):
+        """Note what was measured on held-out data: ``loss``, ``accuracy``, ``kept`` and what else
+        there is."""
         self.flush()
-        self._write({"step": step, "eval": loss._asdict()})
-        numbers = f"loss {loss.loss:.4f}, accuracy {loss.accuracy:.3f}, {loss.kept} tokens"
+        self._write({"step": step, "eval": measured})
+        numbers = f"loss {measured['loss']:.4f}, accuracy {measured['accuracy']:.3f}, {measured['kept']} tokens"
+        if measured.get("score") is not None:
+            numbers += f"; {measured['metric']} {measured['score']:.4g}, {measured['stopped']:.0%} of answers stop"
         say(f"{'':>6} held out after {step} steps: {numbers}")
 
     def ended(self, reason):
@@ -75,8 +81,23 @@ class RunLog:
         self.stopped = reason
         self._write({"step": self.done, "of": self.total, "stopped": reason})
 
+    def finished(self):
+        """Note that the run is whole: its last step, the model and the last evaluation are there."""
+        self._write({"step": self.done, "of": self.total, "finished": True, "best": self.best})
+
+    def position(self):
+        """The bytes of the log so far, which are on the disk after this."""
+        self.flush()
+        if self._unwritten:
+            raise OSError(f"{self.path} cannot be written")
+        sync(self.path)
+        return self.path.stat().st_size
+
     def flush(self):
-        for row in _on_host(self.pending):
+        sources = [row.pop("sources", None) for row in self.pending]
+        for row, of_step in zip(_on_host(self.pending), sources, strict=True):
+            if self.watch is not None:
+                self.watch(row, of_step)
             self._write(row, at_once=False)
         if self.pending:
             say(" ".join(form.format(row[name]) for name, form in _COLUMNS))
@@ -95,7 +116,7 @@ class RunLog:
                 self.bar.close()
 
     def finish(self):
-        """Draw the curves and say how many steps were skipped; a failure is a warning."""
+        """Draw the curves and say what the whole run came to; a failure is a warning."""
         if self.curves:
             try:
                 self.plot()
@@ -107,7 +128,12 @@ class RunLog:
             warn(f"the end of {self.path} is missing, {len(self._unwritten)} bytes")
         steps = [row for row in self.history if "skipped_steps" in row]
         if steps and (skipped := steps[-1]["skipped_steps"]):
-            say(f"skipped {skipped} of {self.done} steps: the gradient's norm was not finite")
+            say(f"skipped {skipped} of {self.done} steps, because of the gradient's norm")
+        if shares := [row["rounded_away"] for row in steps if row.get("rounded_away") is not None]:
+            say(f"rounded away: {sum(shares) / len(shares):.2%} of the updates, mean over the steps")
+        if self.best is not None:
+            name, value, step = (self.best[key] for key in ("by", "value", "step"))
+            say(f"best on held-out data: step {step}, {name} {value:.4g}; its model is in {self.out / 'best'}")
 
     def plot(self):
         """``curves.png``: masked loss, held out too where it was measured, over the learning
@@ -122,6 +148,20 @@ class RunLog:
             with suppress(OSError):
                 path.unlink()  # half an image
             raise
+
+    def _begin(self, keep):
+        """The rows of the log's first ``keep`` bytes, and nothing behind them; None for a new log."""
+        if keep is None:
+            self.path.open("x").close()
+            return []
+        self.path.touch()
+        with self.path.open("r+b") as file:
+            kept = file.read(keep)
+            kept = kept[: kept.rfind(b"\n") + 1]
+            file.truncate(len(kept))
+        if len(kept) < keep:
+            warn(f"{self.path} lacks lines that were there, {keep - len(kept)} bytes")
+        return [json.loads(line) for line in kept.splitlines()]
 
     def _try_curves(self):
         example = [{"step": 1, "loss": 2.0, "lr": 1e-3}, {"step": 1, "eval": {"loss": 2.0}}]
@@ -151,13 +191,13 @@ class RunLog:
             self._warned = True
 
 
-def _bar(total):
+def _bar(total, done):
     disable = True  # tqdm flushes both streams, and an error in the middle of it cannot be cleared up
     with _screen():
         for stream in (sys.stdout, sys.stderr):
             getattr(stream, "flush", bool)()
         disable = False
-    return tqdm(total=total, desc="training", unit="step", file=output(sys.stderr), disable=disable)
+    return tqdm(total=total, initial=done, desc="training", unit="step", file=output(sys.stderr), disable=disable)
 
 
 def say(text, file=None):
@@ -198,7 +238,8 @@ def _draw(history, file, dpi):
     figure = Figure(figsize=(8, 6))
     FigureCanvasAgg(figure)
     loss, lr = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    loss.plot([r["step"] for r in steps], [r["loss"] for r in steps], linewidth=1, label="train")
+    losses = [math.nan if r["loss"] is None else r["loss"] for r in steps]
+    loss.plot([r["step"] for r in steps], losses, linewidth=1, label="train")
     if held_out:
         losses = [r["eval"]["loss"] for r in held_out]
         loss.plot([r["step"] for r in held_out], losses, "o-", label="held out")

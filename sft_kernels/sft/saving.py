@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .._terminal import reason_of
-from . import generation
+from . import generation, whole
 from . import model as models
 from .out import UNFINISHED as UNFINISHED
 from .out import check_folder as check_folder
@@ -56,14 +56,14 @@ def check_room(folder, *sizes):
                 raise OSError(f"out: {what} ({reason_of(error)})") from error
 
 
-def rehearse(model, tokenizer, out, end_of_turn=None):
+def rehearse(model, tokenizer, out, end_of_turn=None, copies=1, more=()):
     """Save into a trial folder in ``out``, so that a failure shows before the first step.
 
     An error names the argument: ``out``, ``model`` or ``tokenizer``. All is done that :func:`save`
-    does, except that of every weight only one number is written. The room for the others is
-    checked. ``generate`` will end an answer at ``end_of_turn``, too. A generation config that
-    transformers refuses is changed, and a line is printed that says how. ``out`` is made, unless
-    something is refused.
+    does, except that of every weight only one number is written. The room is checked for
+    ``copies`` of the others, and for files of ``more`` bytes each. ``generate`` will end an answer
+    at ``end_of_turn``, too. A generation config that transformers refuses is changed, and a line is
+    printed that says how. ``out`` is made, unless something is refused.
     """
     out = Path(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -82,7 +82,7 @@ def rehearse(model, tokenizer, out, end_of_turn=None):
             with _named("tokenizer", saved):
                 tokenizer.save_pretrained(folder)
             sizes += [file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()]
-        check_room(out, *sizes)
+        check_room(out, *sizes * copies, *more)
     except BaseException:
         for folder in made:
             with suppress(OSError):
@@ -90,8 +90,8 @@ def rehearse(model, tokenizer, out, end_of_turn=None):
         raise
 
 
-def save(model, tokenizer, path):
-    """Save as :func:`~.model.save` does and return ``path``.
+def save(model, tokenizer, path, replace=False):
+    """Save as :func:`~.model.save` does and return ``path``; ``replace`` what is there.
 
     If that fails, save aside and raise :class:`NotSaved`. The other places are a new folder beside
     the run's, then one in the system's folder for temporary files. If none takes the whole model,
@@ -99,7 +99,7 @@ def save(model, tokenizer, path):
     """
     path = Path(path)
     try:
-        models.save(model, tokenizer, path)
+        models.save(model, tokenizer, path, replace)
         return path
     except Exception as error:  # safetensors and tokenizers have exceptions of their own
         failed = f"out: the model could not be saved in {path} ({reason_of(error)})"
@@ -208,7 +208,7 @@ def _kept_or_removed(path):
     and None returned."""
     from safetensors import safe_open
 
-    partial = models.partial(path)
+    partial = whole.partial(path)
     names = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
     try:
         if any((partial / name).is_file() for name in names):

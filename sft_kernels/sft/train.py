@@ -2,30 +2,39 @@
 
 import random
 from contextlib import nullcontext
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .. import AdamW, decay_groups, linear_cross_entropy
+from .. import linear_cross_entropy
+from .._terminal import reason_of
+from ..integrations.neftune import neftune
+from . import held_out, resume, state
 from . import model as models
+from .checkpoints import Checkpoints, only_run
 from .data import stream
 from .dataset import end_of_turn, load_examples
-from .evaluate import masked_loss
 from .files import template
 from .finish import saved_at_the_end
+from .guards import Guard, Watch, check_learning_rate
+from .held_out import HeldOut
 from .loading import check_recipe, load_config
 from .lr import cosine_factor
 from .masking import Encoder
-from .packing import PackedRows, collate, groups_of, lengths_of, pack
+from .metrics import load_metric
+from .packing import collate
 from .positions import most_positions, without_longer
+from .precision import autocast, dtype_of, optimizer_of, rounded_away
 from .recipe import Recipe as Recipe
 from .recipe import check
-from .report import RunLog, say
+from .report import RunLog, say, warn
 from .saving import check_folder, rehearse
 from .sources import Source, check_pipes
+from .steps import Steps
 from .stock import batch_to_check, check_against_stock, packed_hidden_states
 
 
@@ -47,14 +56,16 @@ def _words(record):
     return record.text or "\n".join(str(m.get("content") or m.get("tool_calls")) for m in record.messages or ())
 
 
-def prepare_tokenizer(recipe, sources=None):
+def prepare_tokenizer(recipe, sources=None, earlier=None):
     """The recipe's tokenizer; for a bare config one of the config's vocabulary that is trained on the data.
 
-    ``sources`` are the data, if they are open.
+    ``sources`` are the data, if they are open. ``earlier`` is a folder with the one that was trained before.
     """
     if recipe.tokenizer or not models.is_config(recipe.model):
         folder = recipe.tokenizer or recipe.model
         return models.load_tokenizer(folder, recipe.chat_template, recipe.trust_remote_code)
+    if earlier is not None:
+        return models.load_tokenizer(earlier)
     vocab_size = load_config(recipe.model, recipe.trust_remote_code).get_text_config().vocab_size
     return train_tokenizer_on(sources or recipe.data, vocab_size, recipe.skip_bad, recipe.chat_template)
 
@@ -66,23 +77,38 @@ def train(recipe, *, model=None, tokenizer=None):
     that would keep the model from being saved. A model and tokenizer that are handed in are used in place of the
     recipe's; the model is then tuned as it is.
 
-    From the first step on SIGINT and SIGTERM finish the step, save the model and raise :class:`~.finish.Stopped`, a
+    From the first step on SIGINT and SIGTERM finish the step, save a checkpoint and raise :class:`~.finish.Stopped`, a
     ``KeyboardInterrupt``. A model that cannot be saved in ``out`` is saved elsewhere, and :class:`~.saving.NotSaved`,
     an ``OSError``, says where. Both carry what would have been returned as ``result``.
+
+    With ``recipe.resume`` the run in ``out`` goes on, to the bit as if nothing had ended it.
+
+    Raises:
+        ValueError: a value of the recipe, or a model or data that cannot be trained on.
+        OSError: a file that cannot be read, or a folder that cannot be written to or that another run is in.
+        TooManySkips: ``recipe.max_skips`` steps in a row were skipped; a checkpoint is there.
     """
-    check(recipe, model is not None)
+    given = model is not None
+    check(recipe, given)
+    metric = load_metric(recipe.metric)
+    held_out.check(recipe, metric)
     check_pipes([*recipe.data, *recipe.eval_data])
-    check_folder(recipe.out)
+    asked, earlier = recipe, resume.find(recipe) if recipe.resume else None
+    if earlier is None:
+        check_folder(recipe.out)
     out = Path(recipe.out).absolute()  # also if the working directory changes
-    torch.manual_seed(recipe.seed)
-    if model is not None:
+    state.seed(recipe.seed)
+    if given:
         models.check_given(model)
         device = model.device
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    recipe = check_recipe(recipe, model is not None, tokenizer is not None)
+    if recipe.init_from is not None:
+        recipe = replace(recipe, model=resume.earlier_model(recipe.init_from))
+    recipe = check_recipe(recipe, given, tokenizer is not None)
+    folder = earlier and earlier.model
     sources = [Source(path) for path in recipe.data]
-    tokenizer = tokenizer or prepare_tokenizer(recipe, sources)
+    tokenizer = tokenizer or prepare_tokenizer(recipe, sources, folder)
     encoder = Encoder(tokenizer, recipe.mask, recipe.split_turns)
     load = partial(
         load_examples,
@@ -91,107 +117,174 @@ def train(recipe, *, model=None, tokenizer=None):
         skip_bad=recipe.skip_bad,
         cache_folder=recipe.cache,
     )
-    examples, held_out, refusals = _data(recipe, sources, load)
+    examples, unseen, refusals = _data(recipe, sources, load)
     for note in encoder.notes:
         say(note)
     for error in islice(chain(*refusals), 20):
         say(f"skipped {error}")
     if bad := sum(map(len, refusals)):
-        say(f"skipped {bad} lines, {len(examples) + len(held_out)} are left")
+        say(f"skipped {bad} lines, {len(examples) + len(unseen)} are left")
 
-    if model is None:
-        model = models.load_model(recipe.model, device, recipe.trust_remote_code)
+    if not given:
+        model = models.load_model(
+            folder or recipe.model,
+            device,
+            recipe.trust_remote_code,
+            dropout=recipe.dropout,
+            dtype=dtype_of(recipe.parameters),
+        )
     models.check_vocabulary(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-
-    def batch(rows, weigh_examples=False):
-        return collate(rows, recipe.row_tokens, pad_id or 0, weigh_examples)
-
+    run = _Run(recipe, asked, model, tokenizer, given)
     with models.boundaries_given(model):  # as in training, where a window that only a mask holds would be lost
         most = most_positions(model, packed_hidden_states)
-        examples, held_out = (without_longer(some, most, recipe.skip_bad) for some in (examples, held_out))
-        checked = batch_to_check(model, examples + held_out, recipe.row_tokens, pad_id or 0)
+        examples, unseen = (without_longer(some, most, recipe.skip_bad) for some in (examples, unseen))
+        checked = batch_to_check(model, examples + unseen, recipe.row_tokens, run.pad_id)
         check_against_stock(model, checked.to(device))
-    steps = _Steps(examples, recipe)
-    evaluation = PackedRows(held_out, recipe.row_tokens)
+    if recipe.activation_checkpointing:
+        models.checkpoint_activations(model)
+    run.begin(examples, unseen)
+    judge = HeldOut(unseen, recipe, metric, encoder.end_of_turn)
+    if not earlier:
+        check_learning_rate(recipe.lr, model)
 
-    optimizer = AdamW(
-        decay_groups(model, recipe.weight_decay), lr=recipe.lr, max_grad_norm=recipe.max_grad_norm, skip_nonfinite=True
-    )
-    warmup = round(recipe.warmup * steps.total)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: cosine_factor(t, steps.total, warmup))
-    rehearse(model, tokenizer, out, end_of_turn(examples) if recipe.mask == "completion+eot" else None)
-    log = RunLog(out, steps.total, recipe.log_every)
-    evaluate = partial(_evaluate, model, evaluation, batch, device, recipe, log)
-    with saved_at_the_end(model, tokenizer, log, evaluate) as stop:
-        model.train()
-        with models.boundaries_given(model):
-            evaluate(stop, 0)
-            for step, micro_batches in stop.steps(enumerate(steps, start=1)):
-                batches = [batch(rows, recipe.weigh == "examples") for rows in micro_batches]
-                # One denominator for the whole step, or micro-batches with few kept tokens would weigh more.
-                num_items = sum(b.kept.count if recipe.weigh == "tokens" else b.examples for b in batches)
-                loss = torch.zeros((), device=device)
-                for b in batches:
-                    moved = b.to(device)
-                    with _autocast(device, recipe.precision):
-                        part = linear_cross_entropy(
-                            models.hidden_states(model, moved),
-                            **models.head(model),
-                            shift=True,
-                            kept=moved.kept,
-                            token_weight=moved.token_weight,
-                            num_items=num_items,
-                        )
-                    part.backward()
-                    loss += part.detach()
-                lr = schedule.get_last_lr()[0]
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
-                log.step(
-                    step=step,
-                    loss=loss,
-                    lr=lr,
-                    grad_norm=optimizer.last_grad_norm,
-                    examples=sum(b.examples for b in batches),
-                    rows=sum(b.rows for b in batches),
-                    tokens=sum(b.tokens for b in batches),
-                    kept=sum(b.kept.count for b in batches),
-                    skipped_steps=optimizer.skipped_steps.clone(),
-                )
-                if recipe.eval_every and step % recipe.eval_every == 0 and step < steps.total:
-                    evaluate(stop, step)
+    end = end_of_turn(examples) if recipe.mask == "completion+eot" else None
+    rehearse(model, tokenizer, out, end, **run.room(out, judge))
+    done = run.go_on(earlier) if folder else 0
+    with only_run(out):
+        watch = Watch(recipe.max_skips)
+        log = RunLog(out, run.steps.total, recipe.log_every, watch, earlier and earlier.log_bytes)
+        run.log, run.checkpoints = log, Checkpoints(out, recipe.keep)
+        log.done, log.best = done, earlier.progress["best"] if folder else None
+        watch.go_on(log.history)
+        measure = partial(judge.measure, model=model, tokenizer=tokenizer, log=log, batch=run.batch)
+        with saved_at_the_end(model, tokenizer, log, measure, run.checkpoint, replace=bool(earlier)) as stop:
+            model.train()
+            with (
+                models.boundaries_given(model),
+                neftune(model, recipe.neftune_alpha) if recipe.neftune_alpha else nullcontext(),
+            ):
+                measured = log.history[-1:] and "eval" in log.history[-1]
+                if not done or (_due(recipe.eval_every, done) and not measured):
+                    measure(stop, done)
+                for step, micro_batches in stop.steps(run.steps.after(done)):
+                    run.step(step, micro_batches)
+                    watch.check()
+                    if step < run.steps.total:
+                        if _due(recipe.eval_every, step):
+                            measure(stop, step)
+                        if _due(recipe.save_every, step):
+                            run.save()
+                log.flush()
+                watch.check()
     return model, tokenizer, log
 
 
-class _Steps:
-    """The optimiser steps of a run: each a list of micro-batches, each a list of rows, each a list of examples.
+class _Run:
+    """The parts of a run that its steps and its checkpoints share."""
 
-    Every epoch packs the examples anew from another order; how many rows that makes depends on the lengths alone.
-    """
+    def __init__(self, recipe, asked, model, tokenizer, given):
+        self.recipe, self.asked, self.model, self.tokenizer, self.given = recipe, asked, model, tokenizer, given
+        self.device = model.device
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        self.pad_id = (pad if pad is not None else end) or 0
 
-    def __init__(self, examples, recipe):
-        self.examples, self.recipe = examples, recipe
-        rows = len(pack(lengths_of(examples), recipe.row_tokens))
-        per_epoch = -(-rows // (recipe.rows * recipe.accumulate))
-        self.total = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * per_epoch))
+    def begin(self, examples, unseen):
+        """Take up the data, and make the optimiser."""
+        self.examples, self.unseen = examples, unseen
+        self.steps = Steps(examples, self.recipe)
+        self.warmup = round(self.recipe.warmup * self.steps.total)
+        optimizer, names = optimizer_of(self.model, self.recipe)
+        self.guard = Guard(optimizer, self.recipe.spike, self.recipe.max_skips)
+        self.parts = state.Parts(optimizer, names, self.guard, self.device, self.given)
 
-    def __iter__(self):
-        done = epoch = 0
-        while done < self.total:
-            shuffle = random.Random(f"{self.recipe.seed}/{epoch}").shuffle
-            order = np.arange(len(self.examples))
-            shuffle(order)
-            rows = PackedRows(self.examples, self.recipe.row_tokens, order)
-            shuffle(rows.rows)
-            for first in range(0, len(rows), self.recipe.rows * self.recipe.accumulate):
-                if done == self.total:
-                    return
-                step = rows[first : first + self.recipe.rows * self.recipe.accumulate]
-                yield [*groups_of(self.recipe.rows, step)]
-                done += 1
-            epoch += 1
+    def batch(self, rows, weigh_examples=False):
+        return collate(rows, self.recipe.row_tokens, self.pad_id, weigh_examples)
+
+    def step(self, step, micro_batches):
+        """One optimiser step, numbered from 1."""
+        recipe, optimizer = self.recipe, self.parts.optimizer
+        batches = [self.batch(rows, recipe.weigh == "examples") for rows in micro_batches]
+        # One denominator for the whole step, or micro-batches with few kept tokens would weigh more.
+        num_items = sum(b.kept.count if recipe.weigh == "tokens" else b.examples for b in batches)
+        loss = torch.zeros((), device=self.device)
+        for b in batches:
+            moved = b.to(self.device)
+            with autocast(self.device, recipe):
+                part = linear_cross_entropy(
+                    models.hidden_states(self.model, moved),
+                    **models.head(self.model),
+                    shift=True,
+                    kept=moved.kept,
+                    token_weight=moved.token_weight,
+                    num_items=num_items,
+                )
+            part.backward()
+            loss += part.detach()
+        lr = recipe.lr * cosine_factor(step - 1, self.steps.total, self.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        self.guard.step(step)
+        optimizer.zero_grad(set_to_none=True)
+        lost = rounded_away(optimizer)
+        self.log.step(
+            step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=optimizer.last_grad_norm,
+            examples=sum(b.examples for b in batches),
+            rows=sum(b.rows for b in batches),
+            tokens=sum(b.tokens for b in batches),
+            kept=sum(b.kept.count for b in batches),
+            skipped_steps=optimizer.skipped_steps.clone(),
+            **({} if lost is None else {"rounded_away": lost}),
+            sources=[example.source for rows in micro_batches for row in rows for example in row],
+        )
+
+    @cached_property
+    def data(self):
+        """Digests of the data, by which a run that goes on knows them."""
+        return [self.examples.digest(), self.unseen.digest()]
+
+    def checkpoint(self):
+        """Write a checkpoint after the last step; returns its folder."""
+        log = self.log
+        progress = {
+            "step": log.done,
+            "recipe": asdict(self.asked),
+            "data": self.data,
+            "log_bytes": log.position(),
+            "best": log.best,
+        }
+
+        def fill(folder):
+            state.write(folder, self.model, self.tokenizer, self.parts, **progress)
+
+        return self.checkpoints.write(log.done, fill)
+
+    def save(self):
+        """Write a checkpoint; one that cannot be written costs a warning, and the earlier ones stay."""
+        try:
+            self.checkpoint()
+        except Exception as error:  # safetensors and tokenizers have exceptions of their own
+            warn(f"no checkpoint could be saved after step {self.log.done} ({reason_of(error)})")
+
+    def go_on(self, earlier):
+        """Put back the state of a checkpoint; returns its step."""
+        if earlier.progress["data"] != self.data:
+            raise ValueError(f"resume: {earlier.folder} is of other data; their tokens or labels have changed")
+        state.restore(earlier.folder, self.parts, earlier.progress)
+        self.guard.try_again()
+        return earlier.step
+
+    def room(self, out, judge):
+        """How many models, and files of how many bytes, the run has to find room for."""
+        best = 2 if self.recipe.eval_every and judge.rows else 0
+        new = max(1, self.recipe.keep + 1 - len([*out.glob("checkpoints/step-*")])) if self.recipe.save_every else 0
+        return {"copies": 1 + best + new, "more": [state.bytes_of(self.parts)] * new}
+
+
+def _due(every, step):
+    return every and step % every == 0
 
 
 def _data(recipe, sources, load):
@@ -214,20 +307,3 @@ def _data(recipe, sources, load):
         held_out += examples.choose(np.flatnonzero(chosen))
         examples = examples.choose(np.flatnonzero(~chosen))
     return examples, held_out, refusals
-
-
-def _evaluate(model, rows, batch, device, recipe, log, stop, step):
-    if rows:
-        with _autocast(device, recipe.precision), models.boundaries_given(model):
-            batches = map(batch, groups_of(recipe.rows, rows))
-            log.evaluation(step, masked_loss(model, stop.batches(batches), device))
-
-
-def _autocast(device, precision):
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        precision = "bf16" if native else "fp32"
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

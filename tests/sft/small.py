@@ -27,7 +27,14 @@ def model_of(vocab_size, **options):
 def recipe_in(folder, **options):
     data = folder / "chats.jsonl"
     data.write_text("".join(json.dumps(chat(f"How many {i}?", "Two words.")) + "\n" for i in range(12)))
-    defaults = {"out": str(folder / "run"), "row_tokens": 64, "steps": 3, "precision": "fp32", "log_every": 1}
+    defaults = {
+        "out": str(folder / "run"),
+        "row_tokens": 64,
+        "steps": 3,
+        "precision": "fp32",
+        "log_every": 1,
+        "max_new_tokens": 4,
+    }
     return Recipe(data=[str(data)], **{**defaults, **options})
 
 

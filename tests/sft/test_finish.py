@@ -10,7 +10,7 @@ import pytest
 from safetensors import SafetensorError
 
 from sft_kernels import cli
-from sft_kernels.sft import finish
+from sft_kernels.sft import finish, held_out, state
 from sft_kernels.sft import train as training
 from sft_kernels.sft.finish import Stop, Stopped
 from sft_kernels.sft.report import RunLog
@@ -52,21 +52,22 @@ def run(tmp_path, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize(("number", "status"), [(INTERRUPT, 130), (TERMINATE, 143)])
-def test_a_signal_finishes_the_step_and_saves_the_model(number, status, run, capfd):
+def test_a_signal_finishes_the_step_and_saves_a_checkpoint(number, status, run, capfd):
     before = [signal.getsignal(n) for n in (INTERRUPT, TERMINATE)]
-    with pytest.raises(Stopped, match="after step 2 of 3; the unfinished model is in") as e:
+    checkpoint = run.out / "checkpoints" / "step-2"
+    with pytest.raises(Stopped, match=f"after step 2 of 3; --resume goes on from {checkpoint}, whose model/") as e:
         run(lambda: signal.raise_signal(number), log_every=10)
     assert isinstance(e.value, KeyboardInterrupt)
-    assert (e.value.status, e.value.path) == (status, run.out / "model")
+    assert (e.value.status, e.value.path) == (status, checkpoint / "model")
     assert [signal.getsignal(n) for n in (INTERRUPT, TERMINATE)] == before
     model, _, log = e.value.result
     assert model is run.model
-    assert same_weights(loaded(run.out / "model"), run.model)
+    assert same_weights(loaded(e.value.path), run.model)
     *steps, last = rows_of(run.out)
     assert [row["step"] for row in steps] == [1, 2]
     assert last == {"step": 2, "of": 3, "stopped": number.name}
     assert log.stopped == number.name
-    assert run.names() == ["curves.png", "model", "train.jsonl"]
+    assert run.names() == ["checkpoints", "curves.png", "train.jsonl"]
     assert "a second signal ends at once" in capfd.readouterr().err
 
 
@@ -103,7 +104,7 @@ def test_a_second_signal_ends_at_once(run):
 
 
 def test_a_second_signal_ends_the_saving_at_once(run, monkeypatch):
-    monkeypatch.setattr(finish, "save", lambda *args: signal.raise_signal(INTERRUPT))
+    monkeypatch.setattr(state, "write", lambda *args, **kwargs: signal.raise_signal(INTERRUPT))
     with pytest.raises(KeyboardInterrupt) as e:
         run(lambda: signal.raise_signal(INTERRUPT))
     assert not isinstance(e.value, Stopped)
@@ -121,7 +122,8 @@ def test_a_signal_while_the_finished_model_is_saved_saves_it(run, monkeypatch):
     with pytest.raises(Stopped, match="after step 3 of 3; the finished model is in"):
         run()
     assert same_weights(loaded(run.out / "model"), run.model)
-    assert "stopped" not in rows_of(run.out)[-1]
+    assert rows_of(run.out)[-1]["step"] == 3
+    assert not {"stopped", "finished"} & rows_of(run.out)[-1].keys()
     assert run.names() == ["curves.png", "model", "train.jsonl"]
 
 
@@ -138,7 +140,7 @@ def test_a_signal_ends_an_evaluation(run, monkeypatch):
     with pytest.raises(Stopped, match="after step 1 of 3"):
         run(holdout=0.5, eval_every=1, rows=1, row_tokens=40)
     assert [("eval" in row, row["step"]) for row in rows_of(run.out)] == [(True, 0), (False, 1), (False, 1)]
-    assert same_weights(loaded(run.out / "model"), run.model)
+    assert same_weights(loaded(run.out / "checkpoints" / "step-1" / "model"), run.model)
 
 
 def test_before_the_first_step_a_signal_does_as_usual(run, monkeypatch):
@@ -200,14 +202,14 @@ def test_an_error_of_the_log_hides_no_error_of_the_run(run, monkeypatch):
 
 
 def test_the_model_is_saved_before_the_last_evaluation_and_the_curves(run, monkeypatch, capsys):
-    real = training.masked_loss
+    real = held_out.masked_loss
 
     def fails_at_the_end(*args):
         if (run.out / "model").is_dir():
             raise RuntimeError("out of memory")
         return real(*args)
 
-    monkeypatch.setattr(training, "masked_loss", fails_at_the_end)
+    monkeypatch.setattr(held_out, "masked_loss", fails_at_the_end)
     with pytest.raises(RuntimeError, match="out of memory"):
         run(holdout=0.5)
     assert same_weights(loaded(run.out / "model"), run.model)
@@ -234,14 +236,24 @@ def test_a_model_that_cannot_be_saved_is_not_lost_to_the_caller(run, monkeypatch
 def test_an_unfinished_model_that_is_saved_aside_is_said_to_be_unfinished(run, monkeypatch):
     real = finish.save
 
-    def fail(model, tokenizer, path):
+    def fail(model, tokenizer, path, replace):
         real(model, tokenizer, path.with_name("elsewhere"))
         raise NotSaved("out: could not be saved; it is whole in /elsewhere")
 
     monkeypatch.setattr(finish, "save", fail)
+    monkeypatch.setattr(state, "write", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(NotSaved, match="whole in /elsewhere; SIGTERM ended the run after step 2 of 3"):
         run(lambda: signal.raise_signal(TERMINATE))
     assert run.names() == ["curves.png", "elsewhere", "train.jsonl"]
+
+
+def test_without_room_for_a_checkpoint_a_signal_saves_the_model(run, monkeypatch, capsys):
+    monkeypatch.setattr(state, "_write_tensors", lambda *args: 1 / 0)
+    with pytest.raises(Stopped, match=r"after step 2 of 3; the unfinished model is in .*/model-unfinished$") as e:
+        run(lambda: signal.raise_signal(TERMINATE))
+    assert same_weights(loaded(e.value.path), run.model)
+    assert run.names() == ["curves.png", "model-unfinished", "train.jsonl"]
+    assert "no checkpoint could be saved (division by zero)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -261,7 +273,7 @@ def test_the_command_says_it_in_one_line(error, status, said, monkeypatch, capsy
     assert capsys.readouterr().err == said
 
 
-def test_sigterm_ends_the_command_with_143_and_a_model(tmp_path):
+def test_sigterm_ends_the_command_with_143_and_a_checkpoint(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 64, **SHAPE}))
     recipe = recipe_in(tmp_path)
@@ -280,9 +292,9 @@ def test_sigterm_ends_the_command_with_143_and_a_model(tmp_path):
     last = rows_of(Path(recipe.out))[-1]
     assert last["stopped"] == "SIGTERM"
     assert said.splitlines()[-1].startswith(
-        f"sft-kernels: SIGTERM after step {last['step']} of 1000000; the unfinished"
+        f"sft-kernels: SIGTERM after step {last['step']} of 1000000; --resume goes on from"
     )
-    loaded(Path(recipe.out) / "model")
+    loaded(Path(recipe.out) / "checkpoints" / f"step-{last['step']}" / "model")
 
 
 def test_a_generation_config_as_llama_2_has_it_costs_no_run(run, capsys):

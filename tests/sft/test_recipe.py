@@ -4,7 +4,8 @@ import threading
 import pytest
 
 from sft_kernels.cli import main
-from sft_kernels.sft.recipe import Recipe, from_yaml
+from sft_kernels.sft.recipe import Recipe
+from sft_kernels.sft.recipe_file import from_yaml
 
 
 @pytest.fixture

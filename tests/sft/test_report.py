@@ -28,7 +28,7 @@ def log(tmp_path):
 def test_a_number_that_is_not_finite_is_null_in_the_file_and_itself_elsewhere(log, tmp_path, capsys):
     step(log, 1, math.nan)
     step(log, 2, math.inf)
-    log.evaluation(2, Loss(math.nan, 0.5, -math.inf, 3))
+    log.evaluation(2, Loss(math.nan, 0.5, -math.inf, 3)._asdict())
     log.close()
     first, second, held_out = rows_of(tmp_path)
     assert (first["loss"], second["loss"], second["grad_norm"]) == (None, None, None)
@@ -98,7 +98,7 @@ def test_a_screen_that_is_gone_costs_no_run(log, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Gone())
     log.bar.fp = Gone()
     step(log, 1)
-    log.evaluation(1, Loss(1.0, 0.5, 1.0, 3))
+    log.evaluation(1, Loss(1.0, 0.5, 1.0, 3)._asdict())
     log.close()
     log.finish()
     assert len(rows_of(tmp_path)) == 2

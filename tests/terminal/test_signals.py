@@ -8,6 +8,7 @@ import time
 import pytest
 
 from sft_kernels import _signals, cli
+from sft_kernels.sft import held_out
 from sft_kernels.sft import train as training
 
 from .conftest import process
@@ -84,7 +85,7 @@ def test_a_signal_that_was_made_another_error_after_saving_counts(trainer, monke
 
 @pytest.mark.parametrize(("number", "status", "word"), ENDS)
 def test_a_signal_in_the_first_evaluation(number, status, word, train, monkeypatch, capfd):
-    monkeypatch.setattr(training, "masked_loss", lambda *args: signal.raise_signal(number))
+    monkeypatch.setattr(held_out, "masked_loss", lambda *args: signal.raise_signal(number))
     assert cli.main([str(arg) for arg in train]) == status
     said = capfd.readouterr().err
     assert "Traceback" not in said

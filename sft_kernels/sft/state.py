@@ -1,0 +1,155 @@
+"""Everything that a run has to remember to go on as if nothing had happened, in a checkpoint."""
+
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from . import model as models
+
+_KIND = 1  # of checkpoints; another number is refused
+_STATE = "state.json"
+_SHARD = 4 << 30  # bytes in a file of tensors; safetensors takes a file's tensors into memory at once
+# Fields that a resumed run may have otherwise: they say where it runs and what it shows and keeps.
+_FREE = {"out", "resume", "cache", "log_every", "save_every", "keep"}
+
+
+class Parts(NamedTuple):
+    """The parts of a run that change while it runs, beside the model's weights."""
+
+    optimizer: torch.optim.Optimizer
+    names: list[str]  # of the optimiser's parameters, in its order
+    guard: object  # with ``tensors``, a dict, of which every tensor is written to in place
+    device: torch.device
+    own_weights: bool  # True for a model that was handed in: its trained weights are kept by name
+
+
+def seed(number):
+    """Seed torch, and for code of others Python and NumPy."""
+    torch.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002
+
+
+def write(folder, model, tokenizer, parts, **progress):
+    """Write a checkpoint's files into ``folder``: ``model/``, which ``from_pretrained`` loads, the
+    other tensors, and ``progress`` as JSON."""
+    (folder / "model").mkdir()
+    models.save_model(model, folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    _write_tensors(folder, _tensors(parts))
+    state = {"kind": _KIND, "parameters": parts.names, **progress, "random": _random_state()}
+    (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def read_progress(folder):
+    """The ``progress`` of a checkpoint; ``ValueError`` if it is of another version."""
+    state = json.loads((Path(folder) / _STATE).read_text(encoding="utf-8"))
+    if state.get("kind") != _KIND:
+        raise ValueError(f"resume: {folder} was written by another version of sft_kernels")
+    return state
+
+
+def check_same(recipe, folder, progress):
+    """Raise ``ValueError`` that lists the fields in which ``recipe`` differs from the checkpoint's."""
+    there, now = progress["recipe"], asdict(recipe)
+    names = [name for name in (*now, *(there.keys() - now.keys())) if name not in _FREE]
+    differ = [
+        f"{name}: {there.get(name)!r} there, {now.get(name)!r} now"
+        for name in names
+        if there.get(name) != now.get(name) or (name in there) != (name in now)
+    ]
+    if differ:
+        raise ValueError(f"resume: {folder} is of another recipe; {'; '.join(differ)}")
+
+
+def restore(folder, parts, progress):
+    """Put the tensors and random numbers of a checkpoint back. The model's weights are those of
+    ``model/`` already, unless it was handed in."""
+    if progress["parameters"] != parts.names:
+        raise ValueError(f"resume: {folder} is of a model with other trained parameters")
+    found = dict(_read_tensors(folder))
+    optimizer, states = parts.optimizer, {}
+    for i, (name, p) in enumerate(zip(parts.names, _parameters(optimizer), strict=True)):
+        if parts.own_weights:
+            with torch.no_grad():
+                p.copy_(found.pop(f"parameter/{name}"))
+        prefix = f"optimizer/{name}/"
+        own = {key.removeprefix(prefix): found.pop(key) for key in [*found] if key.startswith(prefix)}
+        if own:
+            states[i] = own
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
+    optimizer.skipped_steps.copy_(found["skipped_steps"])
+    for name, tensor in parts.guard.tensors.items():
+        tensor.copy_(found[f"guard/{name}"])
+    torch.set_rng_state(found["random/cpu"])
+    if "random/device" in found and parts.device.type == "cuda":
+        torch.cuda.set_rng_state(found["random/device"], parts.device)
+    version, numbers, gauss = progress["random"]["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    name, keys, *rest = progress["random"]["numpy"]
+    np.random.set_state((name, np.array(keys, np.uint32), *rest))  # noqa: NPY002
+
+
+def bytes_of(parts):
+    """The size of the tensors that a checkpoint has beside ``model/``, once every state is there."""
+    total = 0
+    for p in _parameters(parts.optimizer):
+        half = p.dtype in (torch.float16, torch.bfloat16)
+        master = {"float32": 4, "split": 2}.get(parts.optimizer.master_weights, 0) if half else 0
+        moment = (parts.optimizer.state_dtype or p.dtype).itemsize
+        total += p.numel() * (2 * moment + master + parts.own_weights * p.element_size())
+    return total
+
+
+def _parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def _tensors(parts):
+    """Yield pairs of name and tensor."""
+    optimizer = parts.optimizer
+    for name, p in zip(parts.names, _parameters(optimizer), strict=True):
+        if parts.own_weights:
+            yield f"parameter/{name}", p.detach()
+        for key, value in optimizer.state.get(p, {}).items():
+            yield f"optimizer/{name}/{key}", value
+    yield "skipped_steps", optimizer.skipped_steps
+    for name, tensor in parts.guard.tensors.items():
+        yield f"guard/{name}", tensor
+    yield "random/cpu", torch.get_rng_state()
+    if parts.device.type == "cuda":
+        yield "random/device", torch.cuda.get_rng_state(parts.device)
+
+
+def _write_tensors(folder, tensors):
+    from safetensors.torch import save_file
+
+    shard, size, number = {}, 0, 1
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > _SHARD:
+            save_file(shard, folder / f"state-{number:05d}.safetensors")
+            shard, size, number = {}, 0, number + 1
+        shard[name] = tensor.contiguous()
+        size += tensor.nbytes
+    save_file(shard, folder / f"state-{number:05d}.safetensors")
+
+
+def _read_tensors(folder):
+    from safetensors import safe_open
+
+    for file in sorted(Path(folder).glob("state-*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                # Memory of its own: that of the file may begin anywhere, and kernels may round by that.
+                yield name, tensors.get_tensor(name).clone()
+
+
+def _random_state():
+    version, numbers, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002
+    return {"python": [version, numbers, gauss], "numpy": [name, keys.tolist(), *rest]}

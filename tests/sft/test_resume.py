@@ -1,0 +1,383 @@
+"""A run that goes on is the run that nothing ended, to the bit."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft_kernels.sft import resume
+from sft_kernels.sft import train as training
+from sft_kernels.sft.checkpoints import Checkpoints, only_run
+from sft_kernels.sft.finish import Stopped
+from sft_kernels.sft.recipe import Recipe
+from sft_kernels.sft.train import train
+
+from .conftest import chat
+from .small import loaded, model_of, recipe_in, rows_of, same_weights
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def recipe(tmp_path, whole):
+    """Three steps an epoch, noise on the embeddings, evaluations, checkpoints."""
+    data = tmp_path / "chats.jsonl"
+    words = ("Two words.", "red", "blue and green", "How many?", "look")
+    data.write_text("".join(json.dumps(chat(f"How many {i}?", words[i % 5])) + "\n" for i in range(14)))
+    return Recipe(
+        data=[str(data)],
+        model=str(whole),
+        out=str(tmp_path / "run"),
+        row_tokens=80,
+        accumulate=2,
+        steps=11,
+        lr=1e-2,
+        precision="fp32",
+        neftune_alpha=0.0,
+        holdout=0.15,
+        eval_every=3,
+        max_new_tokens=4,
+        save_every=2,
+        log_every=4,
+    )
+
+
+def stopped_in(number, recipe, **given):
+    """Run ``recipe`` until SIGTERM comes in micro-batch ``number``."""
+    loss, calls = training.linear_cross_entropy, []
+
+    def called(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return loss(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "linear_cross_entropy", called)
+        with pytest.raises(Stopped) as e:
+            train(recipe, **given)
+    return e.value
+
+
+def killed(moment, recipe):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sft.killed", moment, json.dumps(asdict(recipe))], cwd=ROOT, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+
+
+def files_of(out):
+    """All that a run leaves, but for the picture, as bytes by name."""
+    files = [file for file in Path(out).rglob("*") if file.is_file() and file.suffix != ".png"]
+    return {file.relative_to(out).as_posix(): file.read_bytes() for file in files}
+
+
+def assert_same(a, b):
+    """Two folders of runs, whose recipes differ in ``out`` alone, are equal to the bit."""
+    a, b = files_of(a), files_of(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        if name.endswith("files.json"):
+            continue  # has the hash of the next
+        if name.endswith("state.json"):
+            one, other = json.loads(a[name]), json.loads(b[name])
+            for state in (one, other):
+                for field in ("out", "resume"):
+                    del state["recipe"][field]
+            assert one == other
+        else:
+            assert a[name] == b[name], name
+
+
+def test_a_run_killed_three_times_is_the_run_that_nobody_killed(recipe, capsys):
+    """In the step after an epoch's end, while a checkpoint is written, and while the best model is replaced."""
+    unkilled = replace(recipe, out=recipe.out + "-unkilled")
+    train(unkilled)
+    steps = [row for row in rows_of(Path(unkilled.out)) if "loss" in row]
+    assert sum(row["examples"] for row in steps[:3]) == 12  # an epoch
+    killed("in_micro_batch:8", recipe)  # of step 4, the first of the second epoch; step 2 is complete
+    assert [path.name for path in Path(recipe.out, "checkpoints").iterdir()] == ["step-2"]
+    recipe = replace(recipe, resume=True)
+    killed("in_checkpoint:6", recipe)
+    assert Path(recipe.out, "checkpoints", "step-6.partial").is_dir()
+    killed("between_best_models:1", recipe)
+    assert not Path(recipe.out, "best").exists()
+    capsys.readouterr()
+    train(recipe)
+    assert "resume: going on after step" in capsys.readouterr().out
+    assert_same(unkilled.out, recipe.out)
+
+
+@pytest.mark.parametrize("number", [1, 5, 6, 13, 20])
+def test_a_run_that_a_signal_ended_goes_on(number, recipe):
+    """In the first step, before and at an epoch's end, later, in the last step but one."""
+    whole = replace(recipe, out=recipe.out + "-whole")
+    train(whole)
+    stopped = stopped_in(number, recipe)
+    assert stopped.path.parent.name == f"step-{(number + 1) // 2}"
+    train(replace(recipe, resume=True))
+    assert rows_of(Path(recipe.out)) == rows_of(Path(whole.out))
+    assert same_weights(loaded(f"{recipe.out}/model"), loaded(f"{whole.out}/model"))
+    assert same_weights(loaded(f"{recipe.out}/best"), loaded(f"{whole.out}/best"))
+
+
+def test_a_run_killed_before_its_last_line_ends_as_if_it_had_not_been(recipe):
+    """When a checkpoint is whole and the oldest not gone, then when the model is saved and not yet judged."""
+    unkilled = replace(recipe, out=recipe.out + "-unkilled")
+    train(unkilled)
+    killed("before_rotation:6", recipe)
+    assert sorted(path.name for path in Path(recipe.out, "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]
+    recipe = replace(recipe, resume=True)
+    killed("at_the_end:1", recipe)
+    assert Path(recipe.out, "model").is_dir()
+    train(recipe)
+    assert_same(unkilled.out, recipe.out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"parameters": "bf16+master"},
+        {"parameters": "bf16+stochastic"},
+        {"spike": 2.0, "activation_checkpointing": True},
+        {"weigh": "examples", "precision": "bf16"},
+    ],
+    ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_moments_masters_and_the_guard_go_on(options, recipe):
+    recipe = replace(recipe, eval_every=0, **options)
+    whole = replace(recipe, out=recipe.out + "-whole")
+    train(whole)
+    stopped_in(9, recipe)
+    train(replace(recipe, resume=True))
+    steps = [f"checkpoints/step-{step}" for step in (8, 10)]
+    assert sorted(path.name for path in Path(recipe.out, "checkpoints").iterdir()) == ["step-10", "step-8"]
+    for step in steps:
+        assert_same(f"{whole.out}/{step}", f"{recipe.out}/{step}")
+    assert rows_of(Path(recipe.out)) == rows_of(Path(whole.out))
+
+
+def test_a_model_that_was_handed_in_goes_on_with_its_adapters(recipe, tokenizer):
+    import peft
+
+    def adapted():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.2)
+        return peft.get_peft_model(model_of(len(tokenizer)), config)
+
+    recipe = replace(recipe, model="", init_from=None)
+    whole, went_on = adapted(), adapted()
+    train(replace(recipe, out=recipe.out + "-whole"), model=whole, tokenizer=tokenizer)
+    stopped_in(9, recipe, model=adapted(), tokenizer=tokenizer)
+    train(replace(recipe, resume=True), model=went_on, tokenizer=tokenizer)
+    assert same_weights(whole, went_on)
+    assert rows_of(Path(recipe.out)) == rows_of(Path(recipe.out + "-whole"))
+
+
+def test_the_tokenizer_that_a_bare_config_got_is_kept(recipe, tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 64, **shape}))
+    recipe = replace(recipe, model=str(config))
+    train(replace(recipe, out=recipe.out + "-whole"))
+    stopped_in(9, recipe)
+    train(replace(recipe, resume=True))
+    assert rows_of(Path(recipe.out)) == rows_of(Path(recipe.out + "-whole"))
+
+
+@pytest.fixture
+def stopped(recipe):
+    """A run that was stopped after step 5, with checkpoints after 2, 4 and 5."""
+    recipe = replace(recipe, keep=3)
+    stopped_in(9, recipe)
+    return replace(recipe, resume=True)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("state-00001.safetensors", cut, r"state-00001.safetensors has \d+ bytes, \d+ were written"),
+        ("model/model.safetensors", flip, "model/model.safetensors is damaged"),
+        ("state.json", flip, "state.json is damaged"),
+        ("state.json", Path.unlink, "state.json is missing"),
+        ("files.json", Path.unlink, "files.json is missing"),
+        ("files.json", cut, "files.json is damaged"),
+        ("files.json", lambda path: path.write_text("[1]"), "files.json is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_passed_over(name, damage, reason, stopped, recipe, capsys):
+    whole = replace(recipe, out=recipe.out + "-whole")
+    train(whole)
+    folder = Path(stopped.out, "checkpoints")
+    damage(folder / "step-5" / name)
+    damage(folder / "step-4" / name)
+    capsys.readouterr()
+    train(stopped)
+    said = capsys.readouterr()
+    for step in (5, 4):
+        assert f"warning: resume: {folder / f'step-{step}'} is passed over (" in said.err
+    assert Checkpoints(stopped.out, 1).newest() == folder / "step-10"
+    assert len(re.findall(reason, said.err)) == 2
+    assert "resume: going on after step 2, from" in said.out
+    assert rows_of(Path(stopped.out)) == rows_of(Path(whole.out))
+
+
+def test_a_resume_with_another_recipe_says_which_fields_differ(stopped):
+    before = files_of(stopped.out)
+    with pytest.raises(ValueError, match=r"step-5 is of another recipe; steps: 11 there, 12 now; lr: 0.01 there, 0.02"):
+        train(replace(stopped, lr=2e-2, steps=12, log_every=1, keep=1))
+    assert files_of(stopped.out) == before
+
+
+def test_a_resume_with_other_data_is_refused_and_writes_nothing(stopped):
+    before = files_of(stopped.out)
+    data = Path(stopped.data[0])
+    data.write_text(data.read_text().replace("blue and", "blue or"))
+    with pytest.raises(ValueError, match=r"resume: .*step-5 is of other data"):
+        train(stopped)
+    assert files_of(stopped.out) == before
+
+
+def test_a_finished_run_is_not_gone_on_with(recipe):
+    train(recipe)
+    before = files_of(recipe.out)
+    with pytest.raises(ValueError, match=r"the run in .* is finished; .* --init-from"):
+        train(replace(recipe, resume=True))
+    assert files_of(recipe.out) == before
+
+
+def test_a_second_run_in_the_folder_of_one_that_runs_is_refused(stopped):
+    before = files_of(stopped.out)
+    with only_run(stopped.out), pytest.raises(FileExistsError, match="out: another run is writing to"):
+        train(stopped)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(replace(stopped, resume=False))
+    assert files_of(stopped.out) == before
+
+
+def test_without_a_run_resume_begins_one(recipe, capsys):
+    train(replace(recipe, resume=True, steps=2))
+    assert "there is no run in" in capsys.readouterr().out
+    assert [row["step"] for row in rows_of(Path(recipe.out)) if "loss" in row] == [1, 2]
+
+
+def test_without_a_complete_checkpoint_the_run_starts_again(stopped, recipe, capsys):
+    whole = replace(recipe, out=recipe.out + "-whole")
+    train(whole)
+    for path in Path(stopped.out, "checkpoints").iterdir():
+        cut(path / "state.json")
+    train(stopped)
+    assert "holds no complete checkpoint, so the run starts again" in capsys.readouterr().out
+    assert rows_of(Path(stopped.out)) == rows_of(Path(whole.out))
+    assert same_weights(loaded(f"{stopped.out}/model"), loaded(f"{whole.out}/model"))
+
+
+def test_a_model_without_a_checkpoint_is_left_alone(recipe):
+    Path(recipe.out, "model").mkdir(parents=True)
+    Path(recipe.out, "train.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds a model and no complete checkpoint"):
+        train(replace(recipe, resume=True))
+
+
+def test_a_checkpoint_of_another_version_is_refused(stopped):
+    state = Path(stopped.out, "checkpoints", "step-5", "state.json")
+    text = state.read_text().replace('"kind": 1', '"kind": 0')
+    checkpoints = Checkpoints(stopped.out, 3)
+    checkpoints.write(6, lambda folder: (folder / "state.json").write_text(text))
+    with pytest.raises(ValueError, match="step-6 was written by another version"):
+        train(stopped)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "best", "model", "train.jsonl"])
+def test_nothing_is_written_through_a_link(name, stopped, tmp_path):
+    path = Path(stopped.out, name)
+    if path.exists():
+        path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    with pytest.raises(FileExistsError, match=f"out: .*{name} is a link"):
+        train(stopped)
+
+
+def test_checkpoints_rotate_and_the_best_model_stays(recipe, monkeypatch):
+    from sft_kernels.sft import held_out
+
+    scores = iter([0.0, 0.9, 0.1, 0.9, 0.2])  # after steps 0, 3, 6, 9 and 11
+    monkeypatch.setattr(held_out, "score", lambda *args: next(scores))
+    losses = iter([5.0, 4.0, 3.0, 4.5, 2.0])
+    real = held_out.masked_loss
+    monkeypatch.setattr(held_out, "masked_loss", lambda *args: real(*args)._replace(loss=next(losses)))
+    _, _, log = train(replace(recipe, keep=1, save_every=3))
+    assert log.best == {"step": 3, "by": "exact_match", "value": 0.9, "loss": 4.0}
+    assert [path.name for path in Path(recipe.out, "checkpoints").iterdir()] == ["step-9"]
+    third = replace(recipe, out=recipe.out + "-3", steps=11)
+    monkeypatch.undo()
+    seen = {}
+    step = training._Run.step
+
+    def spied(self, number, batches):
+        step(self, number, batches)
+        if number == 3:
+            seen.update({name: p.detach().clone() for name, p in self.model.named_parameters()})
+
+    monkeypatch.setattr(training._Run, "step", spied)
+    train(third)
+    assert all(p.equal(seen[name]) for name, p in loaded(f"{recipe.out}/best").named_parameters())
+
+
+def test_a_checkpoint_that_cannot_be_written_costs_a_warning_and_no_other(recipe, monkeypatch, capsys):
+    from sft_kernels.sft import state
+
+    write = state._write_tensors
+
+    def full(folder, tensors):
+        if folder.name in ("step-4.partial", "step-6.partial"):
+            raise OSError(28, "No space left on device")
+        write(folder, tensors)
+
+    monkeypatch.setattr(state, "_write_tensors", full)
+    train(replace(recipe, steps=7))
+    said = capsys.readouterr().err
+    assert "warning: no checkpoint could be saved after step 4 (No space left on device)" in said
+    assert [path.name for path in Path(recipe.out, "checkpoints").iterdir()] == ["step-2"]
+    assert Checkpoints(recipe.out, 1).newest().name == "step-2"
+
+
+def test_init_from_starts_anew_with_the_weights_of_an_earlier_run(recipe, stopped, capsys):
+    first = replace(stopped, model="", init_from=stopped.out, resume=False, out=recipe.out + "-2", steps=1, lr=0.0)
+    _, _, log = train(first)
+    assert [row["step"] for row in log.history if "loss" in row] == [1]
+    assert f"starting anew from {stopped.out}/best" in capsys.readouterr().out
+    assert same_weights(loaded(f"{first.out}/model"), loaded(f"{stopped.out}/best"))
+    for place in ("checkpoints/step-5", "checkpoints/step-5/model"):
+        assert resume.earlier_model(f"{stopped.out}/{place}") == f"{stopped.out}/checkpoints/step-5/model"
+    assert resume.earlier_model(first.out) == f"{first.out}/best"
+    Path(first.out, "best").rename(first.out + "-best")
+    assert resume.earlier_model(first.out) == f"{first.out}/model"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"init_from": "nowhere", "model": ""}, "init_from: nowhere is no folder"),
+        ({"init_from": ".", "model": ""}, "init_from: . holds no model"),
+        ({"init_from": "nowhere"}, "init_from: it takes the place of the model"),
+    ],
+)
+def test_a_wrong_init_from_is_refused(options, reason, tmp_path, monkeypatch, whole):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        train(recipe_in(tmp_path, **{"model": str(whole), **options}))
