@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from .dropout import as_loaded
 from .folders import is_config as is_config
 from .loading import load_model as load_model
 from .loading import load_tokenizer as load_tokenizer
@@ -226,15 +227,17 @@ def save(model, tokenizer, path):
 def save_model(model, folder):
     """The model's files in ``folder``; of a PEFT model its adapters, and what ends an answer.
 
-    Without transformers' progress bar, which raises if the screen is gone.
+    Its config asks for the dropout that its folder came with. It is written without transformers' progress bar, which
+    raises if the screen is gone.
     """
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
         inside = causal_lm(model)
+        with as_loaded(inside):
+            model.save_pretrained(folder)
         if inside is not model and getattr(inside, "generation_config", None) is not None:
             inside.generation_config.save_pretrained(folder)
     finally:
