@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import weakref
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch._dynamo.eval_frame import skip_code
@@ -65,6 +66,24 @@ _running = _Running()
 def current():
     """Returns the innermost :class:`Call` of this thread, or None."""
     return _running.calls[-1][1] if _running.calls else None
+
+
+def for_recomputation():
+    """The ``context_fn`` of a checkpoint: a layer that backward computes again sees the call that it was part of.
+
+    Some layers (StableLM's, Nemotron's) do not hand the boundaries on to their attention, which then has them from the
+    call alone. And the layers share its tiles again.
+    """
+    return nullcontext(), _again(current())
+
+
+@contextmanager
+def _again(call):
+    _running.calls.append((None, call))
+    try:
+        yield
+    finally:
+        _running.calls.pop()
 
 
 # ---- models that take the name

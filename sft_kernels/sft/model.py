@@ -172,6 +172,28 @@ def boundaries_given(model):
         model.set_attn_implementation(calls.NAME)
 
 
+def checkpoint_activations(model):
+    """Keep the inputs of layers alone for backward, which computes each layer again.
+
+    Numbers and gradients stay the same to the bit, with dropout, too. It is done in training only.
+
+    Raises:
+        ValueError: transformers cannot do it with this model.
+    """
+    from ..integrations import calls
+
+    model = causal_lm(model)
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable  # of transformers before 5.24
+    try:
+        enable({"use_reentrant": False, "context_fn": calls.for_recomputation})
+    except ValueError as error:
+        raise ValueError(
+            f"activation_checkpointing: {type(model).__name__} does not support it; leave it off"
+        ) from error
+    model.disable_input_require_grads()  # only reentrant checkpoints need gradients of frozen embeddings
+
+
 @contextmanager
 def stock_attention(model):
     """The model in evaluation with attention of transformers' own, as decoding with a cache needs; both are put back
