@@ -9,6 +9,7 @@ import re
 import sys
 import threading
 import weakref
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch._dynamo.eval_frame import skip_code
@@ -65,6 +66,24 @@ _running = _Running()
 def current():
     """Returns the innermost :class:`Call` of this thread, or None."""
     return _running.calls[-1][1] if _running.calls else None
+
+
+def for_recomputation():
+    """The ``context_fn`` of a checkpoint: a layer that backward computes again sees the call that it was part of.
+
+    Some layers (StableLM's, Nemotron's) do not hand the boundaries on to their attention, which then has them from the
+    call alone. And the layers share its tiles again.
+    """
+    return nullcontext(), _again(current())
+
+
+@contextmanager
+def _again(call):
+    _running.calls.append((None, call))
+    try:
+        yield
+    finally:
+        _running.calls.pop()
 
 
 # ---- models that take the name
@@ -165,7 +184,7 @@ def _before_eagerly(model, args, kwargs):
         _running.calls.append((model, outer))
         return None
     _running.calls.append((model, None))  # until it is decided; taken off by _after, whatever happens
-    given = _arguments_of(model, args, kwargs)
+    given = arguments_of(model, args, kwargs)
     call = _decide(model, given)
     _running.calls[-1] = (model, call)
     return None if call.boundaries is None else _completed(model, call, given, args, kwargs)
@@ -173,7 +192,7 @@ def _before_eagerly(model, args, kwargs):
 
 def _completed(model, call, given, args, kwargs):
     """Returns the arguments of a packed call with what it lacks, so that compiled parts of the model go by it, too."""
-    accepted = _parameters(type(model))
+    accepted = parameters_of(type(model))
     filled = {"cu_seq_lens_q": call.boundaries, "attention_mask": None}
     if given.get("position_ids") is None:
         filled["position_ids"] = _positions(call.boundaries, call.T) + first_position(model)
@@ -230,12 +249,12 @@ def _is_inside(model, outer):
     return model in _inside[outer]
 
 
-def _arguments_of(model, args, kwargs):
-    return {**dict(zip(_parameters(type(model)), args, strict=False)), **kwargs}
+def arguments_of(model, args, kwargs):
+    return {**dict(zip(parameters_of(type(model)), args, strict=False)), **kwargs}
 
 
 @functools.cache
-def _parameters(model_class):
+def parameters_of(model_class):
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 
@@ -284,7 +303,7 @@ def _decide(model, given):
 
 def _before_a_graph(model, args, kwargs):
     """The part of :func:`_before` that torch.compile can trace. Values are looked at as the graph runs."""
-    given = _arguments_of(model, args, kwargs)
+    given = arguments_of(model, args, kwargs)
     _refuse_weights(model, given)
     positions, cu_seqlens, mask = (given.get(n) for n in ("position_ids", "cu_seq_lens_q", "attention_mask"))
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
@@ -369,7 +388,7 @@ def _find_refusal(model):
     if not _is_text(model.config):
         text = model.config.get_text_config()
         model = next((m for m in model.modules() if getattr(m, "config", None) is text), model)
-    if not any("position_ids" in _parameters(type(m)) for m in model.modules() if hasattr(m, "config")):
+    if not any("position_ids" in parameters_of(type(m)) for m in model.modules() if hasattr(m, "config")):
         return f"position_ids: {name} takes none, so that positions would not restart with each packed example"
     if layer := _layer_without_attention(model):
         return (

@@ -1,7 +1,6 @@
 """Loads a tokenizer or a causal LM from a folder: without a question, without the hub, and without
 code of the folder unless it is trusted."""
 
-import copy
 import logging
 import os
 import warnings
@@ -11,6 +10,7 @@ from dataclasses import replace
 import torch
 
 from .._terminal import reason_of
+from . import dropout as dropouts
 from . import files, folders, hub
 from .endings import is_failure
 from .report import say
@@ -33,12 +33,13 @@ def load_config(path, trust_remote_code=False):
     return _config_of(path, settings, trust_remote_code)
 
 
-def load_model(path, device, trust_remote_code=False):
-    """The causal LM in ``path`` in fp32 (autocast lowers the products), attending through packed
-    attention.
+def load_model(path, device, trust_remote_code=False, *, dropout=0.0, dtype=torch.float32):
+    """The causal LM in ``path``, attending through packed attention. Parameters are in ``dtype``;
+    autocast lowers the products of fp32.
 
     A folder with weights is loaded; a config gives a model with random weights, drawn from torch's
-    seed.
+    seed. ``dropout`` is the share on the outputs of attention and FFN. All other dropout that the
+    config asks for is off, and a line says so.
     """
     from transformers import AutoModelForCausalLM
 
@@ -46,12 +47,27 @@ def load_model(path, device, trust_remote_code=False):
 
     register()
     path, settings, weights = folders.check_model(path, trust_remote_code)
-    config = _config_of(path, settings, trust_remote_code)
+    as_loaded = _config_of(path, settings, trust_remote_code, dropout, dtype)
+    config, off = dropouts.with_dropout(as_loaded, dropout)
     trust = {"trust_remote_code": trust_remote_code}
-    options = {"dtype": torch.float32, "attn_implementation": calls.NAME, **trust}
-    if not weights:
+    options = {"dtype": dtype, "attn_implementation": calls.NAME, **trust}
+    if weights:
+        model = _with_weights(path, weights, {"config": config, **options})
+    else:
         with _guarded("model", path):
-            return AutoModelForCausalLM.from_config(config, **options).to(device)
+            model = AutoModelForCausalLM.from_config(config, **options)
+    if weights and not trust_remote_code and (code := folders.code_of(path, "model")):
+        say(f"model: {code[0]} does not run; transformers' {type(model).__name__} takes its place")
+    if off:
+        say(f"model: dropout that its config asks for is off: {', '.join(f'{n}={p}' for n, p in off.items())}")
+    model = model.to(device)
+    _own_memory(model)
+    dropouts.remember(model, as_loaded)
+    return model
+
+
+def _with_weights(path, weights, options):
+    from transformers import AutoModelForCausalLM
 
     def fault():
         from transformers import GenerationConfig
@@ -75,18 +91,29 @@ def load_model(path, device, trust_remote_code=False):
             raise _Refused(f"model: {path} lacks {many}{missing[0]}")
         if errors := found.get("error_msgs"):
             raise _Refused(f"model: {path} cannot be loaded ({' '.join(str(errors[0]).split())[:300]})")
-    if not trust_remote_code and (code := folders.code_of(path, "model")):
-        say(f"model: {code[0]} does not run; transformers' {type(model).__name__} takes its place")
-    return model.to(device)
+    return model
 
 
-def check_recipe(recipe, model_given=False, tokenizer_given=False):
+def _own_memory(model):
+    """Give each parameter and buffer memory of its own, of torch's allocator.
+
+    Loaded weights may be views into a mapped file, at any address. Kernels may sum in another order
+    there, and a resumed run, whose weights lie elsewhere, would not go on bit for bit. Tied weights
+    are one parameter and stay so.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def check_recipe(recipe, model_given=False, tokenizer_given=False, dtype=torch.float32):
     """The recipe with paths in the place of names on the hub; what it loads is looked at, before
-    any data are read.
+    any data are read. ``dtype`` is that of the parameters.
 
     Nothing large is read or made for that: a model is built without memory for its weights.
     """
-    changes, trust = {}, recipe.trust_remote_code
+    changes, trust, dropout = {}, recipe.trust_remote_code, recipe.dropout
+    if dropout and model_given:
+        raise ValueError("dropout: is for a model that is loaded; set it in the config of the one that is handed in")
     for path in (*recipe.data, *recipe.eval_data):
         if path != "-" and not os.path.exists(path):
             raise DataError(path, None, "no such file")
@@ -99,7 +126,7 @@ def check_recipe(recipe, model_given=False, tokenizer_given=False):
         changes["tokenizer"] = str(folders.check_tokenizer(name, trust))
     if not model_given:
         path, settings, _ = folders.check_model(recipe.model, trust)
-        _config_of(path, settings, trust)
+        _config_of(path, settings, trust, dropout, dtype)
         changes["model"] = str(path)
     return replace(recipe, **changes)
 
@@ -132,7 +159,7 @@ def _tokenizer_in(folder, trust_remote_code):
     return tokenizer
 
 
-def _config_of(path, settings, trust_remote_code):
+def _config_of(path, settings, trust_remote_code, dropout=0.0, dtype=torch.float32):
     """The config at ``path``, after a model of it was built on the meta device and found to fit."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -146,10 +173,12 @@ def _config_of(path, settings, trust_remote_code):
     with _guarded("model", file, code=code):
         text = config.get_text_config()
         _check_text_config(config, text, settings, file)
+    dropouts.check(config, dropout)
+    with _guarded("model", file, code=code):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(config),
-                dtype=torch.float32,
+                dropouts.with_dropout(config, dropout)[0],
+                dtype=dtype,
                 attn_implementation=calls.NAME,
                 trust_remote_code=trust_remote_code,
             )
@@ -158,7 +187,7 @@ def _config_of(path, settings, trust_remote_code):
         needed, most = sum(w.numel() * w.element_size() for w in model.parameters()), files.memory()
         if needed > most:
             raise _Refused(
-                f"model: {file} asks for {needed / 2**30:.4g} GiB of weights in fp32; "
+                f"model: {file} asks for {needed / 2**30:.4g} GiB of weights in {dtype}; "
                 f"this machine has {most / 2**30:.4g} GiB of memory"
             )
     return config

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from . import whole
+from .dropout import as_loaded, asks_for_any
 from .folders import is_config as is_config
 from .loading import load_model as load_model
 from .loading import load_tokenizer as load_tokenizer
@@ -170,6 +171,42 @@ def boundaries_given(model):
         model.set_attn_implementation(calls.NAME)
 
 
+def checkpoint_activations(model):
+    """Keep the inputs of layers alone for backward, which computes each layer again.
+
+    Numbers and gradients stay the same to the bit, with dropout, too. It is done in training only.
+
+    Raises:
+        ValueError: transformers cannot do it with this model.
+    """
+    from ..integrations import calls
+
+    model = causal_lm(model)
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable  # of transformers before 5.24
+    try:
+        enable({"use_reentrant": False, "context_fn": calls.for_recomputation})
+    except ValueError as error:
+        raise ValueError(
+            f"activation_checkpointing: {type(model).__name__} does not support it; leave it off"
+        ) from error
+    model.disable_input_require_grads()  # only reentrant checkpoints need gradients of frozen embeddings
+
+
+def checkpoint_in_evaluation(model):
+    """Let a model in evaluation mode checkpoint its activations, too, if it does in training.
+
+    Not if its config asks for dropout, which a layer may apply itself.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if asks_for_any(model.config):
+        return
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True  # of the layer alone, not of those inside
+
+
 @contextmanager
 def stock_attention(model):
     """The model in evaluation with attention of transformers' own, as decoding with a cache needs; both are put back
@@ -212,15 +249,17 @@ def save(model, tokenizer, path, replace=False):
 def save_model(model, folder):
     """The model's files in ``folder``; of a PEFT model its adapters, and what ends an answer.
 
-    Without transformers' progress bar, which raises if the screen is gone.
+    Its config asks for the dropout that its folder came with. It is written without transformers' progress bar, which
+    raises if the screen is gone.
     """
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
         inside = causal_lm(model)
+        with as_loaded(inside):
+            model.save_pretrained(folder)
         if inside is not model and getattr(inside, "generation_config", None) is not None:
             inside.generation_config.save_pretrained(folder)
     finally:

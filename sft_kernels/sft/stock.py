@@ -12,7 +12,7 @@ from .. import linear_cross_entropy
 from ..integrations.rotary import forget_lengths
 from ..ops.softmax_grad.composed import torch_cross_entropy
 from .masking import IGNORE
-from .model import causal_lm, head, hidden_states, stock_attention, stock_implementation
+from .model import causal_lm, checkpoint_in_evaluation, head, hidden_states, stock_attention, stock_implementation
 from .packing import collate, lengths_of
 
 _TOLERANCE = 1e-3  # relative; fp32 rounding stays far below, a leak or a changed logit far above
@@ -85,7 +85,7 @@ def check_against_stock(model, batch):
         with _in_fp32(model):
             with torch.no_grad():
                 packed_hidden_states(model.train(), batch)  # attention with dropout is refused here
-            model.eval()
+            checkpoint_in_evaluation(model.eval())
             hidden = hidden_states(model, batch)
             ours = linear_cross_entropy(hidden, **head(model), shift=True, kept=batch.kept)
             if not torch.isfinite(ours):
@@ -95,6 +95,7 @@ def check_against_stock(model, batch):
             moved = _moved_by_neighbours(model, batch, hidden.detach())
             with stock_attention(model):
                 _check_head(model, batch)
+                checkpoint_in_evaluation(model)
                 stock, from_alone = _stock_backward(model, batch, hidden.detach())
             moved += from_alone
             reference = _take_gradients(model)

@@ -105,7 +105,7 @@ def train(recipe, *, model=None, tokenizer=None):
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if recipe.init_from is not None:
         recipe = replace(recipe, model=resume.earlier_model(recipe.init_from))
-    recipe = check_recipe(recipe, given, tokenizer is not None)
+    recipe = check_recipe(recipe, given, tokenizer is not None, dtype_of(recipe.parameters))
     folder = earlier and earlier.model
     sources = [Source(path) for path in recipe.data]
     tokenizer = tokenizer or prepare_tokenizer(recipe, sources, folder)
@@ -134,14 +134,14 @@ def train(recipe, *, model=None, tokenizer=None):
             dtype=dtype_of(recipe.parameters),
         )
     models.check_vocabulary(model, tokenizer)
+    if recipe.activation_checkpointing:
+        models.checkpoint_activations(model)
     run = _Run(recipe, asked, model, tokenizer, given)
     with models.boundaries_given(model):  # as in training, where a window that only a mask holds would be lost
         most = most_positions(model, packed_hidden_states)
         examples, unseen = (without_longer(some, most, recipe.skip_bad) for some in (examples, unseen))
         checked = batch_to_check(model, examples + unseen, recipe.row_tokens, run.pad_id)
         check_against_stock(model, checked.to(device))
-    if recipe.activation_checkpointing:
-        models.checkpoint_activations(model)
     run.begin(examples, unseen)
     judge = HeldOut(unseen, recipe, metric, encoder.end_of_turn)
     if not earlier:
