@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 _LONGEST_ROW = 1 << 24  # tokens; a row is padded to its length, which has to fit into memory
 _MOST = (1 << 63) - 1  # of an integer; with more digits than 4300 Python does not even print one
@@ -103,6 +103,8 @@ def check(recipe, model_given=False):
         value = getattr(recipe, option.name)
         if isinstance(value, int) and abs(value) > _MOST:
             raise ValueError(f"{option.name}: expected at most 2⁶³ − 1")
+        if get_origin(option.type) is Literal and value not in get_args(option.type):
+            raise ValueError(f"{option.name}: expected one of {', '.join(get_args(option.type))}, got {value!r:.60}")
     if not recipe.data:
         raise ValueError("data: expected at least one JSONL file")
     if recipe.init_from is not None and (recipe.model or model_given):

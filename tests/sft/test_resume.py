@@ -39,7 +39,7 @@ def recipe(tmp_path, whole):
         steps=11,
         lr=1e-2,
         precision="fp32",
-        neftune_alpha=0.0,
+        neftune_alpha=5.0,
         holdout=0.15,
         eval_every=3,
         max_new_tokens=4,
@@ -161,6 +161,26 @@ def test_moments_masters_and_the_guard_go_on(options, recipe):
     for step in steps:
         assert_same(f"{whole.out}/{step}", f"{recipe.out}/{step}")
     assert rows_of(Path(recipe.out)) == rows_of(Path(whole.out))
+
+
+def test_dropout_goes_on(recipe, tokenizer, tmp_path):
+    """GPT-2's config asks for dropout of attention weights and embeddings, too, which is off."""
+    import transformers
+
+    torch.manual_seed(0)
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 80}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=len(tokenizer), **shape))
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    recipe = replace(recipe, model=str(tmp_path / "gpt2"), dropout=0.2, eval_every=0)
+    train(replace(recipe, out=recipe.out + "-whole"))
+    train(replace(recipe, out=recipe.out + "-without", dropout=0.0))
+    stopped_in(9, recipe)
+    train(replace(recipe, resume=True))
+    assert rows_of(Path(recipe.out)) == rows_of(Path(recipe.out + "-whole"))
+    assert rows_of(Path(recipe.out)) != rows_of(Path(recipe.out + "-without"))
+    asked = json.loads(Path(recipe.out, "model", "config.json").read_text())
+    assert (asked["resid_pdrop"], asked["attn_pdrop"]) == (0.1, 0.1)
 
 
 def test_a_model_that_was_handed_in_goes_on_with_its_adapters(recipe, tokenizer):

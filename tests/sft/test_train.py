@@ -460,12 +460,29 @@ def test_a_run_is_never_overwritten(recipe, small_model, tokenizer):
         {"seed": 1 << 64},
         {"warmup": 1.5},
         {"holdout": 1.0},
+        {"max_grad_norm": 0.0},
+        {"mask": "none"},
+        {"precision": "fp16"},
+        {"parameters": "bf16"},
+        {"save_every": -1},
+        {"keep": 0},
+        {"max_skips": 0},
+        {"spike": 1.0},
+        {"spike": float("nan")},
+        {"dropout": 1.0},
+        {"dropout": -0.1},
+        {"neftune_alpha": -1.0},
+        {"neftune_alpha": float("inf")},
+        {"metric_prompts": -1},
+        {"max_new_tokens": 0},
+        {"metric": "no name"},
+        {"init_from": "somewhere"},
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_an_option_out_of_range_is_named(change, recipe):
-    with pytest.raises(ValueError, match=list(change)[-1]):
-        train(replace(recipe, **{"model": "x", **change}))
+def test_an_option_out_of_range_is_named_before_the_data_are_read(change, recipe):
+    with pytest.raises(ValueError, match=f"^{list(change)[-1]}: "):
+        train(replace(recipe, **{"data": ["nowhere.jsonl"], "model": "x", **change}))
 
 
 def test_a_tokenizer_larger_than_the_model_is_refused(recipe, tokenizer, tmp_path):
