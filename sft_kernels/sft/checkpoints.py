@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -38,7 +39,8 @@ class Checkpoints:
 
         def fill_and_list(folder):
             fill(folder)
-            listed = {name: [size, _sha256(folder / name)] for name, size in _files(folder)}
+            sizes = dict(_files(folder))
+            listed = {name: [sizes[name], digest] for name, digest in _digests(folder, sizes)}
             (folder / _FILES).write_text(json.dumps(listed, indent=1), encoding="utf-8")
 
         try:
@@ -102,12 +104,13 @@ def check(path):
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{_FILES} is damaged") from error
     found = dict(_files(path))
-    for name, (size, digest) in expected.items():
+    for name, (size, _) in expected.items():
         if name not in found:
             raise ValueError(f"{name} is missing")
         if found[name] != size:
             raise ValueError(f"{name} has {found[name]} bytes, {size} were written")
-        if _sha256(path / name) != digest:
+    for name, digest in _digests(path, expected):
+        if expected[name][1] != digest:
             raise ValueError(f"{name} is damaged: its SHA-256 is not the one that was written")
 
 
@@ -143,6 +146,12 @@ def _files(folder):
             yield name, path.stat().st_size
 
 
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digests(folder, names):
+    """Pairs of name and SHA-256 of some files, on every core."""
+
+    def digest(name):
+        with open(folder / name, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return [*zip(names, pool.map(digest, names), strict=True)]

@@ -164,6 +164,8 @@ def run(out="out/demo", base_steps=500, steps=400, lists=6000, held_out=240, see
             lr=2e-3,
             steps=steps,
             eval_every=100,
+            metric_prompts=held_out,
+            max_new_tokens=16,
             out=str(tuned),
             **shared,
         )

@@ -154,6 +154,8 @@ def _tokenizer_in(folder, trust_remote_code):
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
+    for name in ("is_local", "local_files_only"):  # how it was loaded, which would be saved with it
+        tokenizer.init_kwargs.pop(name, None)
     if code and not trust_remote_code:
         say(f"tokenizer: {code[0]} does not run; {type(tokenizer).__name__} takes its place")
     return tokenizer

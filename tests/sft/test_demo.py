@@ -58,6 +58,13 @@ def a_demo(folder, killed=False):
     (base / "model.partial").mkdir(parents=True)
     (base / "model.partial" / "model.safetensors").write_text("half")
     (base / "train.jsonl").write_text("{}")
+    if killed:  # by a signal, after a checkpoint and in the next
+        for name in ("step-2", "step-4.partial"):
+            model = base / "checkpoints" / name / "model"
+            model.mkdir(parents=True)
+            for file in ("../state.json", "../state-00001.safetensors", "../files.json", "model.safetensors"):
+                (model / file).write_text("{}")
+        (base / "best.replaced").mkdir()
     if not killed:
         (base / "model.partial").rename(base / "model")
         (base / "model" / "of a later version").write_text("")

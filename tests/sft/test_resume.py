@@ -209,6 +209,7 @@ def test_the_tokenizer_that_a_bare_config_got_is_kept(recipe, tmp_path):
     stopped_in(9, recipe)
     train(replace(recipe, resume=True))
     assert rows_of(Path(recipe.out)) == rows_of(Path(recipe.out + "-whole"))
+    assert_same(f"{recipe.out}/model", f"{recipe.out}-whole/model")
 
 
 @pytest.fixture
