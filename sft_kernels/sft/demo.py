@@ -9,9 +9,11 @@ training.
 import json
 import random
 
-from .evaluate import answer, exact_match, masked_loss
+from .answers import answer, prompts_of
+from .evaluate import masked_loss
 from .manifest import Manifest
 from .masking import Encoder
+from .metrics import EXACT_MATCH, score
 from .model import END_OF_TURN, train_tokenizer
 from .packing import PackedRows, collate, groups_of
 from .report import say
@@ -103,11 +105,11 @@ def judge(model, tokenizer, path, row_tokens=1024):
     batches = [
         collate(rows, row_tokens, tokenizer.pad_token_id) for rows in groups_of(4, PackedRows(examples, row_tokens))
     ]
-    conversations = [json.loads(line)["messages"] for line in path.read_text().splitlines()]
-    answers = answer(model, tokenizer, [c[:-1] for c in conversations], encoder.end_of_turn, max_new_tokens=16)
+    prompts = prompts_of(examples, most=len(examples), seed=0)
+    answers = answer(model, tokenizer, prompts, encoder.end_of_turn, max_new_tokens=16)
     return {
         "masked loss": masked_loss(model, batches, model.device).loss,
-        "exact match": exact_match(answers, [c[-1]["content"] for c in conversations]),
+        "exact match": score(EXACT_MATCH, answers),
         "answers that stop": sum(answers.stopped) / len(answers.stopped),
     }
 
