@@ -1,7 +1,7 @@
 """The thin reference trainer: masked, packed, one denominator a step."""
 
 import random
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import cached_property, partial
 from itertools import chain, islice
@@ -18,6 +18,7 @@ from . import model as models
 from .checkpoints import Checkpoints, only_run
 from .data import stream
 from .dataset import end_of_turn, load_examples
+from .endings import Refused
 from .files import template
 from .finish import saved_at_the_end
 from .guards import Guard, Watch, check_learning_rate
@@ -143,7 +144,7 @@ def train(recipe, *, model=None, tokenizer=None):
         checked = batch_to_check(model, examples + unseen, recipe.row_tokens, run.pad_id)
         check_against_stock(model, checked.to(device))
     run.begin(examples, unseen)
-    judge = HeldOut(unseen, recipe, metric, encoder.end_of_turn)
+    judge = HeldOut(unseen, recipe, metric, _end_of_answers(examples + unseen, encoder))
     if not earlier:
         check_learning_rate(recipe.lr, model)
 
@@ -285,6 +286,15 @@ class _Run:
 
 def _due(every, step):
     return every and step % every == 0
+
+
+def _end_of_answers(examples, encoder):
+    """The token that ends an answer: the one that the data teach, or else the chat template's; None: the model's."""
+    end = end_of_turn(examples)
+    if end is None and encoder.tokenizer.chat_template is not None:
+        with suppress(ValueError, Refused):  # tokens and texts do not need one that serves
+            return encoder.end_of_turn
+    return end
 
 
 def _data(recipe, sources, load):

@@ -192,3 +192,23 @@ def test_a_best_model_that_cannot_be_saved_costs_a_warning(tmp_path, tokenizer, 
     assert "the best model so far could not be saved" in capsys.readouterr().err
     assert log.best is None
     assert loaded(tmp_path / "run" / "model")
+
+
+def test_tokens_with_labels_are_answered_with_and_without_a_chat_template(
+    tmp_path, tokenizer, tokenizer_with, write_jsonl
+):
+    """Their answers end where the template ends a turn; without one, where the model's do."""
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    data = write_jsonl(*({"input_ids": [9, 8, 7 + i, end], "labels": [-100, -100, 7 + i, end]} for i in range(12)))
+    for name, other in (("with", tokenizer), ("without", tokenizer_with(None))):
+        recipe = Recipe(
+            data=[str(data)], out=str(tmp_path / name), row_tokens=64, steps=2, holdout=0.3, max_new_tokens=3
+        )
+        _, _, log = train(recipe, model=model_of(len(tokenizer)), tokenizer=other)
+        assert [row["eval"]["prompts"] for row in log.history if "eval" in row] == [4, 4]
+
+
+def test_plain_texts_need_no_chat_template(tmp_path, tokenizer, tokenizer_with, write_jsonl):
+    texts = write_jsonl(*({"text": "red and blue and green"} for _ in range(12)))
+    recipe = Recipe(data=[str(texts)], out=str(tmp_path / "run"), mask="all", row_tokens=64, steps=2, holdout=0.3)
+    train(recipe, model=model_of(len(tokenizer)), tokenizer=tokenizer_with(None))
