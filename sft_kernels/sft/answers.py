@@ -122,7 +122,7 @@ def _forward(model, batch):
 
 def _ends(model, tokenizer, end_of_turn):
     """Returns the ids of the tokens that end an answer, an empty list if there is none."""
-    own = causal_lm(model).generation_config.eos_token_id
+    own = getattr(causal_lm(model).generation_config, "eos_token_id", None)  # a model may have no such config
     ends = _first(end_of_turn, own, tokenizer.eos_token_id)
     ends = ends.tolist() if isinstance(ends, torch.Tensor) else ends
     return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]

@@ -507,6 +507,7 @@ def test_real_conversations_train_from_a_config(name, tmp_path):
         lr=3e-3,
         warmup=0.2,
         holdout=0.05,
+        max_new_tokens=8,
     )
     _, _, log = train(recipe)
     before, after = (row["eval"]["loss"] for row in log.history if "eval" in row)
