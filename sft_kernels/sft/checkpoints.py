@@ -30,10 +30,12 @@ class Checkpoints:
         self.folder, self.keep = Path(out, FOLDER), keep
 
     def write(self, step, fill):
-        """Write ``step-N``, to which ``fill(folder)`` writes files, then remove all but the newest
-        ``keep``; returns its path.
+        """Write ``step-N``, to which ``fill(folder)`` writes files, then keep it and the newest
+        ``keep - 1`` before it; returns its path.
 
-        Nothing is removed before the new one is complete, so a failure costs no earlier one.
+        Nothing is removed before the new one is complete, so a failure costs no earlier one. Those of
+        later steps are damaged, or the run would have gone on from them. They stay until a later
+        checkpoint takes their place.
         """
         path = self.folder / f"step-{step}"
 
@@ -50,7 +52,8 @@ class Checkpoints:
                 whole.remove(whole.partial(path))  # a full disk needs the room
                 self.folder.rmdir()  # unless there are others
             raise
-        for _, old in self._by_age()[self.keep :]:
+        before = [old for number, old in self._by_age() if number < step]
+        for old in before[self.keep - 1 :]:
             self._remove(old)
         return path
 

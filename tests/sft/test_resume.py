@@ -359,6 +359,18 @@ def test_checkpoints_rotate_and_the_best_model_stays(recipe, monkeypatch):
     assert all(p.equal(seen[name]) for name, p in loaded(f"{recipe.out}/best").named_parameters())
 
 
+def test_a_damaged_checkpoint_of_a_later_step_costs_no_new_one(stopped):
+    """The run goes on from before it, so for some steps it is the newest by its number."""
+    folder = Path(stopped.out, "checkpoints")
+    for path in folder.iterdir():
+        cut(path / "state.json")
+    error = stopped_in(5, replace(stopped, keep=1))  # of the run that starts again
+    assert error.path.parent.name == "step-3"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-3", "step-4", "step-5"]
+    train(replace(stopped, keep=1))
+    assert [path.name for path in folder.iterdir()] == ["step-10"]
+
+
 def test_a_checkpoint_that_cannot_be_written_costs_a_warning_and_no_other(recipe, monkeypatch, capsys):
     from sft_kernels.sft import state
 
