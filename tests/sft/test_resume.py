@@ -183,6 +183,14 @@ def test_dropout_goes_on(recipe, tokenizer, tmp_path):
     assert (asked["resid_pdrop"], asked["attn_pdrop"]) == (0.1, 0.1)
 
 
+def test_a_recipe_of_paths_and_tuples_goes_on(recipe, capsys):
+    recipe = replace(recipe, out=Path(recipe.out), model=Path(recipe.model), data=(Path(recipe.data[0]),), steps=4)
+    stopped_in(5, recipe)
+    train(replace(recipe, resume=True, out=str(recipe.out), data=[str(recipe.data[0])]))
+    assert [row["step"] for row in rows_of(recipe.out) if "loss" in row] == [1, 2, 3, 4]
+    assert "no checkpoint could be saved" not in capsys.readouterr().err
+
+
 def test_a_model_that_was_handed_in_goes_on_with_its_adapters(recipe, tokenizer):
     import peft
 
