@@ -52,10 +52,14 @@ class Checkpoints:
                 whole.remove(whole.partial(path))  # a full disk needs the room
                 self.folder.rmdir()  # unless there are others
             raise
+        self.rotate(step)
+        return path
+
+    def rotate(self, step):
+        """Remove those before ``step``, which is complete, that ``keep`` does not cover."""
         before = [old for number, old in self._by_age() if number < step]
         for old in before[self.keep - 1 :]:
             self._remove(old)
-        return path
 
     def newest(self):
         """The newest complete checkpoint, or None. Each one that is not complete is named and

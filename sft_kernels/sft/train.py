@@ -155,6 +155,7 @@ def train(recipe, *, model=None, tokenizer=None):
         watch = Watch(recipe.max_skips)
         log = RunLog(out, run.steps.total, recipe.log_every, watch, earlier and earlier.log_bytes)
         run.log, run.checkpoints = log, Checkpoints(out, recipe.keep)
+        run.checkpoints.rotate(done)  # a kill may have come before
         log.done, log.best = done, earlier.progress["best"] if folder else None
         watch.go_on(log.history)
         measure = partial(judge.measure, model=model, tokenizer=tokenizer, log=log, batch=run.batch)

@@ -131,8 +131,8 @@ def test_a_run_killed_before_its_last_line_ends_as_if_it_had_not_been(recipe):
     """When a checkpoint is whole and the oldest not gone, then when the model is saved and not yet judged."""
     unkilled = replace(recipe, out=recipe.out + "-unkilled")
     train(unkilled)
-    killed("before_rotation:6", recipe)
-    assert sorted(path.name for path in Path(recipe.out, "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]
+    killed("before_rotation:10", recipe)  # the last one
+    assert sorted(path.name for path in Path(recipe.out, "checkpoints").iterdir()) == ["step-10", "step-6", "step-8"]
     recipe = replace(recipe, resume=True)
     killed("at_the_end:1", recipe)
     assert Path(recipe.out, "model").is_dir()
