@@ -108,7 +108,7 @@ def check(path):
         expected = {name: (int(size), str(digest)) for name, (size, digest) in listed.items()}
     except FileNotFoundError as error:
         raise ValueError(f"{_FILES} is missing") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{_FILES} is damaged") from error
     found = dict(_files(path))
     for name, (size, _) in expected.items():

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from sft_kernels.sft import resume
+from sft_kernels.sft import checkpoints, resume
 from sft_kernels.sft import train as training
 from sft_kernels.sft.checkpoints import Checkpoints, only_run
 from sft_kernels.sft.finish import Stopped
@@ -246,6 +247,7 @@ def flip(path):
         ("files.json", Path.unlink, "files.json is missing"),
         ("files.json", cut, "files.json is damaged"),
         ("files.json", lambda path: path.write_text("[1]"), "files.json is damaged"),
+        ("files.json", lambda path: path.write_text('{"a": [Infinity, ""]}'), "files.json is damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(name, damage, reason, stopped, recipe, capsys):
@@ -329,6 +331,45 @@ def test_a_checkpoint_of_another_version_is_refused(stopped):
     checkpoints.write(6, lambda folder: (folder / "state.json").write_text(text))
     with pytest.raises(ValueError, match="step-6 was written by another version"):
         train(stopped)
+
+
+def _in_state(**fields):
+    def damage(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return damage
+
+
+def _without_skipped_steps(path):
+    tensors = load_file(path)
+    del tensors["skipped_steps"]
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("state.json", lambda path: path.write_text("[1]"), "was written by another version"),
+        ("state.json", lambda path: path.write_text("[" * 100_000), r"state.json cannot be read \(maximum recursion"),
+        ("state.json", lambda path: path.write_bytes(b"\xff"), r"state.json cannot be read \('utf-8' codec"),
+        ("state.json", Path.unlink, r"state.json cannot be read \(No such file"),
+        ("state.json", _in_state(step=-1, recipe=[], best=1), r"does not hold .* \(step, recipe, best\)"),
+        ("state.json", _in_state(best={"step": 1, "by": "loss"}), r"does not hold .* \(value, loss\)"),
+        ("state.json", _in_state(random=None), r"step-5 does not fit this run \("),
+        ("state-00001.safetensors", _without_skipped_steps, r"step-5 does not fit this run \('skipped_steps'\)"),
+        ("state-00001.safetensors", lambda path: path.write_bytes(b"abc"), "step-5 does not fit this run"),
+    ],
+    ids=range(9),
+)
+def test_a_checkpoint_of_another_making_is_refused_by_name(name, damage, reason, stopped, monkeypatch):
+    """It has a list of files that fits."""
+    path = Path(stopped.out, "checkpoints", "step-5")
+    log = Path(stopped.out, "train.jsonl").read_bytes()
+    damage(path / name)
+    monkeypatch.setattr(checkpoints, "check", lambda path: None)
+    with pytest.raises(ValueError, match=rf"^resume: .*{reason}"):
+        train(stopped)
+    assert Path(stopped.out, "train.jsonl").read_bytes() == log
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "best", "model", "train.jsonl"])
