@@ -49,7 +49,7 @@ class Checkpoints:
             whole.write(path, fill_and_list, replace=True)
         except BaseException:
             with suppress(OSError):
-                whole.remove(whole.partial(path))  # a full disk needs the room
+                whole.clear_up(path)  # a full disk needs the room
                 self.folder.rmdir()  # unless there are others
             raise
         self.rotate(step)

@@ -49,8 +49,7 @@ def find(recipe):
                 f"--init-from {out} and another --out"
             )
         for path in (out / name for name in ("model", UNFINISHED, _BEST)):
-            whole.recover(path)
-            whole.remove(whole.partial(path))
+            whole.clear_up(path)
         checkpoints = Checkpoints(out, recipe.keep)
         checkpoints.clear_up()
         path = checkpoints.newest()

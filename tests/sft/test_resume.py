@@ -463,3 +463,26 @@ def test_a_wrong_init_from_is_refused(options, reason, tmp_path, monkeypatch, wh
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=reason):
         train(recipe_in(tmp_path, **{"model": str(whole), **options}))
+
+
+@pytest.mark.parametrize("call", ["sync", "rename"])
+def test_a_best_model_that_cannot_be_written_leaves_the_one_before(call, recipe, monkeypatch, capsys):
+    """A full disk shows when the new one is synced, another error when it gets its name."""
+    from sft_kernels.sft import whole
+
+    owner = {"sync": whole, "rename": Path}[call]
+    real, before = getattr(owner, call), []
+
+    def fail(path, *args):
+        if path.name == "best.partial" and before:
+            raise OSError(28, "No space left on device")
+        if path.name == "best.partial":
+            before.append((path / "model.safetensors").read_bytes())
+        real(path, *args)
+
+    monkeypatch.setattr(owner, call, fail)
+    _, _, log = train(replace(recipe, steps=7, metric_prompts=0))
+    assert "warning: the best model so far could not be saved in" in capsys.readouterr().err
+    assert log.best["step"] == 3
+    assert sorted(path.name for path in log.out.iterdir() if path.name.startswith("best")) == ["best"]
+    assert [(log.out / "best" / "model.safetensors").read_bytes()] == before
