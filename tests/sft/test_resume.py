@@ -17,6 +17,7 @@ from sft_kernels.sft import train as training
 from sft_kernels.sft.checkpoints import Checkpoints, only_run
 from sft_kernels.sft.finish import Stopped
 from sft_kernels.sft.recipe import Recipe
+from sft_kernels.sft.report import RunLog
 from sft_kernels.sft.train import train
 
 from .conftest import chat
@@ -372,14 +373,37 @@ def test_a_checkpoint_of_another_making_is_refused_by_name(name, damage, reason,
     assert Path(stopped.out, "train.jsonl").read_bytes() == log
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "best", "model", "train.jsonl"])
-def test_nothing_is_written_through_a_link(name, stopped, tmp_path):
-    path = Path(stopped.out, name)
+@pytest.mark.parametrize("line", ["[1]", "{}", "", "\udcff", "[" * 100_000, '{"step": "1"}'], ids=range(6))
+def test_a_log_that_was_edited_is_named_and_stays(line, tmp_path):
+    log = tmp_path / "train.jsonl"
+    log.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n{{"step": 3}}\n', errors="surrogateescape")
+    before = log.read_bytes()
+    with pytest.raises(ValueError, match=r"^resume: .*train\.jsonl, line 2 was not written by a run"):
+        RunLog(tmp_path, 11, 1, keep=len(before) - 5)
+    assert log.read_bytes() == before
+
+
+def test_a_run_that_began_meanwhile_is_named(tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(FileExistsError, match=r"^out: .* holds a run already \(train.jsonl\)"):
+        RunLog(tmp_path, 11, 1)
+
+
+LINKS = ["checkpoints", "best", "model", "model.replaced", "train.jsonl", "checkpoints/step-4", "checkpoints/step-9"]
+
+
+@pytest.mark.parametrize("name", [*LINKS, "checkpoints/step-7.removed"])
+def test_nothing_is_written_through_a_link(name, recipe, tmp_path):
+    for folder in ("checkpoints/step-4", "best", "moved"):
+        Path(recipe.out, folder).mkdir(parents=True)
+    Path(recipe.out, "train.jsonl").touch()
+    path = Path(recipe.out, name)
     if path.exists():
-        path.rename(tmp_path / "moved")
-    path.symlink_to(tmp_path / "moved")
-    with pytest.raises(FileExistsError, match=f"out: .*{name} is a link"):
-        train(stopped)
+        path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=f"^out: .*{name} is a link"):
+        train(replace(recipe, resume=True))
+    assert path.is_symlink()
 
 
 def test_checkpoints_rotate_and_the_best_model_stays(recipe, monkeypatch):
