@@ -174,7 +174,8 @@ class RunLog:
                 return row
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass
-        raise ValueError(f"resume: {self.path}, line {number} was not written by a run; put it back, or remove it all")
+        what = f"line {number} was not written by a run; put it back, or remove the file"
+        raise ValueError(f"resume: {self.path}, {what}")
 
     def _try_curves(self):
         example = [{"step": 1, "loss": 2.0, "lr": 1e-3}, {"step": 1, "eval": {"loss": 2.0}}]

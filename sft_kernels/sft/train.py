@@ -279,9 +279,13 @@ class _Run:
         return earlier.step
 
     def room(self, out, judge):
-        """How many models, and files of how many bytes, the run has to find room for."""
-        best = 2 if self.recipe.eval_every and judge.rows else 0
-        new = max(1, self.recipe.keep + 1 - len([*out.glob("checkpoints/step-*")])) if self.recipe.save_every else 0
+        """How many models, and files of how many bytes, the run has to find room for beside what is there."""
+        recipe, best, new = self.recipe, 0, 0
+        if recipe.eval_every and judge.rows:
+            best = 2 - (out / "best").exists()
+        if recipe.save_every:
+            at_once = min(recipe.keep + 1, (self.steps.total - 1) // recipe.save_every)
+            new = max(1, at_once - len([*out.glob("checkpoints/step-*")]))
         return {"copies": 1 + best + new, "more": [state.bytes_of(self.parts)] * new}
 
 

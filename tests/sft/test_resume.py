@@ -489,6 +489,21 @@ def test_a_wrong_init_from_is_refused(options, reason, tmp_path, monkeypatch, wh
         train(recipe_in(tmp_path, **{"model": str(whole), **options}))
 
 
+def test_room_is_asked_for_what_is_not_there_yet(recipe, monkeypatch):
+    """The model, the best one twice as it is replaced, and checkpoints: no more than are ever there at once."""
+    real, asked = training.rehearse, []
+
+    def rehearse(*args, copies, more):
+        asked.append((copies, len(more)))
+        real(*args, copies=copies, more=more)
+
+    monkeypatch.setattr(training, "rehearse", rehearse)
+    stopped_in(9, recipe)  # after step 5; the best model is there, and so are the checkpoints 4 and 5
+    stopped_in(1, replace(recipe, resume=True))
+    train(replace(recipe, out=recipe.out + "-2", keep=1000, save_every=5))  # two are written
+    assert asked == [(1 + 2 + 3, 3), (1 + 1 + 1, 1), (1 + 2 + 2, 2)]
+
+
 @pytest.mark.parametrize("call", ["sync", "rename"])
 def test_a_best_model_that_cannot_be_written_leaves_the_one_before(call, recipe, monkeypatch, capsys):
     """A full disk shows when the new one is synced, another error when it gets its name."""
