@@ -150,8 +150,10 @@ def train(recipe, *, model=None, tokenizer=None):
 
     end = end_of_turn(examples) if recipe.mask == "completion+eot" else None
     rehearse(model, tokenizer, out, end, **run.room(out, judge))
-    done = run.go_on(earlier) if folder else 0
     with only_run(out):
+        if earlier:
+            resume.check_still(out, earlier)
+        done = run.go_on(earlier) if folder else 0
         watch = Watch(recipe.max_skips)
         log = RunLog(out, run.steps.total, recipe.log_every, watch, earlier and earlier.log_bytes)
         run.log, run.checkpoints = log, Checkpoints(out, recipe.keep)

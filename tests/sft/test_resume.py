@@ -301,6 +301,21 @@ def test_a_second_run_in_the_folder_of_one_that_runs_is_refused(stopped):
     assert files_of(stopped.out) == before
 
 
+def test_a_run_that_another_process_went_on_with_meanwhile_is_left_alone(stopped, monkeypatch):
+    """It went on, and ended, while this one read its data."""
+    real = training.rehearse
+
+    def rehearse(*args, **kwargs):
+        monkeypatch.setattr(training, "rehearse", real)
+        train(stopped)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "rehearse", rehearse)
+    with pytest.raises(FileExistsError, match=r"^out: another process went on with the run in"):
+        train(stopped)
+    assert rows_of(Path(stopped.out))[-1]["finished"]
+
+
 def test_without_a_run_resume_begins_one(recipe, capsys):
     train(replace(recipe, resume=True, steps=2))
     assert "there is no run in" in capsys.readouterr().out
