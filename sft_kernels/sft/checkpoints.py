@@ -30,10 +30,12 @@ class Checkpoints:
         self.folder, self.keep = Path(out, FOLDER), keep
 
     def write(self, step, fill):
-        """Write ``step-N``, to which ``fill(folder)`` writes files, then remove all but the newest
-        ``keep``; returns its path.
+        """Write ``step-N``, to which ``fill(folder)`` writes files, then keep it and the newest
+        ``keep - 1`` before it; returns its path.
 
-        Nothing is removed before the new one is complete, so a failure costs no earlier one.
+        Nothing is removed before the new one is complete, so a failure costs no earlier one. Those of
+        later steps are damaged, or the run would have gone on from them. They stay until a later
+        checkpoint takes their place.
         """
         path = self.folder / f"step-{step}"
 
@@ -47,12 +49,17 @@ class Checkpoints:
             whole.write(path, fill_and_list, replace=True)
         except BaseException:
             with suppress(OSError):
-                whole.remove(whole.partial(path))  # a full disk needs the room
+                whole.clear_up(path)  # a full disk needs the room
                 self.folder.rmdir()  # unless there are others
             raise
-        for _, old in self._by_age()[self.keep :]:
-            self._remove(old)
+        self.rotate(step)
         return path
+
+    def rotate(self, step):
+        """Remove those before ``step``, which is complete, that ``keep`` does not cover."""
+        before = [old for number, old in self._by_age() if number < step]
+        for old in before[self.keep - 1 :]:
+            self._remove(old)
 
     def newest(self):
         """The newest complete checkpoint, or None. Each one that is not complete is named and
@@ -101,7 +108,7 @@ def check(path):
         expected = {name: (int(size), str(digest)) for name, (size, digest) in listed.items()}
     except FileNotFoundError as error:
         raise ValueError(f"{_FILES} is missing") from error
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{_FILES} is damaged") from error
     found = dict(_files(path))
     for name, (size, _) in expected.items():

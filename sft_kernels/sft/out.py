@@ -18,6 +18,7 @@ _RUN = (
 )
 _DEEPEST = 200  # folders; ``mkdir`` takes a step of Python's stack for each that is not there
 _PARTIAL = ("model.partial", "best.partial", "best.replaced", f"{UNFINISHED}.partial")
+_REPLACED = ("model.replaced", f"{UNFINISHED}.replaced")  # of a run that went on
 
 
 def check_folder(out):
@@ -42,9 +43,9 @@ def check_folder(out):
 def check_again(out):
     """The path of an ``out`` in which a run may go on; a link in the place of what it writes is refused."""
     out = check_path(out)
-    for name in (*_RUN, *_PARTIAL):
-        if (out / name).is_symlink():
-            raise FileExistsError(f"out: {out / name} is a link, through which nothing is written")
+    for path in (*(out / name for name in (*_RUN, *_PARTIAL, *_REPLACED)), *out.glob("checkpoints/step-*")):
+        if path.is_symlink():
+            raise FileExistsError(f"out: {path} is a link, through which nothing is written")
     return out
 
 

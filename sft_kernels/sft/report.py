@@ -152,16 +152,30 @@ class RunLog:
     def _begin(self, keep):
         """The rows of the log's first ``keep`` bytes, and nothing behind them; None for a new log."""
         if keep is None:
-            self.path.open("x").close()
+            try:
+                self.path.open("x").close()
+            except FileExistsError as error:  # of a run that began while this one read its data
+                raise FileExistsError(f"out: {self.out} holds a run already ({self.path.name})") from error
             return []
         self.path.touch()
         with self.path.open("r+b") as file:
             kept = file.read(keep)
             kept = kept[: kept.rfind(b"\n") + 1]
+            rows = [self._row(number, line) for number, line in enumerate(kept.splitlines(), 1)]
             file.truncate(len(kept))
         if len(kept) < keep:
             warn(f"{self.path} lacks lines that were there, {keep - len(kept)} bytes")
-        return [json.loads(line) for line in kept.splitlines()]
+        return rows
+
+    def _row(self, number, line):
+        try:
+            row = json.loads(line)
+            if isinstance(row["step"], int) and isinstance(row.get("skipped_steps", 0), int):
+                return row
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            pass
+        what = f"line {number} was not written by a run; put it back, or remove the file"
+        raise ValueError(f"resume: {self.path}, {what}")
 
     def _try_curves(self):
         example = [{"step": 1, "loss": 2.0, "lr": 1e-3}, {"step": 1, "eval": {"loss": 2.0}}]

@@ -16,6 +16,7 @@ _BEST = "best"
 class Earlier(NamedTuple):
     """A run that goes on."""
 
+    found: int  # bytes of the log when the run was found
     folder: Path | None = None  # the checkpoint; None if none is complete
     progress: dict | None = None
 
@@ -49,20 +50,26 @@ def find(recipe):
                 f"--init-from {out} and another --out"
             )
         for path in (out / name for name in ("model", UNFINISHED, _BEST)):
-            whole.recover(path)
-            whole.remove(whole.partial(path))
+            whole.clear_up(path)
         checkpoints = Checkpoints(out, recipe.keep)
         checkpoints.clear_up()
         path = checkpoints.newest()
+        size = _log_size(out)
     if path is None:
         if (out / "model").exists():
             raise ValueError(f"resume: {out} holds a model and no complete checkpoint; give another out")
         say(f"resume: {out} holds no complete checkpoint, so the run starts again")
-        return Earlier()
+        return Earlier(size)
     progress = state.read_progress(path)
     state.check_same(recipe, path, progress)
     say(f"resume: going on after step {progress['step']}, from {path}")
-    return Earlier(path, progress)
+    return Earlier(size, path, progress)
+
+
+def check_still(out, earlier):
+    """Raise ``FileExistsError`` if another process has gone on with the run since it was found."""
+    if _log_size(out) != earlier.found:
+        raise FileExistsError(f"out: another process went on with the run in {out} meanwhile; start this one again")
 
 
 def earlier_model(name):
@@ -86,6 +93,11 @@ def earlier_model(name):
         raise ValueError(f"init_from: {name} holds no model, neither of its own nor of a run or a checkpoint")
     say(f"init_from: starting anew from {found}")
     return str(found)
+
+
+def _log_size(out):
+    path = out / "train.jsonl"
+    return path.stat().st_size if path.exists() else 0
 
 
 def _last_line(path):

@@ -1,6 +1,7 @@
 """Everything that a run has to remember to go on as if nothing had happened, in a checkpoint."""
 
 import json
+import os
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from .._terminal import reason_of
 from . import model as models
 
 _KIND = 1  # of checkpoints; another number is refused
@@ -16,6 +18,9 @@ _STATE = "state.json"
 _SHARD = 4 << 30  # bytes in a file of tensors; safetensors takes a file's tensors into memory at once
 # Fields that a resumed run may have otherwise: they say where it runs and what it shows and keeps.
 _FREE = {"out", "resume", "cache", "log_every", "save_every", "keep"}
+# What a checkpoint's JSON holds beside other fields, and what it says of the best model.
+_FIELDS = {"step": int, "recipe": dict, "data": list, "log_bytes": int, "best": (dict, type(None)), "parameters": list}
+_BEST = {"step": int, "by": str, "value": (int, float), "loss": (int, float)}
 
 
 class Parts(NamedTuple):
@@ -43,20 +48,37 @@ def write(folder, model, tokenizer, parts, **progress):
     tokenizer.save_pretrained(folder / "model")
     _write_tensors(folder, _tensors(parts))
     state = {"kind": _KIND, "parameters": parts.names, **progress, "random": _random_state()}
-    (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
+    (folder / _STATE).write_text(_json(state), encoding="utf-8")
 
 
 def read_progress(folder):
-    """The ``progress`` of a checkpoint; ``ValueError`` if it is of another version."""
-    state = json.loads((Path(folder) / _STATE).read_text(encoding="utf-8"))
-    if state.get("kind") != _KIND:
+    """The ``progress`` of a checkpoint; ``ValueError`` if it is of another version, or of nothing
+    that :func:`write` wrote."""
+    path = Path(folder) / _STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"resume: {path} cannot be read ({reason_of(error)})") from error
+    if not isinstance(state, dict) or state.get("kind") != _KIND:
         raise ValueError(f"resume: {folder} was written by another version of sft_kernels")
+    best = state.get("best")
+    if wrong := [*_wrong(state, _FIELDS), *_wrong(best, _BEST if isinstance(best, dict) else ())]:
+        raise ValueError(f"resume: {path} does not hold what a run writes ({', '.join(wrong)})")
     return state
+
+
+def _wrong(values, kinds):
+    """The names of fields that are missing, of another kind or below 0 where they count."""
+    return [
+        name
+        for name in kinds
+        if not isinstance(values.get(name), kinds[name]) or (kinds[name] is int and values[name] < 0)
+    ]
 
 
 def check_same(recipe, folder, progress):
     """Raise ``ValueError`` that lists the fields in which ``recipe`` differs from the checkpoint's."""
-    there, now = progress["recipe"], asdict(recipe)
+    there, now = progress["recipe"], json.loads(_json(asdict(recipe)))
     names = [name for name in (*now, *(there.keys() - now.keys())) if name not in _FREE]
     differ = [
         f"{name}: {there.get(name)!r} there, {now.get(name)!r} now"
@@ -72,6 +94,13 @@ def restore(folder, parts, progress):
     ``model/`` already, unless it was handed in."""
     if progress["parameters"] != parts.names:
         raise ValueError(f"resume: {folder} is of a model with other trained parameters")
+    try:
+        _put_back(folder, parts, progress)
+    except Exception as error:  # safetensors and torch raise all kinds
+        raise ValueError(f"resume: {folder} does not fit this run ({reason_of(error)})") from error
+
+
+def _put_back(folder, parts, progress):
     found = dict(_read_tensors(folder))
     optimizer, states = parts.optimizer, {}
     for i, (name, p) in enumerate(zip(parts.names, _parameters(optimizer), strict=True)):
@@ -93,6 +122,10 @@ def restore(folder, parts, progress):
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = progress["random"]["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))  # noqa: NPY002
+
+
+def _json(value):
+    return json.dumps(value, default=os.fspath)  # recipes made in Python may hold paths
 
 
 def bytes_of(parts):

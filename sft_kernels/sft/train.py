@@ -150,11 +150,14 @@ def train(recipe, *, model=None, tokenizer=None):
 
     end = end_of_turn(examples) if recipe.mask == "completion+eot" else None
     rehearse(model, tokenizer, out, end, **run.room(out, judge))
-    done = run.go_on(earlier) if folder else 0
     with only_run(out):
+        if earlier:
+            resume.check_still(out, earlier)
+        done = run.go_on(earlier) if folder else 0
         watch = Watch(recipe.max_skips)
         log = RunLog(out, run.steps.total, recipe.log_every, watch, earlier and earlier.log_bytes)
         run.log, run.checkpoints = log, Checkpoints(out, recipe.keep)
+        run.checkpoints.rotate(done)  # a kill may have come before
         log.done, log.best = done, earlier.progress["best"] if folder else None
         watch.go_on(log.history)
         measure = partial(judge.measure, model=model, tokenizer=tokenizer, log=log, batch=run.batch)
@@ -278,9 +281,13 @@ class _Run:
         return earlier.step
 
     def room(self, out, judge):
-        """How many models, and files of how many bytes, the run has to find room for."""
-        best = 2 if self.recipe.eval_every and judge.rows else 0
-        new = max(1, self.recipe.keep + 1 - len([*out.glob("checkpoints/step-*")])) if self.recipe.save_every else 0
+        """How many models, and files of how many bytes, the run has to find room for beside what is there."""
+        recipe, best, new = self.recipe, 0, 0
+        if recipe.eval_every and judge.rows:
+            best = 2 - (out / "best").exists()
+        if recipe.save_every:
+            at_once = min(recipe.keep + 1, (self.steps.total - 1) // recipe.save_every)
+            new = max(1, at_once - len([*out.glob("checkpoints/step-*")]))
         return {"copies": 1 + best + new, "more": [state.bytes_of(self.parts)] * new}
 
 

@@ -55,6 +55,12 @@ def recover(path):
         remove(replaced(path)) if os.path.lexists(path) else replaced(path).rename(path)
 
 
+def clear_up(path):
+    """Leave what there was before a :func:`write` that failed or was killed, or what it completed."""
+    recover(path)
+    remove(partial(path))
+
+
 def remove(path):
     """Remove a folder, if it is there. A link is refused, and what it leads to stays."""
     if path.is_symlink():

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from sft_kernels.sft import resume
+from sft_kernels.sft import checkpoints, resume
 from sft_kernels.sft import train as training
 from sft_kernels.sft.checkpoints import Checkpoints, only_run
 from sft_kernels.sft.finish import Stopped
 from sft_kernels.sft.recipe import Recipe
+from sft_kernels.sft.report import RunLog
 from sft_kernels.sft.train import train
 
 from .conftest import chat
@@ -131,8 +133,8 @@ def test_a_run_killed_before_its_last_line_ends_as_if_it_had_not_been(recipe):
     """When a checkpoint is whole and the oldest not gone, then when the model is saved and not yet judged."""
     unkilled = replace(recipe, out=recipe.out + "-unkilled")
     train(unkilled)
-    killed("before_rotation:6", recipe)
-    assert sorted(path.name for path in Path(recipe.out, "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]
+    killed("before_rotation:10", recipe)  # the last one
+    assert sorted(path.name for path in Path(recipe.out, "checkpoints").iterdir()) == ["step-10", "step-6", "step-8"]
     recipe = replace(recipe, resume=True)
     killed("at_the_end:1", recipe)
     assert Path(recipe.out, "model").is_dir()
@@ -181,6 +183,14 @@ def test_dropout_goes_on(recipe, tokenizer, tmp_path):
     assert rows_of(Path(recipe.out)) != rows_of(Path(recipe.out + "-without"))
     asked = json.loads(Path(recipe.out, "model", "config.json").read_text())
     assert (asked["resid_pdrop"], asked["attn_pdrop"]) == (0.1, 0.1)
+
+
+def test_a_recipe_of_paths_and_tuples_goes_on(recipe, capsys):
+    recipe = replace(recipe, out=Path(recipe.out), model=Path(recipe.model), data=(Path(recipe.data[0]),), steps=4)
+    stopped_in(5, recipe)
+    train(replace(recipe, resume=True, out=str(recipe.out), data=[str(recipe.data[0])]))
+    assert [row["step"] for row in rows_of(recipe.out) if "loss" in row] == [1, 2, 3, 4]
+    assert "no checkpoint could be saved" not in capsys.readouterr().err
 
 
 def test_a_model_that_was_handed_in_goes_on_with_its_adapters(recipe, tokenizer):
@@ -238,6 +248,7 @@ def flip(path):
         ("files.json", Path.unlink, "files.json is missing"),
         ("files.json", cut, "files.json is damaged"),
         ("files.json", lambda path: path.write_text("[1]"), "files.json is damaged"),
+        ("files.json", lambda path: path.write_text('{"a": [Infinity, ""]}'), "files.json is damaged"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(name, damage, reason, stopped, recipe, capsys):
@@ -290,6 +301,21 @@ def test_a_second_run_in_the_folder_of_one_that_runs_is_refused(stopped):
     assert files_of(stopped.out) == before
 
 
+def test_a_run_that_another_process_went_on_with_meanwhile_is_left_alone(stopped, monkeypatch):
+    """It went on, and ended, while this one read its data."""
+    real = training.rehearse
+
+    def rehearse(*args, **kwargs):
+        monkeypatch.setattr(training, "rehearse", real)
+        train(stopped)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "rehearse", rehearse)
+    with pytest.raises(FileExistsError, match=r"^out: another process went on with the run in"):
+        train(stopped)
+    assert rows_of(Path(stopped.out))[-1]["finished"]
+
+
 def test_without_a_run_resume_begins_one(recipe, capsys):
     train(replace(recipe, resume=True, steps=2))
     assert "there is no run in" in capsys.readouterr().out
@@ -323,14 +349,76 @@ def test_a_checkpoint_of_another_version_is_refused(stopped):
         train(stopped)
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "best", "model", "train.jsonl"])
-def test_nothing_is_written_through_a_link(name, stopped, tmp_path):
-    path = Path(stopped.out, name)
-    if path.exists():
-        path.rename(tmp_path / "moved")
-    path.symlink_to(tmp_path / "moved")
-    with pytest.raises(FileExistsError, match=f"out: .*{name} is a link"):
+def _in_state(**fields):
+    def damage(path):
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return damage
+
+
+def _without_skipped_steps(path):
+    tensors = load_file(path)
+    del tensors["skipped_steps"]
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "reason"),
+    [
+        ("state.json", lambda path: path.write_text("[1]"), "was written by another version"),
+        ("state.json", lambda path: path.write_text("[" * 100_000), r"state.json cannot be read \(maximum recursion"),
+        ("state.json", lambda path: path.write_bytes(b"\xff"), r"state.json cannot be read \('utf-8' codec"),
+        ("state.json", Path.unlink, r"state.json cannot be read \(No such file"),
+        ("state.json", _in_state(step=-1, recipe=[], best=1), r"does not hold .* \(step, recipe, best\)"),
+        ("state.json", _in_state(best={"step": 1, "by": "loss"}), r"does not hold .* \(value, loss\)"),
+        ("state.json", _in_state(random=None), r"step-5 does not fit this run \("),
+        ("state-00001.safetensors", _without_skipped_steps, r"step-5 does not fit this run \('skipped_steps'\)"),
+        ("state-00001.safetensors", lambda path: path.write_bytes(b"abc"), "step-5 does not fit this run"),
+    ],
+    ids=range(9),
+)
+def test_a_checkpoint_of_another_making_is_refused_by_name(name, damage, reason, stopped, monkeypatch):
+    """It has a list of files that fits."""
+    path = Path(stopped.out, "checkpoints", "step-5")
+    log = Path(stopped.out, "train.jsonl").read_bytes()
+    damage(path / name)
+    monkeypatch.setattr(checkpoints, "check", lambda path: None)
+    with pytest.raises(ValueError, match=rf"^resume: .*{reason}"):
         train(stopped)
+    assert Path(stopped.out, "train.jsonl").read_bytes() == log
+
+
+@pytest.mark.parametrize("line", ["[1]", "{}", "", "\udcff", "[" * 100_000, '{"step": "1"}'], ids=range(6))
+def test_a_log_that_was_edited_is_named_and_stays(line, tmp_path):
+    log = tmp_path / "train.jsonl"
+    log.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n{{"step": 3}}\n', errors="surrogateescape")
+    before = log.read_bytes()
+    with pytest.raises(ValueError, match=r"^resume: .*train\.jsonl, line 2 was not written by a run"):
+        RunLog(tmp_path, 11, 1, keep=len(before) - 5)
+    assert log.read_bytes() == before
+
+
+def test_a_run_that_began_meanwhile_is_named(tmp_path):
+    (tmp_path / "train.jsonl").touch()
+    with pytest.raises(FileExistsError, match=r"^out: .* holds a run already \(train.jsonl\)"):
+        RunLog(tmp_path, 11, 1)
+
+
+LINKS = ["checkpoints", "best", "model", "model.replaced", "train.jsonl", "checkpoints/step-4", "checkpoints/step-9"]
+
+
+@pytest.mark.parametrize("name", [*LINKS, "checkpoints/step-7.removed"])
+def test_nothing_is_written_through_a_link(name, recipe, tmp_path):
+    for folder in ("checkpoints/step-4", "best", "moved"):
+        Path(recipe.out, folder).mkdir(parents=True)
+    Path(recipe.out, "train.jsonl").touch()
+    path = Path(recipe.out, name)
+    if path.exists():
+        path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=f"^out: .*{name} is a link"):
+        train(replace(recipe, resume=True))
+    assert path.is_symlink()
 
 
 def test_checkpoints_rotate_and_the_best_model_stays(recipe, monkeypatch):
@@ -357,6 +445,18 @@ def test_checkpoints_rotate_and_the_best_model_stays(recipe, monkeypatch):
     monkeypatch.setattr(training._Run, "step", spied)
     train(third)
     assert all(p.equal(seen[name]) for name, p in loaded(f"{recipe.out}/best").named_parameters())
+
+
+def test_a_damaged_checkpoint_of_a_later_step_costs_no_new_one(stopped):
+    """The run goes on from before it, so for some steps it is the newest by its number."""
+    folder = Path(stopped.out, "checkpoints")
+    for path in folder.iterdir():
+        cut(path / "state.json")
+    error = stopped_in(5, replace(stopped, keep=1))  # of the run that starts again
+    assert error.path.parent.name == "step-3"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-3", "step-4", "step-5"]
+    train(replace(stopped, keep=1))
+    assert [path.name for path in folder.iterdir()] == ["step-10"]
 
 
 def test_a_checkpoint_that_cannot_be_written_costs_a_warning_and_no_other(recipe, monkeypatch, capsys):
@@ -402,3 +502,41 @@ def test_a_wrong_init_from_is_refused(options, reason, tmp_path, monkeypatch, wh
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=reason):
         train(recipe_in(tmp_path, **{"model": str(whole), **options}))
+
+
+def test_room_is_asked_for_what_is_not_there_yet(recipe, monkeypatch):
+    """The model, the best one twice as it is replaced, and checkpoints: no more than are ever there at once."""
+    real, asked = training.rehearse, []
+
+    def rehearse(*args, copies, more):
+        asked.append((copies, len(more)))
+        real(*args, copies=copies, more=more)
+
+    monkeypatch.setattr(training, "rehearse", rehearse)
+    stopped_in(9, recipe)  # after step 5; the best model is there, and so are the checkpoints 4 and 5
+    stopped_in(1, replace(recipe, resume=True))
+    train(replace(recipe, out=recipe.out + "-2", keep=1000, save_every=5))  # two are written
+    assert asked == [(1 + 2 + 3, 3), (1 + 1 + 1, 1), (1 + 2 + 2, 2)]
+
+
+@pytest.mark.parametrize("call", ["sync", "rename"])
+def test_a_best_model_that_cannot_be_written_leaves_the_one_before(call, recipe, monkeypatch, capsys):
+    """A full disk shows when the new one is synced, another error when it gets its name."""
+    from sft_kernels.sft import whole
+
+    owner = {"sync": whole, "rename": Path}[call]
+    real, before = getattr(owner, call), []
+
+    def fail(path, *args):
+        if path.name == "best.partial" and before:
+            raise OSError(28, "No space left on device")
+        if path.name == "best.partial":
+            before.append((path / "model.safetensors").read_bytes())
+        real(path, *args)
+
+    monkeypatch.setattr(owner, call, fail)
+    _, _, log = train(replace(recipe, steps=7, metric_prompts=0))
+    assert "warning: the best model so far could not be saved in" in capsys.readouterr().err
+    assert log.best["step"] == 3
+    assert sorted(path.name for path in log.out.iterdir() if path.name.startswith("best")) == ["best"]
+    assert [(log.out / "best" / "model.safetensors").read_bytes()] == before
