@@ -1,5 +1,7 @@
 """Measures a run on held-out data, and keeps the best model by it."""
 
+import math
+
 from .._terminal import reason_of
 from . import model as models
 from .answers import answer, prompts_of
@@ -56,7 +58,9 @@ class HeldOut:
     def _keep_best(self, step, measured, model, tokenizer, log):
         by, value = ("masked loss", measured["loss"]) if not self.prompts else (self.metric.name, measured["score"])
         found = {"step": step, "by": by, "value": value, "loss": measured["loss"]}
-        if value is None or (log.best is not None and _rank(found) <= _rank(log.best)):
+        if value is None or not math.isfinite(measured["loss"]):  # NaN is neither better nor worse
+            return
+        if log.best is not None and _rank(found) <= _rank(log.best):
             return
         try:
             models.save(model, tokenizer, log.out / "best", replace=True)

@@ -14,6 +14,8 @@ from sft_kernels.sft.train import train
 from .conftest import chat
 from .small import loaded, model_of, recipe_in, rows_of, same_weights
 
+NAN = float("nan")
+
 
 def noisy(count, rng):
     """Questions whose second word gives the answer, but for three in ten, which have any answer."""
@@ -192,6 +194,17 @@ def test_a_best_model_that_cannot_be_saved_costs_a_warning(tmp_path, tokenizer, 
     assert "the best model so far could not be saved" in capsys.readouterr().err
     assert log.best is None
     assert loaded(tmp_path / "run" / "model")
+
+
+@pytest.mark.parametrize("prompts", [0, 3], ids=["by loss", "by score"])
+def test_a_model_whose_loss_is_no_number_is_never_the_best(prompts, tmp_path, tokenizer, monkeypatch):
+    """Its weights may overflow though no gradient did."""
+    losses, loss = iter([5.0, NAN, 4.0, NAN, float("inf")]), held_out.masked_loss
+    monkeypatch.setattr(held_out, "masked_loss", lambda *args: loss(*args)._replace(loss=next(losses)))
+    recipe = recipe_in(tmp_path, steps=4, holdout=0.3, eval_every=1, metric_prompts=prompts)
+    _, _, log = train(recipe, model=model_of(len(tokenizer)), tokenizer=tokenizer)
+    assert (log.best["step"], log.best["loss"]) == (2, 4.0)
+    assert [row["eval"]["loss"] for row in rows_of(tmp_path / "run") if "eval" in row] == [5.0, None, 4.0, None, None]
 
 
 def test_tokens_with_labels_are_answered_with_and_without_a_chat_template(
