@@ -67,8 +67,10 @@ class Guard:
 
     def _is_spike(self, norms):
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).to(norms.device)
-        return (norms.isfinite().sum() >= _ENOUGH) & (norm > self.spike * norms.nanmedian())
+        each = torch._foreach_norm(grads, 2, torch.float32)  # in bf16 a norm has three digits
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(norms.device) for norm in each]))
+        known = (norms > 0).sum() >= _ENOUGH  # above a median of 0 every norm would be a spike, for ever
+        return known & (norm > self.spike * norms.where(norms > 0, float("nan")).nanmedian())
 
 
 class Watch:

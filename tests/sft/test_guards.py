@@ -114,6 +114,30 @@ def test_a_spike_does_not_move_the_median(optimizer):
     assert stepped(guard, optimizer, [1.0] * 8 + [10.0] * 100 + [1.5]) == [False] * 8 + [True] * 100 + [False]
 
 
+def test_steps_without_a_gradient_do_not_count(optimizer):
+    guard = Guard(optimizer, spike=2.0, most=1000)
+    assert not any(stepped(guard, optimizer, [0.0] * 20 + [1.0] * 4 + [0.0] * 9 + [5.0] + [1.0] * 4)[20:24])
+    assert int(optimizer.skipped_steps) == 0
+    # Of ten norms above 0 the median is 1.
+    assert stepped(guard, optimizer, [2.1, 1.9]) == [True, False]
+
+
+def test_the_norm_of_gradients_in_bf16_is_not_rounded_to_bf16():
+    """2.009 is above twice the median of 1, and would be 2 in bf16."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    q = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = AdamW([p, q], lr=1e-2, max_grad_norm=1.0, skip_nonfinite=True)
+    guard = Guard(optimizer, spike=2.0, most=1000)
+    q.grad = torch.zeros_like(q)
+    for number in range(1, 10):
+        p.grad = torch.full_like(p, 0.5)
+        guard.step(number)
+    p.grad, q.grad = torch.ones_like(p), torch.full_like(q, 0.171875)
+    guard.step(10)
+    assert 2.0 < float(optimizer.last_grad_norm) < 2.01
+    assert int(optimizer.skipped_steps) == 1
+
+
 def test_the_median_forgets(optimizer):
     guard = Guard(optimizer, spike=2.0, most=1000)
     growing = [1.01**i for i in range(300)]  # by a factor of 20
