@@ -128,11 +128,12 @@ def check_learning_rate(lr, model):
     if size < _SMALLEST or not lr:
         return
     times = _ADAPTERS if trained < size / 10 else 1
-    _, least, most = next(row for row in LEARNING_RATES if size <= row[0])
-    if not least * times <= lr <= most * times:
+    rates = next(rates for upper, *rates in LEARNING_RATES if size <= upper)
+    least, most = (round(rate * times, 12) for rate in rates)  # 3e-4 times 10 is less than 3e-3
+    if not least <= lr <= most:
         kind = f"adapters on a model of {size / 1e9:.2g} B" if times > 1 else f"a model of {size / 1e9:.2g} B"
         table = "; ".join(_row(upper, *rates) for upper, *rates in LEARNING_RATES)
-        usual = f"{least * times:.0e} to {most * times:.0e}"
+        usual = f"{least:.0e} to {most:.0e}"
         warn(f"lr: {lr:.3g} is unusual for {kind} parameters, {usual} is usual ({table}; adapters ten times that)")
 
 

@@ -259,6 +259,16 @@ def test_a_learning_rate_is_compared_with_the_table(sizes, lr, usual, capsys):
         assert f"{usual} is usual (up to 1 B: 1e-05 to 1e-03; " in said
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("size", [1e9, 4e9, 2e10, 7e10])
+def test_the_ends_of_the_table_are_usual(size, adapters, capsys):
+    """As they are written, such as 3e-3, which is more than ten times 3e-4."""
+    model = Sized((size * 0.99, False), (size * 0.01, True)) if adapters else Sized((size, True))
+    for rate in next(rates for upper, *rates in guards.LEARNING_RATES if size <= upper):
+        check_learning_rate(float(f"{rate * (10 if adapters else 1):.0e}"), model)
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize("accumulate", [1, 2, 5])
 def test_the_logged_learning_rate_is_the_schedules_and_the_updates(accumulate, run, monkeypatch):
     """At every optimiser step, and it is the one that the update is made with."""
