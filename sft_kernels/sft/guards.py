@@ -88,9 +88,10 @@ class Watch:
         self.in_a_row = 0 if self.in_a_row >= self.most else self.in_a_row
 
     def __call__(self, row, sources):
-        """``row`` gets the ``sources`` of its examples if its step was skipped."""
+        """``row`` gets the ``sources`` of its examples if its step was skipped, and has no updates."""
         if self._count(row):
             row["skipped"] = sources
+            row.pop("rounded_away", None)  # the optimiser's is that of the step before
         if 0 < self.in_a_row <= self.most:  # later ones are skipped whatever their norm
             norm = row["grad_norm"]
             finite = norm is not None and abs(norm) < float("inf")
