@@ -76,8 +76,10 @@ def _rank(found):
 
 
 def check(recipe, metric):
-    """Raise ``ValueError`` for options that nothing is held out for."""
+    """Raise ``ValueError`` for options that nothing is held out for, and a metric without answers."""
     if recipe.eval_data or recipe.holdout:
+        if metric is not EXACT_MATCH and not recipe.metric_prompts:
+            raise ValueError("metric: metric_prompts is 0, so there are no answers to score")
         return
     for name, unasked in (("eval_every", not recipe.eval_every), ("metric", metric is EXACT_MATCH)):
         if not unasked:

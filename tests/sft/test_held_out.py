@@ -159,6 +159,7 @@ def test_a_metric_that_fails_at_once_ends_the_run_before_its_first_step(tmp_path
     [
         ({"metric": "nowhere.f", "holdout": 0.3}, "metric: there is no module nowhere"),
         ({"metric": "own_metrics.length"}, "metric: nothing is held out to measure on"),
+        ({"metric": "own_metrics.length", "metric_prompts": 0, "holdout": 0.3}, "metric: metric_prompts is 0"),
         ({"eval_every": 5}, "eval_every: nothing is held out to measure on"),
     ],
 )
