@@ -1,9 +1,11 @@
 """Measures a run on held-out data, and keeps the best model by it."""
 
 import math
+from contextlib import suppress
 
 from .._terminal import reason_of
 from . import model as models
+from . import whole
 from .answers import answer, prompts_of
 from .evaluate import masked_loss
 from .metrics import EXACT_MATCH, score
@@ -62,10 +64,13 @@ class HeldOut:
             return
         if log.best is not None and _rank(found) <= _rank(log.best):
             return
+        best = log.out / "best"
         try:
-            models.save(model, tokenizer, log.out / "best", replace=True)
+            models.save(model, tokenizer, best, replace=True)
         except Exception as error:  # safetensors and tokenizers have exceptions of their own
-            warn(f"the best model so far could not be saved in {log.out / 'best'} ({reason_of(error)})")
+            with suppress(OSError):
+                whole.remove(whole.partial(best))  # a full disk needs the room
+            warn(f"the best model so far could not be saved in {best} ({reason_of(error)})")
         else:
             log.best = found
 

@@ -181,19 +181,28 @@ def test_texts_have_no_prompt_so_the_loss_chooses(tmp_path, tokenizer, write_jso
     assert log.best["step"] == min(losses, key=losses.get)
 
 
-def test_a_best_model_that_cannot_be_saved_costs_a_warning(tmp_path, tokenizer, monkeypatch, capsys):
-    save = held_out.models.save
+def test_a_best_model_that_cannot_be_saved_costs_a_warning_and_the_one_before_stays(
+    tmp_path, tokenizer, monkeypatch, capsys
+):
+    """What was written of it makes room."""
+    losses, loss = iter([5.0, 4.0, 3.0, 2.0]), held_out.masked_loss
+    monkeypatch.setattr(held_out, "masked_loss", lambda *args: loss(*args)._replace(loss=next(losses)))
+    fill, best = held_out.models.save_model, []
 
-    def full(model, tokenizer, path, replace=False):
-        if path.name == "best":
-            raise OSError(28, "No space left on device")
-        save(model, tokenizer, path, replace)
+    def full(model, folder):
+        fill(model, folder)
+        if Path(folder).name == "best.partial":
+            best.append(folder)
+            if len(best) > 1:
+                raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(held_out.models, "save", full)
-    recipe = recipe_in(tmp_path, holdout=0.3, eval_every=1)
+    monkeypatch.setattr(held_out.models, "save_model", full)
+    recipe = recipe_in(tmp_path, holdout=0.3, eval_every=1, metric_prompts=0)
     _, _, log = train(recipe, model=model_of(len(tokenizer)), tokenizer=tokenizer)
-    assert "the best model so far could not be saved" in capsys.readouterr().err
-    assert log.best is None
+    assert capsys.readouterr().err.count("the best model so far could not be saved") == 2
+    assert log.best["step"] == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "curves.png", "model", "train.jsonl"]
+    assert loaded(tmp_path / "run" / "best")
     assert loaded(tmp_path / "run" / "model")
 
 
