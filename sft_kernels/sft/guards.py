@@ -67,8 +67,10 @@ class Guard:
 
     def _is_spike(self, norms):
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).to(norms.device)
-        return (norms.isfinite().sum() >= _ENOUGH) & (norm > self.spike * norms.nanmedian())
+        each = torch._foreach_norm(grads, 2, torch.float32)  # in bf16 a norm has three digits
+        norm = torch.linalg.vector_norm(torch.stack([norm.to(norms.device) for norm in each]))
+        known = (norms > 0).sum() >= _ENOUGH  # above a median of 0 every norm would be a spike, for ever
+        return known & (norm > self.spike * norms.where(norms > 0, float("nan")).nanmedian())
 
 
 class Watch:
@@ -86,9 +88,10 @@ class Watch:
         self.in_a_row = 0 if self.in_a_row >= self.most else self.in_a_row
 
     def __call__(self, row, sources):
-        """``row`` gets the ``sources`` of its examples if its step was skipped."""
+        """``row`` gets the ``sources`` of its examples if its step was skipped, and has no updates."""
         if self._count(row):
             row["skipped"] = sources
+            row.pop("rounded_away", None)  # the optimiser's is that of the step before
         if 0 < self.in_a_row <= self.most:  # later ones are skipped whatever their norm
             norm = row["grad_norm"]
             finite = norm is not None and abs(norm) < float("inf")
@@ -126,11 +129,12 @@ def check_learning_rate(lr, model):
     if size < _SMALLEST or not lr:
         return
     times = _ADAPTERS if trained < size / 10 else 1
-    _, least, most = next(row for row in LEARNING_RATES if size <= row[0])
-    if not least * times <= lr <= most * times:
+    rates = next(rates for upper, *rates in LEARNING_RATES if size <= upper)
+    least, most = (round(rate * times, 12) for rate in rates)  # 3e-4 times 10 is less than 3e-3
+    if not least <= lr <= most:
         kind = f"adapters on a model of {size / 1e9:.2g} B" if times > 1 else f"a model of {size / 1e9:.2g} B"
         table = "; ".join(_row(upper, *rates) for upper, *rates in LEARNING_RATES)
-        usual = f"{least * times:.0e} to {most * times:.0e}"
+        usual = f"{least:.0e} to {most:.0e}"
         warn(f"lr: {lr:.3g} is unusual for {kind} parameters, {usual} is usual ({table}; adapters ten times that)")
 
 

@@ -1,5 +1,6 @@
 """Measures a run on held-out data, and keeps the best model by it."""
 
+import math
 from contextlib import suppress
 
 from .._terminal import reason_of
@@ -59,15 +60,17 @@ class HeldOut:
     def _keep_best(self, step, measured, model, tokenizer, log):
         by, value = ("masked loss", measured["loss"]) if not self.prompts else (self.metric.name, measured["score"])
         found = {"step": step, "by": by, "value": value, "loss": measured["loss"]}
-        if value is None or (log.best is not None and _rank(found) <= _rank(log.best)):
+        if value is None or not math.isfinite(measured["loss"]):  # NaN is neither better nor worse
             return
-        path = log.out / "best"
+        if log.best is not None and _rank(found) <= _rank(log.best):
+            return
+        best = log.out / "best"
         try:
-            models.save(model, tokenizer, path, replace=True)
+            models.save(model, tokenizer, best, replace=True)
         except Exception as error:  # safetensors and tokenizers have exceptions of their own
             with suppress(OSError):
-                whole.clear_up(path)  # a full disk needs the room
-            warn(f"the best model so far could not be saved in {path} ({reason_of(error)})")
+                whole.clear_up(best)  # a full disk needs the room
+            warn(f"the best model so far could not be saved in {best} ({reason_of(error)})")
         else:
             log.best = found
 
@@ -78,8 +81,10 @@ def _rank(found):
 
 
 def check(recipe, metric):
-    """Raise ``ValueError`` for options that nothing is held out for."""
+    """Raise ``ValueError`` for options that nothing is held out for, and a metric without answers."""
     if recipe.eval_data or recipe.holdout:
+        if metric is not EXACT_MATCH and not recipe.metric_prompts:
+            raise ValueError("metric: metric_prompts is 0, so there are no answers to score")
         return
     for name, unasked in (("eval_every", not recipe.eval_every), ("metric", metric is EXACT_MATCH)):
         if not unasked:

@@ -83,7 +83,9 @@ def score(metric, answers):
         texts = [text if stopped else None for text, stopped in pairs]
     try:
         # Lists of its own, which it may sort or change.
-        value = metric.function(list(answers.prompts), list(texts), list(answers.references))
+        lists = list(answers.prompts), list(texts), list(answers.references)
+        with _working_directory_importable():
+            value = metric.function(*lists)
         if getattr(value, "ndim", None) == 0:  # a scalar of NumPy, a tensor
             value = value.item()
     except (Exception, SystemExit) as error:

@@ -1,9 +1,11 @@
 """The options of a run."""
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Literal, get_args, get_origin
 
+NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 _LONGEST_ROW = 1 << 24  # tokens; a row is padded to its length, which has to fit into memory
 _MOST = (1 << 63) - 1  # of an integer; with more digits than 4300 Python does not even print one
 
@@ -96,15 +98,20 @@ class Recipe:
     seed: int = 0
     """The seed of weights, split and order."""
 
+    def __post_init__(self):
+        """Paths become text and other sequences lists, as they are in a checkpoint."""
+        for name, value in list(vars(self).items()):
+            several = isinstance(value, (list, tuple))
+            setattr(self, name, [*map(_text, value)] if several else _text(value))
+
 
 def check(recipe, model_given=False):
     """Raise ``ValueError`` for a value that makes no sense. ``model_given``: the recipe need not name one."""
     for option in fields(recipe):
         value = getattr(recipe, option.name)
+        check_kind(option.name, option.type, value)
         if isinstance(value, int) and abs(value) > _MOST:
             raise ValueError(f"{option.name}: expected at most 2⁶³ − 1")
-        if get_origin(option.type) is Literal and value not in get_args(option.type):
-            raise ValueError(f"{option.name}: expected one of {', '.join(get_args(option.type))}, got {value!r:.60}")
     if not recipe.data:
         raise ValueError("data: expected at least one JSONL file")
     if recipe.init_from is not None and (recipe.model or model_given):
@@ -134,6 +141,25 @@ def check(recipe, model_given=False):
     for name in ("warmup", "holdout", "dropout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(recipe, name)}")
+
+
+def check_kind(name, kind, value):
+    """Raise ``ValueError`` for a ``value`` of another type than an option of the type ``kind`` has."""
+    kinds = get_args(kind) or (kind,)
+    if get_origin(kind) is Literal:
+        fits, expected = value in kinds, f"one of {', '.join(kinds)}"
+    elif kind == list[str]:
+        fits, expected = isinstance(value, list) and all(isinstance(each, str) for each in value), "a list of files"
+    elif isinstance(value, bool):
+        fits, expected = bool in kinds, NAMES[kinds[0]]
+    else:
+        fits, expected = isinstance(value, (*kinds, int) if float in kinds else kinds), NAMES[kinds[0]]
+    if not fits:
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.60}")
+
+
+def _text(value):
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def check_row_tokens(number):

@@ -6,12 +6,11 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from .._terminal import one_line
 from .opening import open_now
-from .recipe import Recipe
+from .recipe import NAMES, Recipe
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)\Z")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?\Z|[-+]?\.(inf|nan)\Z", re.I)
 _LONGEST = 1 << 18  # bytes of a YAML file; its reader takes some seconds for a megabyte
-_NAMES = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 
 def from_yaml(path):
@@ -93,7 +92,7 @@ def _as(kind, value, name):
     elif fits and isinstance(value, kind):
         return value
     hint = "; put it in quotes" if kind is str and not isinstance(value, (list, dict)) else ""
-    raise ValueError(f"{name}: expected {_NAMES[kind]}, got {_shown(value)}{hint}")
+    raise ValueError(f"{name}: expected {NAMES[kind]}, got {_shown(value)}{hint}")
 
 
 def _shown(value):

@@ -1,7 +1,6 @@
 """Everything that a run has to remember to go on as if nothing had happened, in a checkpoint."""
 
 import json
-import os
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -48,7 +47,7 @@ def write(folder, model, tokenizer, parts, **progress):
     tokenizer.save_pretrained(folder / "model")
     _write_tensors(folder, _tensors(parts))
     state = {"kind": _KIND, "parameters": parts.names, **progress, "random": _random_state()}
-    (folder / _STATE).write_text(_json(state), encoding="utf-8")
+    (folder / _STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
 def read_progress(folder):
@@ -78,7 +77,7 @@ def _wrong(values, kinds):
 
 def check_same(recipe, folder, progress):
     """Raise ``ValueError`` that lists the fields in which ``recipe`` differs from the checkpoint's."""
-    there, now = progress["recipe"], json.loads(_json(asdict(recipe)))
+    there, now = progress["recipe"], asdict(recipe)
     names = [name for name in (*now, *(there.keys() - now.keys())) if name not in _FREE]
     differ = [
         f"{name}: {there.get(name)!r} there, {now.get(name)!r} now"
@@ -122,10 +121,6 @@ def _put_back(folder, parts, progress):
     random.setstate((version, tuple(numbers), gauss))
     name, keys, *rest = progress["random"]["numpy"]
     np.random.set_state((name, np.array(keys, np.uint32), *rest))  # noqa: NPY002
-
-
-def _json(value):
-    return json.dumps(value, default=os.fspath)  # recipes made in Python may hold paths
 
 
 def bytes_of(parts):

@@ -114,6 +114,30 @@ def test_a_spike_does_not_move_the_median(optimizer):
     assert stepped(guard, optimizer, [1.0] * 8 + [10.0] * 100 + [1.5]) == [False] * 8 + [True] * 100 + [False]
 
 
+def test_steps_without_a_gradient_do_not_count(optimizer):
+    guard = Guard(optimizer, spike=2.0, most=1000)
+    assert not any(stepped(guard, optimizer, [0.0] * 20 + [1.0] * 4 + [0.0] * 9 + [5.0] + [1.0] * 4)[20:24])
+    assert int(optimizer.skipped_steps) == 0
+    # Of ten norms above 0 the median is 1.
+    assert stepped(guard, optimizer, [2.1, 1.9]) == [True, False]
+
+
+def test_the_norm_of_gradients_in_bf16_is_not_rounded_to_bf16():
+    """2.009 is above twice the median of 1, and would be 2 in bf16."""
+    p = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    q = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    optimizer = AdamW([p, q], lr=1e-2, max_grad_norm=1.0, skip_nonfinite=True)
+    guard = Guard(optimizer, spike=2.0, most=1000)
+    q.grad = torch.zeros_like(q)
+    for number in range(1, 10):
+        p.grad = torch.full_like(p, 0.5)
+        guard.step(number)
+    p.grad, q.grad = torch.ones_like(p), torch.full_like(q, 0.171875)
+    guard.step(10)
+    assert 2.0 < float(optimizer.last_grad_norm) < 2.01
+    assert int(optimizer.skipped_steps) == 1
+
+
 def test_the_median_forgets(optimizer):
     guard = Guard(optimizer, spike=2.0, most=1000)
     growing = [1.01**i for i in range(300)]  # by a factor of 20
@@ -233,6 +257,16 @@ def test_a_learning_rate_is_compared_with_the_table(sizes, lr, usual, capsys):
     else:
         assert said.startswith(f"warning: lr: {lr:.3g} is unusual for ")
         assert f"{usual} is usual (up to 1 B: 1e-05 to 1e-03; " in said
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("size", [1e9, 4e9, 2e10, 7e10])
+def test_the_ends_of_the_table_are_usual(size, adapters, capsys):
+    """As they are written, such as 3e-3, which is more than ten times 3e-4."""
+    model = Sized((size * 0.99, False), (size * 0.01, True)) if adapters else Sized((size, True))
+    for rate in next(rates for upper, *rates in guards.LEARNING_RATES if size <= upper):
+        check_learning_rate(float(f"{rate * (10 if adapters else 1):.0e}"), model)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 5])

@@ -14,6 +14,8 @@ from sft_kernels.sft.train import train
 from .conftest import chat
 from .small import loaded, model_of, recipe_in, rows_of, same_weights
 
+NAN = float("nan")
+
 
 def noisy(count, rng):
     """Questions whose second word gives the answer, but for three in ten, which have any answer."""
@@ -157,6 +159,7 @@ def test_a_metric_that_fails_at_once_ends_the_run_before_its_first_step(tmp_path
     [
         ({"metric": "nowhere.f", "holdout": 0.3}, "metric: there is no module nowhere"),
         ({"metric": "own_metrics.length"}, "metric: nothing is held out to measure on"),
+        ({"metric": "own_metrics.length", "metric_prompts": 0, "holdout": 0.3}, "metric: metric_prompts is 0"),
         ({"eval_every": 5}, "eval_every: nothing is held out to measure on"),
     ],
 )
@@ -178,20 +181,40 @@ def test_texts_have_no_prompt_so_the_loss_chooses(tmp_path, tokenizer, write_jso
     assert log.best["step"] == min(losses, key=losses.get)
 
 
-def test_a_best_model_that_cannot_be_saved_costs_a_warning(tmp_path, tokenizer, monkeypatch, capsys):
-    save = held_out.models.save
+def test_a_best_model_that_cannot_be_saved_costs_a_warning_and_the_one_before_stays(
+    tmp_path, tokenizer, monkeypatch, capsys
+):
+    """What was written of it makes room."""
+    losses, loss = iter([5.0, 4.0, 3.0, 2.0]), held_out.masked_loss
+    monkeypatch.setattr(held_out, "masked_loss", lambda *args: loss(*args)._replace(loss=next(losses)))
+    fill, best = held_out.models.save_model, []
 
-    def full(model, tokenizer, path, replace=False):
-        if path.name == "best":
-            raise OSError(28, "No space left on device")
-        save(model, tokenizer, path, replace)
+    def full(model, folder):
+        fill(model, folder)
+        if Path(folder).name == "best.partial":
+            best.append(folder)
+            if len(best) > 1:
+                raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(held_out.models, "save", full)
-    recipe = recipe_in(tmp_path, holdout=0.3, eval_every=1)
+    monkeypatch.setattr(held_out.models, "save_model", full)
+    recipe = recipe_in(tmp_path, holdout=0.3, eval_every=1, metric_prompts=0)
     _, _, log = train(recipe, model=model_of(len(tokenizer)), tokenizer=tokenizer)
-    assert "the best model so far could not be saved" in capsys.readouterr().err
-    assert log.best is None
+    assert capsys.readouterr().err.count("the best model so far could not be saved") == 2
+    assert log.best["step"] == 1
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "curves.png", "model", "train.jsonl"]
+    assert loaded(tmp_path / "run" / "best")
     assert loaded(tmp_path / "run" / "model")
+
+
+@pytest.mark.parametrize("prompts", [0, 3], ids=["by loss", "by score"])
+def test_a_model_whose_loss_is_no_number_is_never_the_best(prompts, tmp_path, tokenizer, monkeypatch):
+    """Its weights may overflow though no gradient did."""
+    losses, loss = iter([5.0, NAN, 4.0, NAN, float("inf")]), held_out.masked_loss
+    monkeypatch.setattr(held_out, "masked_loss", lambda *args: loss(*args)._replace(loss=next(losses)))
+    recipe = recipe_in(tmp_path, steps=4, holdout=0.3, eval_every=1, metric_prompts=prompts)
+    _, _, log = train(recipe, model=model_of(len(tokenizer)), tokenizer=tokenizer)
+    assert (log.best["step"], log.best["loss"]) == (2, 4.0)
+    assert [row["eval"]["loss"] for row in rows_of(tmp_path / "run") if "eval" in row] == [5.0, None, 4.0, None, None]
 
 
 def test_tokens_with_labels_are_answered_with_and_without_a_chat_template(

@@ -45,9 +45,11 @@ def judges(tmp_path, monkeypatch):
         "def four(prompts, answers, references, more):\n    return 0\n"
         "def by_name(*, prompts, answers, references):\n    return 0\n"
         "def spare(prompts, answers, references, weight=2.0, **more):\n    return weight\n"
+        "def late(prompts, answers, references):\n    from judges_of_test import limits\n    return limits.most\n"
         "def sorts(prompts, answers, references):\n    answers.sort(), prompts.clear(), references.clear()\n"
         "    return 1\n",
     )
+    write("limits.py", "most = 7\n")
     write("broken.py", "raise RuntimeError('no model\\nthere')\n")
     write("exits.py", "raise SystemExit(2)\n")
     write("needs.py", "import package_that_nobody_has\n")
@@ -67,6 +69,13 @@ def test_a_function_of_the_working_directory(judges):
     assert sys.path == before
     assert score(load_metric("judges_of_test.words.spare"), ANSWERS) == 2.0
     assert load_metric("builtins.max").function is builtins.max  # tells no signature
+
+
+def test_a_function_that_imports_when_it_is_called(judges):
+    metric, before = load_metric("judges_of_test.words.late"), list(sys.path)
+    del sys.modules["judges_of_test"]  # as if nothing of the working directory were known
+    assert score(metric, ANSWERS) == 7.0
+    assert sys.path == before
 
 
 def test_a_function_cannot_change_the_answers(judges):

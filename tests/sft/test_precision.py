@@ -72,6 +72,24 @@ def test_the_share_that_is_rounded_away_is_logged_and_reported(folder_recipe, ca
     assert "rounded away" not in capsys.readouterr().out
 
 
+def test_a_skipped_step_has_no_share(tmp_path, tokenizer, monkeypatch, capsys):
+    """It made no update, and the mean is over the steps that did."""
+    step = Guard.step
+
+    def spoilt(self, number):
+        if number in (1, 3):
+            self.optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
+        step(self, number)
+
+    monkeypatch.setattr(Guard, "step", spoilt)
+    recipe = recipe_in(tmp_path, lr=1e-5, steps=4, log_every=4)
+    train(recipe, model=model_of(len(tokenizer)).to(torch.bfloat16), tokenizer=tokenizer)
+    rows = steps_of(recipe.out)
+    assert [row["step"] for row in rows if "rounded_away" in row] == [2, 4]
+    mean = sum(row.get("rounded_away", 0) for row in rows) / 2
+    assert f"rounded away: {mean:.2%} of the updates" in capsys.readouterr().out
+
+
 def test_a_model_that_is_handed_in_in_bf16_is_measured_too(tmp_path, tokenizer, monkeypatch):
     """The share is that of the elements that should have moved and did not."""
     model, step, lost = model_of(len(tokenizer)).to(torch.bfloat16), Guard.step, []

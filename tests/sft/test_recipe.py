@@ -1,10 +1,12 @@
+import json
 import os
 import threading
+from dataclasses import asdict
 
 import pytest
 
 from sft_kernels.cli import main
-from sft_kernels.sft.recipe import Recipe
+from sft_kernels.sft.recipe import Recipe, check
 from sft_kernels.sft.recipe_file import from_yaml
 
 
@@ -31,6 +33,38 @@ def test_values_have_the_types_of_their_options(written):
     assert from_yaml(written("steps: 010\nlr: .5\nout: 2024-01-31\nmodel: 1:30")) == Recipe(
         steps=10, lr=0.5, out="2024-01-31", model="1:30"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("dropout", "0.1", "a number, got '0.1'"),
+        ("neftune_alpha", True, "a number, got True"),
+        ("lr", None, "a number, got None"),
+        ("eval_every", 1.5, "an integer, got 1.5"),
+        ("max_skips", "3", "an integer, got '3'"),
+        ("steps", True, "an integer, got True"),
+        ("keep", None, "an integer, got None"),
+        ("activation_checkpointing", "no", "true or false, got 'no'"),
+        ("resume", 1, "true or false, got 1"),
+        ("eval_data", "held_out.jsonl", "a list of files, got 'held_out.jsonl'"),
+        ("data", [3], r"a list of files, got \[3\]"),
+        ("init_from", 3, "text, got 3"),
+        ("metric", len, "text, got <built-in"),
+        ("precision", None, "one of auto, fp32, bf16, got None"),
+    ],
+    ids=str,
+)
+def test_in_python_a_value_of_another_type_is_refused_by_name(name, value, expected):
+    with pytest.raises(ValueError, match=f"^{name}: expected {expected}"):
+        check(Recipe(**{"data": ["chats.jsonl"], "model": "m", name: value}))
+
+
+def test_paths_and_tuples_are_kept_as_a_checkpoint_has_them(tmp_path):
+    recipe = Recipe(data=(tmp_path / "a", "b"), model=tmp_path, out=tmp_path / "run", lr=1, steps=3)
+    check(recipe)
+    assert recipe == Recipe(data=[f"{tmp_path}/a", "b"], model=str(tmp_path), out=f"{tmp_path}/run", lr=1, steps=3)
+    assert json.loads(json.dumps(asdict(recipe))) == asdict(recipe)
 
 
 @pytest.mark.parametrize("name", ["steps", "row_tokens", "accumulate", "eval_every", "log_every"])
