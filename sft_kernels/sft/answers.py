@@ -1,18 +1,16 @@
 """Answers of a model to held-out prompts: greedy, with a cache, prompts of like length at once."""
 
 import random
-import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import groupby
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
-from .._terminal import output
 from ..integrations.rotary import forget_lengths
 from .model import causal_lm, stock_attention
 from .positions import most_positions
+from .report import bar, screen
 from .rows import IGNORE
 
 
@@ -96,12 +94,12 @@ def answer(model, tokenizer, prompts, end_of_turn, max_new_tokens, tokens_at_onc
         most = most_positions(model, _forward)
         lengths = [len(prompt.ids) for prompt in prompts]
         batches = list(_batches(lengths, most, max_new_tokens, tokens_at_once))
-        with _bar(len(batches)) as shown:
+        with _counted(len(batches)) as count:
             for places, room in each(batches):
                 rows = [prompts[i].ids for i in places]
                 for i, ids in zip(places, generate(rows, room, ends, pad), strict=True):
                     said[i] = ids
-                shown()
+                count()
     cut = [_cut(ids, ends) for ids in said]
 
     def texts(rows):
@@ -192,26 +190,19 @@ def _greedy(model):
 
 
 @contextmanager
-def _bar(total):
-    """Yields a function that counts one batch on a bar; a screen that is gone raises nothing."""
-    lost = suppress(OSError, ValueError)
-    disable = True  # tqdm flushes both streams, and cannot clear up after an error in the middle
-    with lost:
-        for stream in (sys.stdout, sys.stderr):
-            getattr(stream, "flush", bool)()
-        disable = False
-    options = {"unit": "batch", "leave": False, "file": output(sys.stderr), "disable": disable}
-    bar = tqdm(total=total, desc="answering", **options)
+def _counted(total):
+    """Yields a function that counts one batch on a bar."""
+    shown = bar(total, "answering", "batch", leave=False)
 
     def count():
-        with lost:
-            bar.update()
+        with screen():
+            shown.update()
 
     try:
         yield count
     finally:
-        with lost:
-            bar.close()
+        with screen():
+            shown.close()
 
 
 def _first(*values):

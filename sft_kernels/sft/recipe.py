@@ -74,7 +74,7 @@ class Recipe:
     neftune_alpha: float = 0.0
     """NEFTune: noise of up to alpha / √(L · d) on the embeddings in training, L the tokens of the example."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """bf16 autocast; auto: where the device computes in it. Of no effect with parameters in bf16."""
+    """bf16 autocast; auto: where the device computes in it. Parameters in bf16 always do."""
     parameters: Literal["fp32", "bf16+master", "bf16+stochastic"] = "fp32"
     """Parameters in fp32; or in bf16 with fp32 masters (split) or with stochastic rounding. Moments are fp32."""
     activation_checkpointing: bool = False
@@ -118,6 +118,8 @@ def check(recipe, model_given=False):
         raise ValueError("init_from: it takes the place of the model; give one of the two")
     if not (model_given or recipe.model or recipe.init_from):
         raise ValueError("model: expected a folder or a config")
+    if recipe.parameters != "fp32" and recipe.precision == "fp32":
+        raise ValueError(f"precision: parameters {recipe.parameters} compute in bf16; leave it at auto")
     check_row_tokens(recipe.row_tokens)
     for name in ("rows", "accumulate", "log_every", "keep", "max_skips", "max_new_tokens"):
         if getattr(recipe, name) < 1:

@@ -54,14 +54,14 @@ class RunLog:
         self.pending = []
         self._unwritten, self._warned = b"", False
         self.curves = self._try_curves()
-        self.bar = _bar(total, self.done)
+        self.bar = bar(total, "training", "step", initial=self.done)
         header = (f"{name:>{len(form.format(0))}}" for name, form in _COLUMNS)
         say(" ".join(header))
 
     def step(self, **values):
         self.pending.append(values)
         self.done = values["step"]
-        with _screen():
+        with screen():
             self.bar.update()
         if len(self.pending) >= self.every:
             self.flush()
@@ -101,7 +101,7 @@ class RunLog:
             self._write(row, at_once=False)
         if self.pending:
             say(" ".join(form.format(row[name]) for name, form in _COLUMNS))
-            with _screen():
+            with screen():
                 self.bar.set_postfix(loss=f"{row['loss']:.4f}")
         self.pending = []
         self._write_out()
@@ -112,7 +112,7 @@ class RunLog:
         try:
             self.flush()
         finally:
-            with _screen():
+            with screen():
                 self.bar.close()
 
     def finish(self):
@@ -205,13 +205,14 @@ class RunLog:
             self._warned = True
 
 
-def _bar(total, done):
+def bar(total, desc, unit, **options):
+    """A bar on the error output, or one that shows nothing if the screen is gone."""
     disable = True  # tqdm flushes both streams, and an error in the middle of it cannot be cleared up
-    with _screen():
+    with screen():
         for stream in (sys.stdout, sys.stderr):
             getattr(stream, "flush", bool)()
         disable = False
-    return tqdm(total=total, initial=done, desc="training", unit="step", file=output(sys.stderr), disable=disable)
+    return tqdm(total=total, desc=desc, unit=unit, file=output(sys.stderr), disable=disable, **options)
 
 
 def say(text, file=None):
@@ -221,7 +222,7 @@ def say(text, file=None):
     """
     line = text.lstrip("\n")
     stream = output(sys.stdout if file is None else file)
-    with _screen(), tqdm.external_write_mode(file=stream):
+    with screen(), tqdm.external_write_mode(file=stream):
         stream.write(f"{text[: len(text) - len(line)]}{printable(line)}\n")
 
 
@@ -230,7 +231,8 @@ def warn(text):
     say(f"warning: {text}", sys.stderr)
 
 
-def _screen():
+def screen():
+    """The context of writing to a screen that may be gone."""
     # A terminal that is gone raises OSError, a closed file ValueError.
     return suppress(OSError, ValueError)
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from . import state, whole
+from . import saving, state, whole
 from .checkpoints import FOLDER, Checkpoints, only_run
 from .files import CONFIG
 from .hub import PREFIX
@@ -51,6 +51,8 @@ def find(recipe):
             )
         for path in (out / name for name in ("model", UNFINISHED, _BEST)):
             whole.clear_up(path)
+        for path in filter(saving.is_room, out.iterdir()):  # which may be larger than what is free
+            whole.remove(path)
         checkpoints = Checkpoints(out, recipe.keep)
         checkpoints.clear_up()
         path = checkpoints.newest()

@@ -4,6 +4,7 @@ import ctypes
 import errno
 import itertools
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from .out import new_folder
 from .report import say
 
 _MARGIN = 4 << 20  # for the log, the curves and what a file system needs for itself
+_ROOM = re.compile(r"\.room-[a-z0-9_]{8}")  # as tempfile names it
 _trial_lock = threading.Lock()
 
 
@@ -54,6 +56,13 @@ def check_room(folder, *sizes):
             except OSError as error:
                 what = f"no room for a file of {_gib(size)} in {folder}"
                 raise OSError(f"out: {what} ({reason_of(error)})") from error
+
+
+def is_room(path):
+    """Returns True for a folder of :func:`check_room`, which a killed process left."""
+    if path.is_symlink() or not _ROOM.fullmatch(path.name) or not path.is_dir():
+        return False
+    return all(file.name.isdigit() and file.is_file() for file in path.iterdir())
 
 
 def rehearse(model, tokenizer, out, end_of_turn=None, copies=1, more=()):

@@ -20,7 +20,7 @@ def steps_of(out):
 
 @pytest.fixture
 def folder_recipe(tmp_path, whole):
-    return recipe_in(tmp_path, model=str(whole), steps=6, lr=2e-5)
+    return recipe_in(tmp_path, model=str(whole), steps=6, lr=2e-5, precision="auto")
 
 
 @pytest.mark.parametrize("parameters", BF16)
@@ -125,7 +125,7 @@ def test_the_share_is_over_all_elements(tokenizer):
 
 
 def test_bf16_parameters_of_a_model_in_fp32_that_is_handed_in_are_refused(tmp_path, tokenizer):
-    recipe = recipe_in(tmp_path, parameters="bf16+master")
+    recipe = recipe_in(tmp_path, parameters="bf16+master", precision="auto")
     with pytest.raises(ValueError, match=r"^parameters: bf16\+master is for a model in bf16"):
         train(recipe, model=model_of(len(tokenizer)), tokenizer=tokenizer)
     assert not (tmp_path / "run").exists()

@@ -145,8 +145,8 @@ def test_a_run_killed_before_its_last_line_ends_as_if_it_had_not_been(recipe):
 @pytest.mark.parametrize(
     "options",
     [
-        {"parameters": "bf16+master"},
-        {"parameters": "bf16+stochastic"},
+        {"parameters": "bf16+master", "precision": "auto"},
+        {"parameters": "bf16+stochastic", "precision": "bf16"},
         {"spike": 2.0, "activation_checkpointing": True},
         {"weigh": "examples", "precision": "bf16"},
     ],
@@ -189,7 +189,7 @@ def test_a_recipe_of_paths_and_tuples_goes_on(recipe, capsys):
     recipe = replace(recipe, out=Path(recipe.out), model=Path(recipe.model), data=(Path(recipe.data[0]),), steps=4)
     stopped_in(5, recipe)
     train(replace(recipe, resume=True, out=str(recipe.out), data=[str(recipe.data[0])]))
-    assert [row["step"] for row in rows_of(recipe.out) if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows_of(Path(recipe.out)) if "loss" in row] == [1, 2, 3, 4]
     assert "no checkpoint could be saved" not in capsys.readouterr().err
 
 
@@ -320,6 +320,16 @@ def test_without_a_run_resume_begins_one(recipe, capsys):
     train(replace(recipe, resume=True, steps=2))
     assert "there is no run in" in capsys.readouterr().out
     assert [row["step"] for row in rows_of(Path(recipe.out)) if "loss" in row] == [1, 2]
+
+
+def test_the_room_that_a_killed_run_set_aside_is_given_back(stopped):
+    out = Path(stopped.out)
+    for name in (".room-abc_1234", ".room-thesis", ".room-mine5678"):
+        (out / name).mkdir()
+        (out / name / "0").write_bytes(bytes(100))
+    (out / ".room-mine5678" / "notes.txt").write_text("mine")
+    train(stopped)
+    assert sorted(path.name for path in out.glob(".room-*")) == [".room-mine5678", ".room-thesis"]
 
 
 def test_without_a_complete_checkpoint_the_run_starts_again(stopped, recipe, capsys):

@@ -464,6 +464,7 @@ def test_a_run_is_never_overwritten(recipe, small_model, tokenizer):
         {"mask": "none"},
         {"precision": "fp16"},
         {"parameters": "bf16"},
+        {"parameters": "bf16+master", "precision": "fp32"},
         {"save_every": -1},
         {"keep": 0},
         {"max_skips": 0},
