@@ -30,8 +30,8 @@ class Guard:
     """Steps an optimiser, or skips the step, by what is known on the device alone.
 
     A step is skipped if its gradient norm is not finite; with ``spike``, if the norm is above
-    ``spike`` times the median of the last 64 steps' norms (a skipped step leaves an older norm in
-    its place); and after ``most`` skips in a row, so that the weights stay as they are until the
+    ``spike`` times the median of the last 64 steps' norms above zero (a skipped step leaves an older
+    norm in its place); and after ``most`` skips in a row, so that the weights stay as they are until the
     host has read of it.
     """
 

@@ -10,6 +10,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 from .._terminal import reason_of
+from .endings import is_failure
 
 _FORMS = "exact_match, package.module.function or package.module:function"
 
@@ -88,7 +89,9 @@ def score(metric, answers):
             value = metric.function(*lists)
         if getattr(value, "ndim", None) == 0:  # a scalar of NumPy, a tensor
             value = value.item()
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        if not is_failure(error) and not isinstance(error, SystemExit):
+            raise
         reason = f"{type(error).__name__}: {reason_of(error)}"
         raise ValueError(f"metric: {metric.name} raised {reason}") from error
     return _finite(value, metric.name)

@@ -139,6 +139,19 @@ def test_an_interrupt_passes(judges):
         score(Metric("a.f", interrupt), ANSWERS)
 
 
+def test_a_panic_of_a_tokenizer_is_a_failure():
+    """It is no ``Exception``, and would end a run without saving anything."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*lists):
+        raise PanicException("index out of bounds")
+
+    with pytest.raises(ValueError, match=r"^metric: a\.f raised PanicException: index out of bounds$"):
+        score(Metric("a.f", panic), ANSWERS)
+
+
 def test_a_working_directory_that_is_gone(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
