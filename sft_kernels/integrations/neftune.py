@@ -97,7 +97,7 @@ class Noise:
         return output + (noise * scale.expand(math.prod(rows), T).reshape(*rows, T, 1)).to(output.dtype)
 
     def _arguments(self):
-        """What the calls in progress say of documents: the innermost model's word, not that of one around it."""
+        """Returns what the calls in progress say of documents. The innermost model has the last word."""
         found = dict.fromkeys(("cu_seq_lens_q", "position_ids", "attention_mask"))
         for owner, module, given in reversed(_running.calls):
             if owner is self:

@@ -68,7 +68,7 @@ def remember(model, config):
 
 @contextmanager
 def as_loaded(model):
-    """In the block the model's config asks for the dropout that its folder came with."""
+    """Lets the model's config ask for the dropout that its folder came with, in the block."""
     shares = getattr(model, "dropout_as_loaded", {})
     now = {name: _get(model.config, name) for name in shares}
     try:

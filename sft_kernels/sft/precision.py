@@ -1,4 +1,4 @@
-"""In which numbers a run computes, keeps its parameters, and updates them."""
+"""Chooses the numbers in which a run computes, keeps its parameters, and updates them."""
 
 from contextlib import nullcontext
 

@@ -1,4 +1,4 @@
-"""Where a run starts from: nothing, its own newest checkpoint, or an earlier run's model."""
+"""Finds the start of a run: its own newest checkpoint, or an earlier run's model."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -281,7 +281,7 @@ class _Run:
         return earlier.step
 
     def room(self, out, judge):
-        """How many models, and files of how many bytes, the run has to find room for beside what is there."""
+        """Counts the models and the bytes of other files that the run needs room for beside what is there."""
         recipe, best, new = self.recipe, 0, 0
         if recipe.eval_every and judge.rows:
             best = 2 - (out / "best").exists()

@@ -29,7 +29,7 @@ class Model(torch.nn.Module):
 
 
 def lengths_in(noise, alpha=ALPHA):
-    """Of each token, the length that its largest number speaks of: |u| ≥ 0.96 but once in 10⁹ tokens; 0: no noise."""
+    """The length that each token's largest number speaks of: |u| ≥ 0.96 but once in 10⁹ tokens; 0: no noise."""
     largest = noise.detach().float().abs().amax(-1)
     lengths = (alpha / largest).square() / noise.shape[-1]
     return torch.where(largest == 0, 0, lengths + 1e-3).floor().long()  # up to 11 the rest is less than 1

@@ -147,7 +147,7 @@ def test_the_longest_prompt_leaves_no_frequencies_behind(small_model):
 
 @pytest.fixture
 def logged():
-    """What transformers logs, as messages."""
+    """Collects the messages that transformers logs."""
     messages, handler = [], logging.Handler()
     handler.emit = lambda entry: messages.append(entry.getMessage())
     logging.getLogger("transformers").addHandler(handler)

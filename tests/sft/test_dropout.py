@@ -191,7 +191,7 @@ def test_a_model_that_was_not_loaded_is_saved_as_it_is(tmp_path):
 
 
 def test_a_run_on_gpt2_leaves_its_config(tokenizer, tmp_path):
-    """Whose attention has dropout of its weights, which packed attention does not compute."""
+    """Its attention has dropout of its weights, which packed attention does not compute."""
     file = tmp_path / "gpt2.json"
     file.write_text(config_of("gpt2", vocab_size=len(tokenizer)).to_json_string(use_diff=False))
     recipe = replace(recipe_in(tmp_path), model=str(file), steps=2)

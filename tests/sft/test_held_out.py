@@ -184,7 +184,7 @@ def test_texts_have_no_prompt_so_the_loss_chooses(tmp_path, tokenizer, write_jso
 def test_a_best_model_that_cannot_be_saved_costs_a_warning_and_the_one_before_stays(
     tmp_path, tokenizer, monkeypatch, capsys
 ):
-    """What was written of it makes room."""
+    """The part that was written makes room."""
     losses, loss = iter([5.0, 4.0, 3.0, 2.0]), held_out.masked_loss
     monkeypatch.setattr(held_out, "masked_loss", lambda *args: loss(*args)._replace(loss=next(losses)))
     fill, best = held_out.models.save_model, []

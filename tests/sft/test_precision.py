@@ -111,7 +111,7 @@ def test_a_model_that_is_handed_in_in_bf16_is_measured_too(tmp_path, tokenizer, 
 
 
 def test_the_share_is_over_all_elements(tokenizer):
-    """Of two groups of unlike size, one that moves and one that does not."""
+    """Two groups of unlike size: one moves, the other does not."""
     model = torch.nn.Sequential(torch.nn.Linear(8, 8, bias=True, dtype=torch.bfloat16))
     with torch.no_grad():
         model[0].weight.fill_(1.0)
