@@ -176,6 +176,7 @@ def test_too_many_skips_end_the_run_with_a_checkpoint_it_can_go_on_from(log_ever
     recipe = recipe_in(tmp_path, steps=12, max_skips=3, log_every=log_every, lr=1e-2, resume=True)
     model, _, _ = train(recipe, model=model_of(len(tokenizer)), tokenizer=tokenizer)
     assert [row["step"] for row in run.steps()] == [*range(1, 13)]
+    assert run.steps()[-1]["skipped_steps"] == rows[last - 1]["skipped_steps"]
     assert not same_weights(held, model)
 
 

@@ -181,6 +181,12 @@ def test_texts_have_no_prompt_so_the_loss_chooses(tmp_path, tokenizer, write_jso
     assert log.best["step"] == min(losses, key=losses.get)
 
 
+def test_the_model_before_the_first_step_is_no_candidate(tmp_path, tokenizer):
+    recipe = recipe_in(tmp_path, holdout=0.3, eval_every=2, lr=0.0)  # every measurement is equal
+    _, _, log = train(recipe, model=model_of(len(tokenizer)), tokenizer=tokenizer)
+    assert log.best["step"] == 2
+
+
 def test_a_best_model_that_cannot_be_saved_costs_a_warning_and_the_one_before_stays(
     tmp_path, tokenizer, monkeypatch, capsys
 ):

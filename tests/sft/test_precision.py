@@ -34,14 +34,15 @@ def test_parameters_in_bf16_have_fp32_moments(parameters, tokenizer):
     assert {state["exp_avg"].dtype for state in states} == {torch.float32}
     assert all(("remainder" in state) == (parameters == "bf16+master") for state in states)
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert optimizer.stochastic_rounding == (parameters == "bf16+stochastic")
     if parameters == "bf16+stochastic":
         assert {group["seed"] for group in optimizer.param_groups} == {5}
 
 
 @pytest.mark.parametrize("parameters", BF16)
 def test_a_run_in_bf16_saves_bf16_and_stays_close_to_fp32(parameters, folder_recipe):
-    """At a learning rate whose updates bf16 alone would lose."""
-    recipe = replace(folder_recipe, lr=1e-3, steps=20)
+    """At a learning rate whose updates bf16 alone would lose, the weights go as far in the same direction."""
+    recipe = replace(folder_recipe, steps=20)
     train(replace(recipe, out=recipe.out + "-fp32"))
     train(replace(recipe, parameters=parameters))
     held, full = loaded(f"{recipe.out}/model"), loaded(f"{recipe.out}-fp32/model")
@@ -51,7 +52,7 @@ def test_a_run_in_bf16_saves_bf16_and_stays_close_to_fp32(parameters, folder_rec
         (p.float() - base[n], q - base[n]) for (n, p), q in zip(held.named_parameters(), full.parameters(), strict=True)
     ]
     ours, theirs = (torch.cat([pair[i].flatten() for pair in moved]) for i in (0, 1))
-    assert float(torch.nn.functional.cosine_similarity(ours, theirs, dim=0)) > 0.9
+    assert 0.8 < float(ours @ theirs / (theirs @ theirs)) < 1.2
     assert steps_of(recipe.out)[-1]["loss"] == pytest.approx(steps_of(recipe.out + "-fp32")[-1]["loss"], rel=0.02)
 
 

@@ -293,6 +293,9 @@ def test_a_finished_run_is_not_gone_on_with(recipe):
 
 
 def test_a_second_run_in_the_folder_of_one_that_runs_is_refused(stopped):
+    half = Path(stopped.out, "checkpoints", "step-6.partial")  # which the other run is writing
+    half.mkdir()
+    (half / "state.json").write_text("{")
     before = files_of(stopped.out)
     with only_run(stopped.out), pytest.raises(FileExistsError, match="out: another run is writing to"):
         train(stopped)
@@ -429,6 +432,28 @@ def test_nothing_is_written_through_a_link(name, recipe, tmp_path):
     with pytest.raises(FileExistsError, match=f"^out: .*{name} is a link"):
         train(replace(recipe, resume=True))
     assert path.is_symlink()
+
+
+def test_the_best_model_before_a_stop_stays_the_best(recipe, monkeypatch):
+    from sft_kernels.sft import held_out
+
+    scores = iter([0.0, 0.9, 0.1, 0.2, 0.3])
+    monkeypatch.setattr(held_out, "score", lambda *args: next(scores))
+    stopped_in(9, recipe)
+    before = files_of(f"{recipe.out}/best")
+    _, _, log = train(replace(recipe, resume=True))
+    assert (log.best["step"], log.best["value"]) == (3, 0.9)
+    assert files_of(f"{recipe.out}/best") == before
+
+
+def test_of_equal_scores_the_lower_loss_is_the_best(recipe, monkeypatch):
+    from sft_kernels.sft import held_out
+
+    monkeypatch.setattr(held_out, "score", lambda *args: 0.5)
+    losses, real = iter([1.0, 4.0, 3.0, 3.5, 3.2]), held_out.masked_loss
+    monkeypatch.setattr(held_out, "masked_loss", lambda *args: real(*args)._replace(loss=next(losses)))
+    _, _, log = train(recipe)
+    assert (log.best["step"], log.best["loss"]) == (6, 3.0)
 
 
 def test_checkpoints_rotate_and_the_best_model_stays(recipe, monkeypatch):
