@@ -203,3 +203,18 @@ def test_an_error_of_the_function_is_named(error, said):
         score(Metric("a.f", judge), ANSWERS)
     assert str(caught.value) == f"metric: a.f raised {said}"
     assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("answer", "hit"),
+    [
+        ("Two words.", 1),
+        ("  Two words.\n", 1),
+        ("Two words. And more", 0),
+        ("So: Two words.", 0),
+        ("two words.", 0),
+        ("", 0),
+    ],
+)
+def test_exact_match_is_the_whole_answer_but_for_white_space_around(answer, hit):
+    assert exact_match(["How many?"], [answer], ["Two words. "]) == hit
