@@ -137,7 +137,7 @@ class Syncs(TorchDispatchMode):
 @pytest.mark.parametrize(("log_every", "lines"), [(None, 2), (1, 20), (7, 3)])
 def test_the_host_waits_once_a_line_and_not_between(log_every, lines, recipe, small_model, tokenizer, monkeypatch):
     options = {} if log_every is None else {"log_every": log_every}
-    recipe = replace(recipe, steps=20, accumulate=2, weigh="examples", **options)
+    recipe = replace(recipe, steps=20, accumulate=2, weigh="examples", spike=3.0, **options)
     syncs, model = Syncs(monkeypatch), small_model()
     counts = []
 
