@@ -250,11 +250,13 @@ def _is_inside(model, outer):
 
 
 def arguments_of(model, args, kwargs):
+    """Returns the arguments of a call of ``model`` by name."""
     return {**dict(zip(parameters_of(type(model)), args, strict=False)), **kwargs}
 
 
 @functools.cache
 def parameters_of(model_class):
+    """Returns the names of the parameters of a class's forward, without ``self``."""
     return tuple(inspect.signature(model_class.forward).parameters)[1:]
 
 

@@ -13,7 +13,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .._terminal import reason_of
+from . import whole
 from .examples import Part
+from .locks import locked
 from .report import warn
 from .rows import DataError
 
@@ -50,7 +52,8 @@ def part(source, known, build, folder=None):
             raise OSError(f"cache: cannot write into {folder} ({reason_of(error)})") from error
         warn(f"tokens are not kept for the next run: the cache cannot be written ({reason_of(error)})")
         return _temporary(source, build)
-    with _locked(f"{place}.lock", wait=True):
+    waiting = partial(warn, "another run is reading the same file; waiting for it")
+    with open(f"{place}.lock", "ab") as lock, locked(lock, waiting):
         if (found := _opened(place, source)) is None:
             _sweep(place.parent)
             found = _built(place, source, build)
@@ -66,18 +69,11 @@ def _unchanged(source, stamp, build, folder):
 
 
 def _built(place, source, build):
-    unfinished = Path(f"{place}.partial")
-    for leftover in (unfinished, place):
-        shutil.rmtree(leftover, ignore_errors=True)
     try:
         with _naming(place.parent):
-            unfinished.mkdir()
-            build(unfinished)
-            for file in unfinished.iterdir():
-                _to_disk(file)
-            unfinished.rename(place)
+            whole.write(place, build, replace=True)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(whole.partial(place), ignore_errors=True)
         raise
     return _opened(place, source)
 
@@ -143,36 +139,9 @@ def fingerprint(encoder):
     )
 
 
-@contextmanager
-def _locked(path, wait):
-    """Hold the lock of a file; yields False if another process has it and ``wait`` is false."""
-    try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield True
-        return
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                yield False
-                return
-            warn("another run is reading the same file; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # a file system without locks
-        yield True
-
-
 def _sweep(folder):
     """Remove what killed runs left."""
     for unfinished in folder.glob(f"{'[0-9a-f]' * 32}.partial"):  # and nothing of somebody else's
-        with suppress(OSError), _locked(unfinished.with_suffix(".lock"), wait=False) as ours:
+        with suppress(OSError), open(unfinished.with_suffix(".lock"), "ab") as lock, locked(lock) as ours:
             if ours:
                 shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _to_disk(file):
-    with open(file, "rb") as opened, suppress(OSError):
-        os.fsync(opened.fileno())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .._terminal import reason_of
 from . import whole
+from .locks import locked
 from .report import warn
 
 FOLDER = "checkpoints"
@@ -123,26 +124,15 @@ def check(path):
 
 @contextmanager
 def only_run(out):
-    """Refuse a second process that runs in the folder ``out`` as long as the block runs.
-
-    The lock ends with the process, however that ends. Where the system has none, nothing is refused.
-    """
+    """Refuse a second process that runs in the folder ``out`` as long as the block runs."""
+    folder = os.open(out, os.O_RDONLY)
     try:
-        import fcntl
-    except ImportError:  # not on Windows
-        yield
-        return
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(f"out: another run is writing to {out}; wait for it, or end it") from error
-        except OSError:
-            pass  # a file system without locks
-        yield
+        with locked(folder) as ours:
+            if not ours:
+                raise FileExistsError(f"out: another run is writing to {out}; wait for it, or end it")
+            yield
     finally:
-        os.close(descriptor)
+        os.close(folder)
 
 
 def _files(folder):

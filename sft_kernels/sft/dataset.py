@@ -1,18 +1,16 @@
 """Files of rows as :class:`~.examples.Examples`: read in a stream, tokenised on every core, kept for the next run."""
 
 import os
-import sys
 from contextlib import closing
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
-from .._terminal import output
 from . import cache, workers
 from .examples import Examples, PartWriter
 from .formats import Unfit
+from .report import bar
 from .rows import DataError, record_of
 from .sources import Source, check_pipes
 from .workers import Died, OutOfTime, Workers, limited
@@ -128,9 +126,8 @@ def _build(source, encoder, skip_bad, desc, folder):
     count = min(cores, 1 + (source.size >> 20), _MOST)
     encoder = type(encoder)(encoder.tokenizer, encoder.mode, encoder.split_turns)  # notes what this file alone asks for
     topics, end = {}, None
-    shown = {"desc": desc, "unit": "B", "unit_scale": True, "leave": False, "file": output(sys.stderr)}
-    bar = tqdm(total=source.size, disable=source.size < _SHOWN, **shown)
-    with bar, PartWriter(folder) as writer, Workers(partial(_encode, encoder, source.path), count) as pool:
+    read = bar(source.size, desc, "B", source.size >= _SHOWN, unit_scale=True, leave=False)
+    with read, PartWriter(folder) as writer, Workers(partial(_encode, encoder, source.path), count) as pool:
         with closing(pool.map(_batches(source))) as results:
             for (lines, position), found in results:
                 if isinstance(found, Died):
@@ -146,7 +143,7 @@ def _build(source, encoder, skip_bad, desc, folder):
                 for topic, sentence in found.topics:
                     topics.setdefault(topic, sentence)
                 end = found.end_of_turn if end is None else end
-                bar.update(position - bar.n)
+                read.update(position - read.n)
         writer.finish(topics=list(topics.items()), end_of_turn=end)
 
 

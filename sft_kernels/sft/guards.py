@@ -3,6 +3,8 @@
 import torch
 
 from .._terminal import ForTheUser
+from ..ops.adamw.sharding import Ranks
+from ..ops.adamw.torch_impl import global_norm
 from .report import warn
 
 _WINDOW = 64  # norms that the running median is of
@@ -67,8 +69,7 @@ class Guard:
 
     def _is_spike(self, norms):
         grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        each = torch._foreach_norm(grads, 2, torch.float32)  # in bf16 a norm has three digits
-        norm = torch.linalg.vector_norm(torch.stack([norm.to(norms.device) for norm in each]))
+        norm = global_norm(grads, Ranks(grads)).to(norms.device)
         known = (norms > 0).sum() >= _ENOUGH  # above a median of 0 every norm would be a spike, for ever
         return known & (norm > self.spike * norms.where(norms > 0, float("nan")).nanmedian())
 

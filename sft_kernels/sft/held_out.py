@@ -9,6 +9,7 @@ from . import whole
 from .answers import answer, prompts_of
 from .evaluate import masked_loss
 from .metrics import EXACT_MATCH, score
+from .out import BEST
 from .packing import PackedRows, groups_of
 from .precision import autocast
 from .report import say, warn
@@ -64,7 +65,7 @@ class HeldOut:
             return
         if log.best is not None and _rank(found) <= _rank(log.best):
             return
-        best = log.out / "best"
+        best = log.out / BEST
         try:
             models.save(model, tokenizer, best, replace=True)
         except Exception as error:  # safetensors and tokenizers have exceptions of their own

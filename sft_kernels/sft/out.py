@@ -6,18 +6,20 @@ from pathlib import Path
 
 UNFINISHED = "model-unfinished"
 """The folder in ``out`` for the model of a run that an error ended."""
+BEST = "best"
+"""The folder in ``out`` for the best model on held-out data."""
 _RUN = (
     "train.jsonl",
     "curves.png",
     "checkpoints",
-    "best",
+    BEST,
     "model",
     UNFINISHED,
     "model-weights.pt",
     f"{UNFINISHED}-weights.pt",
 )
 _DEEPEST = 200  # folders; ``mkdir`` takes a step of Python's stack for each that is not there
-_PARTIAL = ("model.partial", "best.partial", "best.replaced", f"{UNFINISHED}.partial")
+_PARTIAL = ("model.partial", f"{BEST}.partial", f"{BEST}.replaced", f"{UNFINISHED}.partial")
 _REPLACED = ("model.replaced", f"{UNFINISHED}.replaced")  # of a run that went on
 
 

@@ -5,8 +5,7 @@ from contextlib import nullcontext
 import torch
 
 from .. import AdamW, decay_groups
-
-HALF = (torch.float16, torch.bfloat16)
+from ..ops.adamw.state import HALF
 
 
 def dtype_of(parameters):

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from .._terminal import output, printable, reason_of
+from .out import BEST
 from .whole import sync
 
 _COLUMNS = (
@@ -42,15 +43,14 @@ class RunLog:
     they can be drawn, which is tried here.
     """
 
-    def __init__(self, out, total, every, watch=None, keep=None):
+    def __init__(self, out, total, every, watch=None, keep=None, done=0):
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
         self.path = out / "train.jsonl"
         self.history = self._begin(keep)
         self.every, self.total, self.watch = every, total, watch
-        self.done = max((row["step"] for row in self.history), default=0)
-        self.stopped = self.best = None
+        self.done, self.stopped, self.best = done, None, None
         self.pending = []
         self._unwritten, self._warned = b"", False
         self.curves = self._try_curves()
@@ -133,7 +133,7 @@ class RunLog:
             say(f"rounded away: {sum(shares) / len(shares):.2%} of the updates, mean over the steps")
         if self.best is not None:
             name, value, step = (self.best[key] for key in ("by", "value", "step"))
-            say(f"best on held-out data: step {step}, {name} {value:.4g}; its model is in {self.out / 'best'}")
+            say(f"best on held-out data: step {step}, {name} {value:.4g}; its model is in {self.out / BEST}")
 
     def plot(self):
         """``curves.png``: masked loss, held out too where it was measured, over the learning
@@ -205,13 +205,13 @@ class RunLog:
             self._warned = True
 
 
-def bar(total, desc, unit, **options):
-    """A bar on the error output, or one that shows nothing if the screen is gone."""
+def bar(total, desc, unit, shown=True, **options):
+    """A bar on the error output, or one that shows nothing if the screen is gone or ``shown`` is false."""
     disable = True  # tqdm flushes both streams, and an error in the middle of it cannot be cleared up
     with screen():
         for stream in (sys.stdout, sys.stderr):
             getattr(stream, "flush", bool)()
-        disable = False
+        disable = not shown
     return tqdm(total=total, desc=desc, unit=unit, file=output(sys.stderr), disable=disable, **options)
 
 

@@ -7,10 +7,8 @@ from . import saving, state, whole
 from .checkpoints import FOLDER, Checkpoints, only_run
 from .files import CONFIG
 from .hub import PREFIX
-from .out import UNFINISHED, check_again
+from .out import BEST, UNFINISHED, check_again
 from .report import say
-
-_BEST = "best"
 
 
 class Earlier(NamedTuple):
@@ -49,7 +47,7 @@ def find(recipe):
                 f"resume: the run in {out} is finished; to go on with its model under a new schedule, give "
                 f"--init-from {out} and another --out"
             )
-        for path in (out / name for name in ("model", UNFINISHED, _BEST)):
+        for path in (out / name for name in ("model", UNFINISHED, BEST)):
             whole.clear_up(path)
         for path in filter(saving.is_room, out.iterdir()):  # which may be larger than what is free
             whole.remove(path)
@@ -87,7 +85,7 @@ def earlier_model(name):
         raise ValueError(f"init_from: {name} is no folder; give a model, a run or a checkpoint")
     if (path / CONFIG).is_file():
         return name
-    places = [path / _BEST, path / "model"]
+    places = [path / BEST, path / "model"]
     if (path / FOLDER).is_dir() and (newest := Checkpoints(path, 1).newest()):
         places.append(newest / "model")
     found = next((place for place in [*places, path / UNFINISHED] if (place / CONFIG).is_file()), None)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from .._terminal import reason_of
+from ..ops.adamw.state import HALF
 from . import model as models
 
 _KIND = 1  # of checkpoints; another number is refused
@@ -100,16 +101,18 @@ def restore(folder, parts, progress):
 
 
 def _put_back(folder, parts, progress):
-    found = dict(_read_tensors(folder))
-    optimizer, states = parts.optimizer, {}
-    for i, (name, p) in enumerate(zip(parts.names, _parameters(optimizer), strict=True)):
-        if parts.own_weights:
-            with torch.no_grad():
-                p.copy_(found.pop(f"parameter/{name}"))
-        prefix = f"optimizer/{name}/"
-        own = {key.removeprefix(prefix): found.pop(key) for key in [*found] if key.startswith(prefix)}
-        if own:
-            states[i] = own
+    optimizer, found, states = parts.optimizer, {}, {}
+    index = {name: i for i, name in enumerate(parts.names)}
+    for name, tensor in _read_tensors(folder):
+        if name.startswith("optimizer/"):
+            of, _, key = name.removeprefix("optimizer/").rpartition("/")
+            states.setdefault(index[of], {})[key] = tensor
+        else:
+            found[name] = tensor
+    if parts.own_weights:
+        with torch.no_grad():
+            for name, p in zip(parts.names, _parameters(optimizer), strict=True):
+                p.copy_(found[f"parameter/{name}"])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
     optimizer.skipped_steps.copy_(found["skipped_steps"])
     for name, tensor in parts.guard.tensors.items():
@@ -125,12 +128,11 @@ def _put_back(folder, parts, progress):
 
 def bytes_of(parts):
     """The size of the tensors that a checkpoint has beside ``model/``, once every state is there."""
-    total = 0
-    for p in _parameters(parts.optimizer):
-        half = p.dtype in (torch.float16, torch.bfloat16)
-        master = {"float32": 4, "split": 2}.get(parts.optimizer.master_weights, 0) if half else 0
-        moment = (parts.optimizer.state_dtype or p.dtype).itemsize
-        total += p.numel() * (2 * moment + master + parts.own_weights * p.element_size())
+    optimizer, total = parts.optimizer, 0
+    for p in _parameters(optimizer):
+        moment = (optimizer.state_dtype or p.dtype).itemsize
+        remainder = 2 * (optimizer.master_weights == "split" and p.dtype in HALF)
+        total += p.numel() * (2 * moment + remainder + parts.own_weights * p.element_size())
     return total
 
 

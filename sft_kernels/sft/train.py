@@ -27,6 +27,7 @@ from .loading import check_recipe, load_config
 from .lr import cosine_factor
 from .masking import Encoder
 from .metrics import load_metric
+from .out import BEST
 from .packing import collate
 from .positions import most_positions, without_longer
 from .precision import autocast, dtype_of, optimizer_of, rounded_away
@@ -155,10 +156,10 @@ def train(recipe, *, model=None, tokenizer=None):
             resume.check_still(out, earlier)
         done = run.go_on(earlier) if folder else 0
         watch = Watch(recipe.max_skips)
-        log = RunLog(out, run.steps.total, recipe.log_every, watch, earlier and earlier.log_bytes)
+        log = RunLog(out, run.steps.total, recipe.log_every, watch, earlier and earlier.log_bytes, done)
         run.log, run.checkpoints = log, Checkpoints(out, recipe.keep)
         run.checkpoints.rotate(done)  # a kill may have come before
-        log.done, log.best = done, earlier.progress["best"] if folder else None
+        log.best = earlier.progress["best"] if folder else None
         watch.go_on(log.history)
         measure = partial(judge.measure, model=model, tokenizer=tokenizer, log=log, batch=run.batch)
         with saved_at_the_end(model, tokenizer, log, measure, run.checkpoint, replace=bool(earlier)) as stop:
@@ -284,7 +285,7 @@ class _Run:
         """Counts the models and the bytes of other files that the run needs room for beside what is there."""
         recipe, best, new = self.recipe, 0, 0
         if recipe.eval_every and judge.rows:
-            best = 2 - (out / "best").exists()
+            best = 2 - (out / BEST).exists()
         if recipe.save_every:
             at_once = min(recipe.keep + 1, (self.steps.total - 1) // recipe.save_every)
             new = max(1, at_once - len([*out.glob("checkpoints/step-*")]))
