@@ -219,8 +219,8 @@ def _inspect(argv):
     from .sft.inspection import label_table, summary
     from .sft.masking import Encoder
     from .sft.model import load_tokenizer
+    from .sft.prepare import train_tokenizer_on
     from .sft.sources import Source, check_pipes
-    from .sft.train import train_tokenizer_on
 
     check_pipes(options.data)
     sources = [Source(path) for path in options.data]

@@ -10,14 +10,16 @@ import json
 import random
 
 from .answers import answer, prompts_of
+from .dataset import load_examples
 from .evaluate import masked_loss
 from .manifest import Manifest
 from .masking import Encoder
 from .metrics import EXACT_MATCH, score
 from .model import END_OF_TURN, train_tokenizer
 from .packing import PackedRows, collate, groups_of
+from .recipe import Recipe
 from .report import say
-from .train import Recipe, load_examples, train
+from .train import train
 
 _WORDS = """
 apple bread cloud daisy eagle flute grape horse ivory jelly kite lemon maple night ocean piano queen river stone tiger

@@ -10,7 +10,7 @@ from .answers import answer, prompts_of
 from .evaluate import masked_loss
 from .metrics import EXACT_MATCH, score
 from .out import BEST
-from .packing import PackedRows, groups_of
+from .packing import PackedRows, collate, groups_of
 from .precision import autocast
 from .report import say, warn
 
@@ -23,31 +23,35 @@ class HeldOut:
     or with a metric that fails later on, the masked loss alone is measured.
     """
 
-    def __init__(self, examples, recipe, metric, end_of_turn):
-        self.recipe, self.metric, self.end_of_turn = recipe, metric, end_of_turn
-        self.rows = PackedRows(examples, recipe.row_tokens)
-        self.prompts = prompts_of(examples, recipe.metric_prompts, recipe.seed)
-        if self.rows and recipe.metric_prompts and not self.prompts:
+    def __init__(self, ready):
+        self.ready, self.recipe, self.metric = ready, ready.recipe, ready.metric
+        self.rows = PackedRows(ready.unseen, self.recipe.row_tokens)
+        self.prompts = prompts_of(ready.unseen, self.recipe.metric_prompts, self.recipe.seed)
+        if self.rows and self.recipe.metric_prompts and not self.prompts:
             say("metric: no held-out example has a prompt, so only the masked loss is measured")
 
-    def measure(self, stop, step, model, tokenizer, log, batch):
-        """Measure ``model`` after ``step``, and write what is found to ``log``."""
+    def measure(self, stop, step, log):
+        """Measure the model after ``step``, and write what is found to ``log``."""
         if not self.rows:
             return
-        with autocast(model.device, self.recipe):
-            with models.boundaries_given(model):
-                batches = stop.batches(map(batch, groups_of(self.recipe.rows, self.rows)))
-                measured = masked_loss(model, batches, model.device)._asdict()
+        with autocast(self.ready.model.device, self.recipe):
+            measured = self.masked_loss(stop.batches)._asdict()
             if self.prompts:
-                measured |= self._answered(stop, step, model, tokenizer)
+                measured |= self._answered(stop, step)
         log.evaluation(step, measured)
         if self.recipe.eval_every and step:
-            self._keep_best(step, measured, model, tokenizer, log)
+            self._keep_best(step, measured, log)
 
-    def _answered(self, stop, step, model, tokenizer):
-        answers = answer(
-            model, tokenizer, self.prompts, self.end_of_turn, self.recipe.max_new_tokens, each=stop.batches
-        )
+    def masked_loss(self, each=iter):
+        """The :class:`~.evaluate.Loss` on all that is held out; ``each`` is asked for every batch."""
+        model, recipe = self.ready.model, self.recipe
+        packed = (collate(rows, recipe.row_tokens, self.ready.pad_id) for rows in groups_of(recipe.rows, self.rows))
+        with models.boundaries_given(model):
+            return masked_loss(model, each(packed), model.device)
+
+    def _answered(self, stop, step):
+        model, tokenizer, most = self.ready.model, self.ready.tokenizer, self.recipe.max_new_tokens
+        answers = answer(model, tokenizer, self.prompts, self.ready.end, most, each=stop.batches)
         try:
             value = score(self.metric, answers)
         except ValueError as error:
@@ -58,7 +62,7 @@ class HeldOut:
         stopped = sum(answers.stopped) / len(answers.stopped)
         return {"metric": self.metric.name, "score": value, "stopped": stopped, "prompts": len(self.prompts)}
 
-    def _keep_best(self, step, measured, model, tokenizer, log):
+    def _keep_best(self, step, measured, log):
         by, value = ("masked loss", measured["loss"]) if not self.prompts else (self.metric.name, measured["score"])
         found = {"step": step, "by": by, "value": value, "loss": measured["loss"]}
         if value is None or not math.isfinite(measured["loss"]):  # NaN is neither better nor worse
@@ -67,7 +71,7 @@ class HeldOut:
             return
         best = log.out / BEST
         try:
-            models.save(model, tokenizer, best, replace=True)
+            models.save(self.ready.model, self.ready.tokenizer, best, replace=True)
         except Exception as error:  # safetensors and tokenizers have exceptions of their own
             with suppress(OSError):
                 whole.clear_up(best)  # a full disk needs the room

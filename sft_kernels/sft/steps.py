@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 
+from .lr import cosine_factor
 from .packing import PackedRows, groups_of, lengths_of, pack
 
 
@@ -19,6 +20,11 @@ class Steps:
         self.rows_a_step = recipe.rows * recipe.accumulate
         self.per_epoch = -(-len(pack(lengths_of(examples), recipe.row_tokens)) // self.rows_a_step)
         self.total = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * self.per_epoch))
+        self.warmup = round(recipe.warmup * self.total)
+
+    def lr(self, step):
+        """The learning rate of a step; steps count from 1."""
+        return self.recipe.lr * cosine_factor(step - 1, self.total, self.warmup)
 
     def after(self, done):
         """Yield ``(step, micro_batches)`` of every step after the first ``done``; steps count from 1."""

@@ -11,6 +11,7 @@ import sys
 import torch
 
 from sft_kernels.sft import checkpoints, state, whole
+from sft_kernels.sft import run as running
 from sft_kernels.sft import train as training
 from sft_kernels.sft.recipe import Recipe
 
@@ -21,7 +22,7 @@ def kill(*args, **kwargs):
 
 def in_micro_batch(number):
     """In the forward of a micro-batch; counted from 1 in this process."""
-    loss, calls = training.linear_cross_entropy, []
+    loss, calls = running.linear_cross_entropy, []
 
     def counted(*args, **kwargs):
         calls.append(None)
@@ -29,7 +30,7 @@ def in_micro_batch(number):
             kill()
         return loss(*args, **kwargs)
 
-    training.linear_cross_entropy = counted
+    running.linear_cross_entropy = counted
 
 
 def in_checkpoint(step):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sft_kernels.sft import train as training
+from sft_kernels.sft import run as running
 from sft_kernels.sft.finish import Stopped
 from sft_kernels.sft.recipe import Recipe
 from sft_kernels.sft.train import train
@@ -44,7 +44,7 @@ def recipe_of(folder, model):
 
 def stopped_in(number, recipe, **given):
     """Run ``recipe`` until SIGTERM comes in micro-batch ``number``."""
-    loss, calls = training.linear_cross_entropy, []
+    loss, calls = running.linear_cross_entropy, []
 
     def called(*args, **kwargs):
         calls.append(None)
@@ -53,7 +53,7 @@ def stopped_in(number, recipe, **given):
         return loss(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "linear_cross_entropy", called)
+        patch.setattr(running, "linear_cross_entropy", called)
         with pytest.raises(Stopped) as e:
             train(recipe, **given)
     return e.value

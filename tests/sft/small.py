@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from sft_kernels.sft.train import Recipe
+from sft_kernels.sft.recipe import Recipe
 
 from .conftest import chat
 

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sft_kernels.sft import checkpoints, resume
+from sft_kernels.sft import run as running
 from sft_kernels.sft import train as training
 from sft_kernels.sft.checkpoints import Checkpoints, only_run
 from sft_kernels.sft.report import RunLog
@@ -271,14 +272,14 @@ def test_checkpoints_rotate_and_the_best_model_stays(recipe, monkeypatch):
     third = replace(recipe, out=recipe.out + "-3", steps=11)
     monkeypatch.undo()
     seen = {}
-    step = training._Run.step
+    step = running.Run.step
 
     def spied(self, number, batches):
         step(self, number, batches)
         if number == 3:
             seen.update({name: p.detach().clone() for name, p in self.model.named_parameters()})
 
-    monkeypatch.setattr(training._Run, "step", spied)
+    monkeypatch.setattr(running.Run, "step", spied)
     train(third)
     assert all(p.equal(seen[name]) for name, p in loaded(f"{recipe.out}/best").named_parameters())
 

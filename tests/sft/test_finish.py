@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from sft_kernels import cli
 from sft_kernels.sft import finish, held_out, state
+from sft_kernels.sft import run as running
 from sft_kernels.sft import train as training
 from sft_kernels.sft.finish import Stop, Stopped
 from sft_kernels.sft.report import RunLog
@@ -31,7 +32,7 @@ def run(tmp_path, tokenizer, monkeypatch):
         model = model_of(len(tokenizer))
 
         def __call__(self, at=None, number=2, **options):
-            loss, calls = training.linear_cross_entropy, []
+            loss, calls = running.linear_cross_entropy, []
 
             def called(*args, **kwargs):
                 calls.append(None)
@@ -39,11 +40,11 @@ def run(tmp_path, tokenizer, monkeypatch):
                     at()
                 return loss(*args, **kwargs)
 
-            monkeypatch.setattr(training, "linear_cross_entropy", called)
+            monkeypatch.setattr(running, "linear_cross_entropy", called)
             try:
                 return train(recipe_in(tmp_path, **options), model=self.model, tokenizer=tokenizer)
             finally:
-                monkeypatch.setattr(training, "linear_cross_entropy", loss)
+                monkeypatch.setattr(running, "linear_cross_entropy", loss)
 
         def names(self):
             return sorted(path.name for path in self.out.iterdir())

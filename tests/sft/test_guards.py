@@ -5,6 +5,7 @@ import torch
 
 from sft_kernels import AdamW
 from sft_kernels.sft import guards
+from sft_kernels.sft import run as running
 from sft_kernels.sft import train as training
 from sft_kernels.sft.guards import Guard, TooManySkips, Watch, check_learning_rate
 from sft_kernels.sft.lr import cosine_factor
@@ -20,13 +21,13 @@ def spoil(monkeypatch):
     """Multiplies the losses of micro-batches, counted from 1, by ``factors``."""
 
     def spoil(factors):
-        loss, calls = training.linear_cross_entropy, []
+        loss, calls = running.linear_cross_entropy, []
 
         def spoilt(*args, **kwargs):
             calls.append(None)
             return loss(*args, **kwargs) * factors.get(len(calls), 1.0)
 
-        monkeypatch.setattr(training, "linear_cross_entropy", spoilt)
+        monkeypatch.setattr(running, "linear_cross_entropy", spoilt)
 
     return spoil
 
@@ -63,8 +64,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_examples_are_named(log_eve
 
 
 def test_the_named_examples_are_those_of_the_step(run, spoil, monkeypatch):
-    seen, collate = [], training.collate
-    monkeypatch.setattr(training, "collate", lambda rows, *args: seen.append(rows) or collate(rows, *args))
+    seen, collate = [], running.collate
+    monkeypatch.setattr(running, "collate", lambda rows, *args: seen.append(rows) or collate(rows, *args))
     spoil({3: NAN})
     run(steps=3)
     _, _, third = seen[-3:]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from sft_kernels.sft import model as models
+from sft_kernels.sft.recipe import Recipe
 from sft_kernels.sft.stock import NotStock, batch_to_check, check_against_stock
-from sft_kernels.sft.train import Recipe, train
+from sft_kernels.sft.train import train
 
 from .conftest import chat
 from .test_stock import PHI3, of_length

@@ -12,8 +12,9 @@ from sft_kernels.sft.data import DataError
 from sft_kernels.sft.model import hidden_states
 from sft_kernels.sft.packing import collate
 from sft_kernels.sft.positions import most_positions, without_longer
+from sft_kernels.sft.recipe import Recipe
 from sft_kernels.sft.stock import NotStock, packed_hidden_states
-from sft_kernels.sft.train import Recipe, train
+from sft_kernels.sft.train import train
 
 from .conftest import chat
 from .test_stock import DYNAMIC, PHI3, of_length

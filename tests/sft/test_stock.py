@@ -10,9 +10,11 @@ import torch
 from sft_kernels.integrations import attention, rotary
 from sft_kernels.sft import model as models
 from sft_kernels.sft import stock
+from sft_kernels.sft.dataset import load_examples
 from sft_kernels.sft.masking import IGNORE, Encoder, Example
+from sft_kernels.sft.recipe import Recipe
 from sft_kernels.sft.stock import NotStock, batch_to_check, check_against_stock
-from sft_kernels.sft.train import Recipe, load_examples, train
+from sft_kernels.sft.train import train
 
 from .conftest import chat
 

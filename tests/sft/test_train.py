@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from sft_kernels.sft import model as models
+from sft_kernels.sft import run as running
 from sft_kernels.sft import stock
-from sft_kernels.sft import train as training
 from sft_kernels.sft.data import DataError
+from sft_kernels.sft.dataset import load_examples
 from sft_kernels.sft.lr import cosine_factor
 from sft_kernels.sft.masking import Encoder
 from sft_kernels.sft.packing import collate
+from sft_kernels.sft.recipe import Recipe
 from sft_kernels.sft.stock import NotStock, check_against_stock
-from sft_kernels.sft.train import Recipe, load_examples, train
+from sft_kernels.sft.train import train
 
 from .conftest import REAL_DATA, chat
 
@@ -98,13 +100,13 @@ def test_a_line_has_the_numbers_of_its_own_step_however_often_they_are_read(reci
 
 def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(recipe, small_model, tokenizer, monkeypatch, capsys):
     """Without a number read: the third step's loss is NaN."""
-    calls, loss = [], training.linear_cross_entropy
+    calls, loss = [], running.linear_cross_entropy
 
     def spoilt(*args, **kwargs):
         calls.append(None)
         return loss(*args, **kwargs) * (float("nan") if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(training, "linear_cross_entropy", spoilt)
+    monkeypatch.setattr(running, "linear_cross_entropy", spoilt)
     train(replace(recipe, steps=5), model=small_model(), tokenizer=tokenizer)
     rows = steps_of(recipe.out)
     assert [row["loss"] is None for row in rows] == [False, False, True, False, False]

@@ -1,13 +1,11 @@
 """Templates that render a turn in another way once others follow, and what else keeps labels from being right."""
 
-from functools import partial
-
 import pytest
 
-from sft_kernels.sft import train, turns
+from sft_kernels.sft import prepare, turns
 from sft_kernels.sft.data import DataError
 from sft_kernels.sft.masking import IGNORE, Encoder
-from sft_kernels.sft.train import Recipe, load_examples
+from sft_kernels.sft.recipe import Recipe
 
 from .conftest import record
 
@@ -434,7 +432,6 @@ def test_the_turns_of_one_conversation_are_held_out_together(make, write_jsonl, 
     path = write_jsonl(*({"messages": THINKING} for _ in range(6)))
     recipe = Recipe(data=[str(path)], out=str(tmp_path / "run"), holdout=0.4, split_turns=True)
     encoder = Encoder(make(THINKS_LAST), split_turns=True)
-    load = partial(load_examples, encoder=encoder, row_tokens=recipe.row_tokens)
-    examples, held_out, _ = train._data(recipe, recipe.data, load)
+    examples, held_out = prepare.read(recipe, recipe.data, encoder)
     assert (len(held_out), len(examples)) == (4, 8)
     assert not {example.source for example in held_out} & {example.source for example in examples}

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sft_kernels
+from sft_kernels.sft import run as running
 from sft_kernels.sft import train as training
 from sft_kernels.sft.recipe import Recipe
 from sft_kernels.sft.report import RunLog
@@ -31,7 +32,7 @@ class Syncs(TorchDispatchMode):
         for name in self.READ:
             monkeypatch.setattr(torch.Tensor, name, self._counted(name, getattr(torch.Tensor, name)))
         # Batches are made on the host, where reading costs nothing.
-        monkeypatch.setattr(training, "collate", self._counted(None, training.collate))
+        monkeypatch.setattr(running, "collate", self._counted(None, running.collate))
 
     def _counted(self, name, function):
         def wrapper(*args, **kwargs):
