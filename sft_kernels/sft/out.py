@@ -8,8 +8,11 @@ UNFINISHED = "model-unfinished"
 """The folder in ``out`` for the model of a run that an error ended."""
 BEST = "best"
 """The folder in ``out`` for the best model on held-out data."""
+COMPARISON = "compare"
+"""The folder in ``out`` for a comparison with plain PyTorch."""
 _RUN = (
     "train.jsonl",
+    COMPARISON,
     "curves.png",
     "checkpoints",
     BEST,

@@ -79,6 +79,7 @@ class Run:
             with self.phase("backward"):
                 part.backward()
             loss += part.detach()
+        tokens = sum(b.tokens for b in batches)
         lr = self.steps.lr(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -91,7 +92,8 @@ class Run:
             lr=lr,
             examples=sum(b.examples for b in batches),
             rows=sum(b.rows for b in batches),
-            tokens=sum(b.tokens for b in batches),
+            tokens=tokens,
+            padding=tokens - sum(len(e.input_ids) for rows in micro_batches for row in rows for e in row),
             kept=sum(b.kept.count for b in batches),
             **updated,
             sources=[example.source for rows in micro_batches for row in rows for example in row],

@@ -27,9 +27,13 @@ def packed_attention(
     if not lengths:
         return attend_nothing(query, key, value)
     tail = T - sum(lengths)
+    # In fp32 torch's flash kernel for the CPU takes a fast exponential: twice the error budget where scores are large.
+    exact = query.device.type == "cpu" and query.dtype == torch.float32 and softcap is None
+    bias = _bias(max(lengths), window_size, query) if exact else None
     # One split, so that the backward is one concatenation rather than a full-size gradient per segment.
     *segments, _ = zip(*(t.split([*lengths, tail]) for t in (query, key, value)), strict=True)
-    out = torch.cat([*(_segment(*s, **options) for s in segments), query.new_zeros(tail, *query.shape[1:])])
+    attended = [_with_bias(*s, bias, scale) if exact else _segment(*s, **options) for s in segments]
+    out = torch.cat([*attended, query.new_zeros(tail, *query.shape[1:])])
     if not return_lse:
         return out, None
     with torch.no_grad():
@@ -47,10 +51,8 @@ def _segment(query, key, value, *, scale, window_size, softcap):
     mask = None if left is None and right in (None, 0) else _mask(l, left, right, query.device)
     if Hq != Hkv and query.device.type == "cpu" and query.element_size() < 4:
         key, value = (_each_head(t, Hq // Hkv) for t in (key, value))
-    # In fp32 torch's flash kernel for the CPU takes a fast exponential: twice the error budget where scores are large.
     # No kernel has a second derivative, nor one in forward mode.
-    exact = (query.device.type == "cpu" and query.dtype == torch.float32) or is_transformed()
-    with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
+    with sdpa_kernel(SDPBackend.MATH) if is_transformed() else nullcontext():
         out = F.scaled_dot_product_attention(
             *(t.transpose(0, 1)[None] for t in (query, key, value)),  # [1, H, l, D]
             attn_mask=mask,
@@ -59,6 +61,25 @@ def _segment(query, key, value, *, scale, window_size, softcap):
             enable_gqa=Hq != key.shape[1],
         )
     return out[0].transpose(0, 1)
+
+
+def _with_bias(query, key, value, bias, scale):
+    """The output of one segment, [l, Hq, D], by three passes over its scores: both products and a softmax.
+
+    ``bias`` [L, L], L ≥ l, is added to the scores inside the first product.
+    """
+    (l, Hq, D), Hkv = query.shape, key.shape[1]
+    group = Hq // Hkv
+    q = query.transpose(0, 1).reshape(Hkv, group * l, D)  # the heads of one key head in one product
+    bias = bias[:l, :l].repeat(group, 1).expand(Hkv, -1, -1)
+    p = torch.baddbmm(bias, q, key.permute(1, 2, 0), alpha=D**-0.5 if scale is None else scale).softmax(-1)
+    return (p @ value.transpose(0, 1)).reshape(Hq, l, value.shape[2]).transpose(0, 1)
+
+
+def _bias(l, window_size, query):
+    """What is added to the scores of a segment of l tokens, or fewer: 0 for the keys that are seen, else −inf."""
+    seen = _mask(l, *_binding(window_size, l), query.device)
+    return query.new_zeros(l, l).masked_fill_(~seen, -torch.inf)
 
 
 def _whole_row(query, key, value, cu_seqlens, options, return_lse):
