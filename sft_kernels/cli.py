@@ -18,6 +18,7 @@ _USAGE = """usage: sft-kernels COMMAND [options]
 
   train    --config recipe.yaml --data FILE.jsonl ...  fine-tune a model; options override the file
   inspect  FILE.jsonl ...                              tokens beside shifted labels, and shares
+  plan     --model DIR | --params 70e9 ...             bytes a GPU, tokens and FLOPs of a run
   demo     [--out DIR]                                 the whole job on a CPU, before and after
   verify   [--ops ...] [--impls ...] [--smoke]         is every implementation right here?
 
@@ -90,7 +91,7 @@ def _status(argv, signals):
 
 
 def _run(argv):
-    commands = {"train": _train, "inspect": _inspect, "demo": _demo, "verify": _verify}
+    commands = {"train": _train, "inspect": _inspect, "plan": _plan, "demo": _demo, "verify": _verify}
     if argv and argv[0] in commands:
         return commands[argv[0]](argv[1:])
     if argv and argv[0] == "--version":
@@ -240,6 +241,13 @@ def _inspect(argv):
         print(printable(f"skipped {error}"))
     if len(bad):
         print(f"skipped {len(bad)} lines")
+    return 0
+
+
+def _plan(argv):
+    from .sft.plan import Plan, text
+
+    print(text(_options(Plan, "plan", argv)))
     return 0
 
 
