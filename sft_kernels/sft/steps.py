@@ -19,6 +19,7 @@ class Steps:
         self.rows_a_step = recipe.rows * recipe.accumulate
         self.per_epoch = -(-len(pack(lengths_of(examples), recipe.row_tokens)) // self.rows_a_step)
         self.total = recipe.steps if recipe.steps is not None else max(1, round(recipe.epochs * self.per_epoch))
+        self.warmup = round(recipe.warmup * self.total)
 
     def after(self, done):
         """Yield ``(step, micro_batches)`` of every step after the first ``done``; steps count from 1."""

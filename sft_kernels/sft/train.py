@@ -197,7 +197,6 @@ class _Run:
         """Take up the data, and make the optimiser."""
         self.examples, self.unseen = examples, unseen
         self.steps = Steps(examples, self.recipe)
-        self.warmup = round(self.recipe.warmup * self.steps.total)
         optimizer, names = optimizer_of(self.model, self.recipe)
         self.guard = Guard(optimizer, self.recipe.spike, self.recipe.max_skips)
         self.parts = state.Parts(optimizer, names, self.guard, self.device, self.given)
@@ -225,7 +224,7 @@ class _Run:
                 )
             part.backward()
             loss += part.detach()
-        lr = recipe.lr * cosine_factor(step - 1, self.steps.total, self.warmup)
+        lr = recipe.lr * cosine_factor(step - 1, self.steps.total, self.steps.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         self.guard.step(step)
