@@ -5,10 +5,8 @@ import shutil
 import signal
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Literal
 
 from . import __version__
 from ._signals import Signals
@@ -17,7 +15,7 @@ from ._terminal import ForTheUser, coloured, one_line, printable, taken
 _USAGE = """usage: sft-kernels COMMAND [options]
 
   train    --config recipe.yaml --data FILE.jsonl ...  fine-tune a model; options override the file
-  inspect  FILE.jsonl ...                              tokens beside shifted labels, and shares
+  inspect  FILE.jsonl ... [options of train]           tokens beside their labels, shares, and faults
   plan     --model DIR | --params 70e9 ...             bytes a GPU, tokens and FLOPs of a run
   demo     [--out DIR]                                 the whole job on a CPU, before and after
   verify   [--ops ...] [--impls ...] [--smoke]         is every implementation right here?
@@ -145,20 +143,27 @@ def _wide_enough():
             os.environ["COLUMNS"] = before
 
 
-def _train(argv):
+def _configured(argv):
+    """``(recipe, rest)``: the recipe that ``--config`` names, or the default one, and the other arguments."""
     from .sft.recipe import Recipe
     from .sft.recipe_file import from_yaml
 
-    recipe = Recipe()
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    if "--config" in argv:
-        at = argv.index("--config")
-        if not argv[at + 1 :] or not argv[at + 1]:
-            raise ValueError("--config: expected a file")
-        recipe = from_yaml(argv[at + 1])
-        argv = argv[:at] + argv[at + 2 :]
-        if "--config" in argv:
-            raise ValueError("--config: expected one file, got two")
+    if "--config" not in argv:
+        return Recipe(), argv
+    at = argv.index("--config")
+    if not argv[at + 1 :] or not argv[at + 1]:
+        raise ValueError("--config: expected a file")
+    recipe, rest = from_yaml(argv[at + 1]), argv[:at] + argv[at + 2 :]
+    if "--config" in rest:
+        raise ValueError("--config: expected one file, got two")
+    return recipe, rest
+
+
+def _train(argv):
+    from .sft.recipe import Recipe
+
+    recipe, argv = _configured(argv)
     description = "--config FILE reads options from YAML first."
     recipe = _options(Recipe, "train", argv, default=recipe, description=description)
 
@@ -180,68 +185,17 @@ def _train(argv):
 
 
 def _inspect(argv):
-    import tyro
+    from .sft.inspect_command import Inspect, inspect
 
-    @dataclass
-    class Inspect:
-        """Show what a run would train on."""
-
-        data: Annotated[list[str], tyro.conf.Positional]
-        """Files of conversations: JSONL, also compressed, or Parquet; - is standard input."""
-        tokenizer: str | None = None
-        """Folder of a tokenizer, or hf:owner/name; None: a byte-level BPE trained on the data."""
-        chat_template: str | None = None
-        """A file that replaces the tokenizer's chat template."""
-        trust_remote_code: bool = False
-        """Let Python code run that lies in the tokenizer's folder."""
-        mask: Literal["all", "completion", "completion+eot"] = "completion+eot"
-        """Which tokens carry loss."""
-        split_turns: bool = False
-        """Make an example of its own of an assistant's turn that the chat template renders differently once others
-        follow."""
-        cache: str | None = None
-        """Folder for tokenised data, which a later run starts from; None: sft_kernels in ~/.cache."""
-        row_tokens: int = 2048
-        """Tokens in a packed row."""
-        show: int = 1
-        """How many examples to print token by token."""
-        skip_bad: bool = False
-        """Count and report bad lines instead of stopping at the first."""
-
-    options = _options(Inspect, "inspect", argv)
-    if not options.data:
-        raise ValueError("data: expected at least one JSONL file")
-
-    from .sft.recipe import check_row_tokens
-
-    check_row_tokens(options.row_tokens)
-
-    from .sft.dataset import load_examples
-    from .sft.inspection import label_table, summary
-    from .sft.masking import Encoder
-    from .sft.model import load_tokenizer
-    from .sft.prepare import train_tokenizer_on
-    from .sft.sources import Source, check_pipes
-
-    check_pipes(options.data)
-    sources = [Source(path) for path in options.data]
-    if options.tokenizer:
-        tokenizer = load_tokenizer(options.tokenizer, options.chat_template, options.trust_remote_code)
-    else:
-        tokenizer = train_tokenizer_on(sources, 4096, options.skip_bad, options.chat_template)
-        print("no --tokenizer: a byte-level BPE of up to 4096 tokens, trained on the data\n")
-    encoder = Encoder(tokenizer, options.mask, options.split_turns)
-    examples, bad = load_examples(sources, encoder, options.row_tokens, options.skip_bad, cache_folder=options.cache)
-    for example in examples[: max(0, options.show)]:
-        print(label_table(example, tokenizer) + "\n")
-    print(summary(examples, options.row_tokens))
-    for note in encoder.notes:
-        print(printable(note))
-    for error in bad:
-        print(printable(f"skipped {error}"))
-    if len(bad):
-        print(f"skipped {len(bad)} lines")
-    return 0
+    recipe, argv = _configured(argv)
+    description = (
+        "Show what a run would train on. The options are those of train, so that the same ones show the same data; "
+        "those that a look does not need are checked and change nothing. --config FILE reads options from YAML first."
+    )
+    options = _options(Inspect, "inspect", argv, default=Inspect(**vars(recipe)), description=description)
+    if options.files and options.data != recipe.data:
+        raise ValueError("data: expected files either alone or behind --data, got both")
+    return inspect(options)
 
 
 def _plan(argv):

@@ -51,12 +51,14 @@ def test_inspect_shows_shifted_labels_and_shares(chats, capsys):
     assert main(["inspect", str(chats), "--row-tokens", "64", "--show", "1"]) == 0
     said = capsys.readouterr().out
     lines = [line.split() for line in said.splitlines()]
-    assert ["<|im_end|>", "·"] in [line[1:] for line in lines]  # nothing is predicted past the end of a turn
-    assert any(line[-1:] == ["<|im_end|>"] for line in lines)  # and the end itself is
+    assert ["<|im_end|>", r"\n", "·"] in [line[1:] for line in lines]  # nothing is predicted past the end of a turn
+    assert any(line[-2:] == ["<|im_end|>", "<|im_end|>"] for line in lines)  # and the end itself is
     assert "examples        12" in said
     assert "kept" in said
     assert "padding" in said
     assert "packing saves" in said
+    assert "end of turn     trained in 12 of 12 turns" in said
+    assert "ok      one shift: " in said
 
 
 def test_inspect_names_a_bad_line(chats, capsys):

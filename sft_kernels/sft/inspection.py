@@ -1,48 +1,106 @@
-"""What a run would train on, before it runs: tokens beside their shifted labels, and what packing saves."""
+"""Shows examples token by token and the findings of an audit, in colour on a terminal."""
 
-import numpy as np
+import os
+import sys
+from contextlib import suppress
+from functools import cache
+from itertools import zip_longest
+from unicodedata import east_asian_width
 
-from .._terminal import printable
+from .._terminal import coloured, printable
 from .masking import IGNORE
-from .packing import lengths_of, pack
 
-_BATCH = 8  # of the padded batches that packing is compared with
+_WIDTH = 20  # of a column of tokens
+_LEVELS = ("failed", "advice", "ok")
+_STYLES = {"failed": "1;31", "advice": "33", "ok": "32", "kept": "1;32", "masked": "2", "special": "35"}
 
 
-def label_table(example, tokenizer):
-    """A line per position: the token, and the token that the hidden state there is trained to predict (· for none)."""
+def wants_colour(stream):
+    """Returns true for a terminal, unless ``TERM=dumb`` or ``NO_COLOR`` asks for none."""
+    with suppress(ValueError):  # the stream is closed
+        return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    return False
 
-    def show(token):
-        return repr(tokenizer.decode([token], skip_special_tokens=False))[1:-1]
 
-    shifted = [*example.labels[1:], IGNORE]
+def show(make):
+    """Print the text that ``make(paint)`` returns.
+
+    ``paint(text, *styles)`` makes a text printable. On a terminal that wants colour it then puts
+    control sequences around it. So ``make`` has to paint every text that comes from data.
+    """
+    with coloured():
+        colour = wants_colour(sys.stdout)
+    if not colour:
+        print(make(plain))
+        return
+    text = make(_painted)  # by now, since libraries may print what is not painted
+    with coloured():
+        print(text)
+
+
+def plain(text, *styles):
+    """Returns ``text`` without control characters, and without colour."""
+    return printable(text)
+
+
+def _painted(text, *styles):
+    codes = ";".join(_STYLES[style] for style in styles)
+    return f"\x1b[{codes}m{printable(text)}\x1b[0m" if codes else printable(text)
+
+
+def label_table(example, tokenizer, paint=plain):
+    """A line per position: the token, the next token, and the label that is trained there.
+
+    It is what the hidden state at that position learns to predict, or · if nothing is trained. A
+    label that is not the next token has ``!`` behind it.
+    """
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+
+    @cache
+    def words(token):
+        text = repr(tokenizer.decode([token], skip_special_tokens=False))
+        return text if text[1:-1].isspace() else text[1:-1]
+
+    def column(token, *styles):
+        text = "" if token is None else words(token)
+        wide = sum(east_asian_width(character) in "WF" for character in text)
+        return paint(f"{text:<{_WIDTH - wide}}", *styles, *["special"] * (token in special))
+
+    ids = example.input_ids
     lines = [
-        printable(f"{example.source}: {len(example.input_ids)} tokens, {example.kept} kept"),
-        f"{'':>6} {'token':<24} predicts",
+        paint(f"{example.source}: {len(ids)} tokens, {example.kept} kept"),
+        f"{'':>6} {'token':<{_WIDTH}} {'next token':<{_WIDTH}} label",
     ]
-    for position, (token, label) in enumerate(zip(example.input_ids, shifted, strict=True)):
-        lines.append(f"{position:>6} {show(token):<24} {'·' if label == IGNORE else show(label)}")
+    for place, (token, following, label) in enumerate(zip_longest(ids, ids[1:], example.labels[1:])):
+        if label in (None, IGNORE):
+            style, shown = "masked", "·"
+        elif label == following:
+            style, shown = "kept", words(label)
+        else:
+            style, shown = "failed", f"{words(label)} !"
+        row = paint(f"{place:>6}", style), column(token, style), column(following, style), paint(shown, style)
+        lines.append(" ".join(row))
     return "\n".join(lines)
 
 
-def summary(examples, row_tokens):
-    """Counts of a data set, as lines: kept share, padding of batches and of packed rows, what packing saves.
-
-    The padded batches are eight examples each in the order given, filled up to their longest.
-    """
-    lengths = lengths_of(examples)
-    tokens, kept = int(lengths.sum()), int(examples.kept.sum())
-    rows = len(pack(lengths, row_tokens))
-    starts = np.arange(0, len(lengths), _BATCH)
-    sizes = np.diff(np.append(starts, len(lengths)))
-    padded, packed = int((sizes * np.maximum.reduceat(lengths, starts)).sum()), rows * row_tokens
+def summary(audit):
+    """The numbers of an :class:`~.audit.Audit`, as lines."""
+    a = audit
     return "\n".join(
         [
-            f"examples        {len(examples)}",
-            f"tokens          {tokens} (mean {tokens / len(examples):.1f}, longest {max(lengths)})",
-            f"kept            {kept} ({kept / tokens:.1%})",
-            f"padded          {padded} tokens in batches of {_BATCH}, {1 - tokens / padded:.1%} padding",
-            f"packed          {packed} tokens in {rows} rows of {row_tokens}, {1 - tokens / packed:.1%} padding",
-            f"packing saves   {1 - packed / padded:.1%} of the padded tokens",
+            f"examples        {a.examples}",
+            f"tokens          {a.tokens} (mean {a.tokens / a.examples:.1f}, longest {a.longest})",
+            f"kept            {a.kept} ({a.kept_share:.1%})",
+            f"end of turn     trained in {a.ended} of {a.turns} turns",
+            f"nothing learned from {a.unlearned} conversations",
+            f"padded          {a.padded} tokens in batches of {a.batch}, {a.padding_share:.1%} padding",
+            f"packed          {a.packed} tokens in {a.rows} rows of {a.row_tokens}, {a.row_padding_share:.1%} padding",
+            f"packing saves   {a.packing_gain:.1%} of the padded tokens",
         ]
     )
+
+
+def findings(audit, paint=plain):
+    """A line for each :class:`~.audit.Finding`, the failed ones first, then advice."""
+    found = sorted(audit.findings, key=lambda finding: _LEVELS.index(finding.level))
+    return "\n".join(f"{paint(f'{each.level:<7}', each.level)} {each.name}: {paint(each.text)}" for each in found)
