@@ -16,7 +16,7 @@ from .masking import Encoder
 from .metrics import EXACT_MATCH, score
 from .model import END_OF_TURN, train_tokenizer
 from .packing import PackedRows, collate, groups_of
-from .report import say
+from .progress import say
 from .train import Recipe, load_examples, train
 
 _WORDS = """

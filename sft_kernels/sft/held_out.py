@@ -12,7 +12,7 @@ from .metrics import EXACT_MATCH, score
 from .out import BEST
 from .packing import PackedRows, groups_of
 from .precision import autocast
-from .report import say, warn
+from .progress import say, warn
 
 
 class HeldOut:
@@ -34,15 +34,20 @@ class HeldOut:
         """Measure ``model`` after ``step``, and write what is found to ``log``."""
         if not self.rows:
             return
+        with log.aside():
+            measured = self._measured(stop, step, model, tokenizer, batch)
+            log.evaluation(step, measured)
+            if self.recipe.eval_every and step:
+                self._keep_best(step, measured, model, tokenizer, log)
+
+    def _measured(self, stop, step, model, tokenizer, batch):
         with autocast(model.device, self.recipe):
             with models.boundaries_given(model):
                 batches = stop.batches(map(batch, groups_of(self.recipe.rows, self.rows)))
                 measured = masked_loss(model, batches, model.device)._asdict()
             if self.prompts:
                 measured |= self._answered(stop, step, model, tokenizer)
-        log.evaluation(step, measured)
-        if self.recipe.eval_every and step:
-            self._keep_best(step, measured, model, tokenizer, log)
+        return measured
 
     def _answered(self, stop, step, model, tokenizer):
         answers = answer(

@@ -156,7 +156,16 @@ def train(recipe, *, model=None, tokenizer=None):
             resume.check_still(out, earlier)
         done = run.go_on(earlier) if folder else 0
         watch = Watch(recipe.max_skips)
-        log = RunLog(out, run.steps.total, recipe.log_every, watch, earlier and earlier.log_bytes, done)
+        log = RunLog(
+            out,
+            run.steps.total,
+            recipe.log_every,
+            watch,
+            earlier and earlier.log_bytes,
+            done,
+            clip=recipe.max_grad_norm,
+            tensorboard=recipe.tensorboard,
+        )
         run.log, run.checkpoints = log, Checkpoints(out, recipe.keep)
         run.checkpoints.rotate(done)  # a kill may have come before
         log.best = earlier.progress["best"] if folder else None
@@ -238,7 +247,8 @@ class _Run:
             grad_norm=optimizer.last_grad_norm,
             examples=sum(b.examples for b in batches),
             rows=sum(b.rows for b in batches),
-            tokens=sum(b.tokens for b in batches),
+            tokens=(tokens := sum(b.tokens for b in batches)),
+            padding=tokens - sum(len(e.input_ids) for rows in micro_batches for row in rows for e in row),
             kept=sum(b.kept.count for b in batches),
             skipped_steps=optimizer.skipped_steps.clone(),
             **({} if lost is None else {"rounded_away": lost}),
@@ -269,7 +279,8 @@ class _Run:
     def save(self):
         """Write a checkpoint; one that cannot be written costs a warning, and the earlier ones stay."""
         try:
-            self.checkpoint()
+            with self.log.aside():
+                self.checkpoint()
         except Exception as error:  # safetensors and tokenizers have exceptions of their own
             warn(f"no checkpoint could be saved after step {self.log.done} ({reason_of(error)})")
 
