@@ -95,7 +95,10 @@ def _loss(axis, course):
 
 def _metric(axis, course):
     axis.set_title(f"{course.metric[-40:]}, held out")
-    axis.plot(*zip(*course.scores(), strict=True), "o-", color=_GREEN, markersize=4)
+    steps, scores = zip(*course.scores(), strict=True)
+    axis.plot(steps, scores, "o-", color=_GREEN, markersize=4)
+    if min(scores) == max(scores) and 0 <= scores[0] <= 1:  # a share that stays has no range of its own
+        axis.set_ylim(-0.02, 1.02)
     if course.best and course.best["by"] == course.metric:
         _star(axis, course.best)
 
