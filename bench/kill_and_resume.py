@@ -67,10 +67,11 @@ def kill(process, after=None, step=None, log=None):
 
 
 def contents(out):
-    """A digest of each file that a run leaves. The picture and the recipe's ``out`` and ``resume`` do not count."""
+    """A digest of each file that a run leaves. The picture, the times of ``speed.jsonl`` and the recipe's ``out`` and
+    ``resume`` do not count."""
     found = {}
     for file in sorted(out.rglob("*")):
-        if not file.is_file() or file.name in ("curves.png", "files.json"):
+        if not file.is_file() or file.name in ("curves.png", "speed.jsonl", "files.json"):
             continue
         data = file.read_bytes()
         if file.name == "state.json":

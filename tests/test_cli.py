@@ -83,7 +83,8 @@ def test_train_reads_yaml_and_the_command_line_overrides_it(chats, config, tmp_p
     assert rows[0]["lr"] == 2e-3  # YAML 1.1 reads 2e-3 as a string
     assert (out / "model" / "model.safetensors").is_file()
     header = next(line for line in capsys.readouterr().out.splitlines() if "grad_norm" in line)
-    assert header.split() == ["step", "loss", "lr", "grad_norm", "examples", "rows", "tokens", "kept"]
+    counts = ["examples", "rows", "tokens", "padding", "kept"]
+    assert header.split() == ["step", "loss", "lr", "grad_norm", *counts, "kept/s", "left"]
     assert main(argv) == 1
     assert "holds a run already" in capsys.readouterr().err
 

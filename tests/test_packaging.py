@@ -60,12 +60,13 @@ def test_every_module_that_the_package_imports_is_declared(path):
 def test_the_extras_bring_what_they_say():
     from sft_kernels.ops.packed_attention.flash_impl import LIBRARIES
 
-    assert set(EXTRAS) == {"train", "flash", "dev", "integration"}
+    assert set(EXTRAS) == {"train", "tensorboard", "flash", "dev", "integration"}
     assert {"jinja2", "pyarrow"} <= distributions(EXTRAS["train"])
     assert "flash-attn" not in distributions([*PROJECT["dependencies"], *EXTRAS["train"], *EXTRAS["integration"]])
     assert [requirement.replace('"', "'") for requirement in EXTRAS["flash"]] == [
         "flash-attn>=2.6 ; sys_platform == 'linux'"
     ]
+    assert distributions(EXTRAS["tensorboard"]) == {"tensorboard"} <= distributions(EXTRAS["dev"])
     assert any("flash_attn" in library.modules for library in LIBRARIES)
     for extra in EXTRAS:
         assert f"| `{extra}` |" in README

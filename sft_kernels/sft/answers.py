@@ -10,7 +10,7 @@ import torch
 from ..integrations.rotary import forget_lengths
 from .model import causal_lm, stock_attention
 from .positions import most_positions
-from .report import bar, screen
+from .progress import bar, screen
 from .rows import IGNORE
 
 
@@ -192,7 +192,7 @@ def _greedy(model):
 @contextmanager
 def _counted(total):
     """Yields a function that counts one batch on a bar."""
-    shown = bar(total, "answering", "batch", leave=False)
+    shown = bar(total, "answering", "batches", leave=False)
 
     def count():
         with screen():

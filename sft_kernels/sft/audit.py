@@ -8,7 +8,7 @@ from .._terminal import printable
 from .faults import look_at
 from .masking import IGNORE
 from .packing import lengths_of, pack
-from .report import say
+from .progress import say
 
 _MOST_PADDING = 0.2  # of padded batches; above it the advice is to pack
 _MOST_ROW_PADDING = 0.1

@@ -16,7 +16,7 @@ from .._terminal import reason_of
 from . import whole
 from .examples import Part
 from .locks import locked
-from .report import warn
+from .progress import warn
 from .rows import DataError
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")

@@ -11,7 +11,7 @@ from pathlib import Path
 from .._terminal import reason_of
 from . import whole
 from .locks import locked
-from .report import warn
+from .progress import warn
 
 FOLDER = "checkpoints"
 _NAME = re.compile(r"step-([1-9][0-9]*)")

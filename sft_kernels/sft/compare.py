@@ -18,8 +18,9 @@ from .out import COMPARISON
 from .plain import Padded, Plain
 from .precision import autocast
 from .prepare import prepare
+from .progress import say, warn
 from .recipe import Recipe
-from .report import RunLog, say, warn
+from .report import RunLog
 from .run import Run
 
 OURS, PADDED, PLAIN = "ours", "ours, padded", "plain PyTorch"

@@ -4,7 +4,7 @@ import json
 import math
 
 from .._terminal import reason_of
-from .report import say, warn
+from .progress import say, warn
 
 _OURS_COLOUR, _PADDED_COLOUR, _PLAIN_COLOUR = "tab:blue", "tab:cyan", "tab:orange"
 

@@ -10,7 +10,7 @@ import numpy as np
 from . import cache, workers
 from .examples import Examples, PartWriter
 from .formats import Unfit
-from .report import bar
+from .progress import bar
 from .rows import DataError, record_of
 from .sources import Source, check_pipes
 from .workers import Died, OutOfTime, Workers, limited

@@ -17,8 +17,8 @@ from .masking import Encoder
 from .metrics import EXACT_MATCH, score
 from .model import END_OF_TURN, train_tokenizer
 from .packing import PackedRows, collate, groups_of
+from .progress import say
 from .recipe import Recipe
-from .report import say
 from .train import train
 
 _WORDS = """

@@ -10,7 +10,7 @@ from functools import partial
 
 from .._terminal import reason_of
 from .guards import TooManySkips
-from .report import say, warn
+from .progress import say, warn
 from .saving import UNFINISHED, NotSaved, save
 
 

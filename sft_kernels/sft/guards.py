@@ -5,7 +5,7 @@ import torch
 from .._terminal import ForTheUser
 from ..ops.adamw.sharding import Ranks
 from ..ops.adamw.torch_impl import global_norm
-from .report import warn
+from .progress import warn
 
 _WINDOW = 64  # norms that the running median is of
 _ENOUGH = 8  # norms before which nothing is a spike

@@ -12,7 +12,7 @@ from .metrics import EXACT_MATCH, score
 from .out import BEST
 from .packing import PackedRows, collate, groups_of
 from .precision import autocast
-from .report import say, warn
+from .progress import say, warn
 
 
 class HeldOut:
@@ -34,13 +34,14 @@ class HeldOut:
         """Measure the model after ``step``, and write what is found to ``log``."""
         if not self.rows:
             return
-        with autocast(self.ready.model.device, self.recipe):
-            measured = self.masked_loss(stop.batches)._asdict()
-            if self.prompts:
-                measured |= self._answered(stop, step)
-        log.evaluation(step, measured)
-        if self.recipe.eval_every and step:
-            self._keep_best(step, measured, log)
+        with log.aside():
+            with autocast(self.ready.model.device, self.recipe):
+                measured = self.masked_loss(stop.batches)._asdict()
+                if self.prompts:
+                    measured |= self._answered(stop, step)
+            log.evaluation(step, measured)
+            if self.recipe.eval_every and step:
+                self._keep_best(step, measured, log)
 
     def masked_loss(self, each=iter):
         """The :class:`~.evaluate.Loss` on all that is held out; ``each`` is asked for every batch."""

@@ -16,11 +16,11 @@ from .inspection import findings, label_table, show, summary
 from .loading import check_recipe
 from .masking import Encoder
 from .precision import dtype_of
+from .prepare import prepare_tokenizer, train_tokenizer_on
+from .progress import say
 from .recipe import Recipe, check
-from .report import say
 from .resume import earlier_model
 from .sources import Source, check_pipes
-from .prepare import prepare_tokenizer, train_tokenizer_on
 
 _VOCABULARY = 4096  # of a tokenizer that is trained on the data, if no model says how large it is
 

@@ -13,7 +13,7 @@ from .._terminal import reason_of
 from . import dropout as dropouts
 from . import files, folders, hub
 from .endings import is_failure
-from .report import say
+from .progress import say
 from .rows import DataError
 
 

@@ -8,12 +8,16 @@ UNFINISHED = "model-unfinished"
 """The folder in ``out`` for the model of a run that an error ended."""
 BEST = "best"
 """The folder in ``out`` for the best model on held-out data."""
+LOG, SPEED, CURVES, TENSORBOARD = "train.jsonl", "speed.jsonl", "curves.png", "tensorboard"
+"""The files in ``out`` that tell of a run, and the folder for TensorBoard's."""
 COMPARISON = "compare"
 """The folder in ``out`` for a comparison with plain PyTorch."""
-_RUN = (
-    "train.jsonl",
+WRITTEN = (
+    LOG,
+    SPEED,
+    CURVES,
+    TENSORBOARD,
     COMPARISON,
-    "curves.png",
     "checkpoints",
     BEST,
     "model",
@@ -21,6 +25,7 @@ _RUN = (
     "model-weights.pt",
     f"{UNFINISHED}-weights.pt",
 )
+"""All that a run may leave in ``out``."""
 _DEEPEST = 200  # folders; ``mkdir`` takes a step of Python's stack for each that is not there
 _PARTIAL = ("model.partial", f"{BEST}.partial", f"{BEST}.replaced", f"{UNFINISHED}.partial")
 _REPLACED = ("model.replaced", f"{UNFINISHED}.replaced")  # of a run that went on
@@ -34,7 +39,7 @@ def check_folder(out):
     are of a killed run, too. Their names are never used again, so they are left alone.
     """
     out = check_path(out)
-    for name in _RUN:
+    for name in WRITTEN:
         if os.path.lexists(out / name):
             raise FileExistsError(f"out: {out} holds a run already ({_described(out / name)})")
     for name in _PARTIAL:
@@ -48,7 +53,7 @@ def check_folder(out):
 def check_again(out):
     """The path of an ``out`` in which a run may go on; a link in the place of what it writes is refused."""
     out = check_path(out)
-    for path in (*(out / name for name in (*_RUN, *_PARTIAL, *_REPLACED)), *out.glob("checkpoints/step-*")):
+    for path in (*(out / name for name in (*WRITTEN, *_PARTIAL, *_REPLACED)), *out.glob("checkpoints/step-*")):
         if path.is_symlink():
             raise FileExistsError(f"out: {path} is a link, through which nothing is written")
     return out

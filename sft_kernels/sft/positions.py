@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .masking import IGNORE, Example
 from .packing import collate, lengths_of
-from .report import say
+from .progress import say
 from .rows import DataError
 
 aten = torch.ops.aten

@@ -14,6 +14,7 @@ import torch
 
 from . import held_out, resume, state
 from . import model as models
+from .audit import audit, check_audit
 from .data import stream
 from .dataset import end_of_turn, load_examples
 from .endings import Refused
@@ -24,8 +25,8 @@ from .masking import Encoder
 from .metrics import load_metric
 from .positions import most_positions, without_longer
 from .precision import dtype_of
+from .progress import say
 from .recipe import Recipe, check
-from .report import say
 from .saving import check_folder
 from .sources import Source, check_pipes
 from .stock import batch_to_check, check_against_stock, packed_hidden_states
@@ -58,7 +59,7 @@ def prepare(recipe, model=None, tokenizer=None):
     The loss and the gradients of one packed row have been compared with the model's own.
 
     Raises:
-        ValueError: a value of the recipe, or a model or data that cannot be trained on.
+        ValueError: a value of the recipe, or a model or data that cannot be trained on, which fail the audit, say.
         OSError: a file that cannot be read, or a folder that cannot be written to.
     """
     given = model is not None
@@ -84,6 +85,7 @@ def prepare(recipe, model=None, tokenizer=None):
     tokenizer = tokenizer or prepare_tokenizer(recipe, sources, folder)
     encoder = Encoder(tokenizer, recipe.mask, recipe.split_turns)
     examples, unseen = read(recipe, sources, encoder)
+    check_audit(audit(examples, encoder, recipe.row_tokens))
     if not given:
         model = models.load_model(
             folder or recipe.model,

@@ -30,8 +30,8 @@ class Recipe:
     init_from: str | None = None
     """An earlier run's folder, checkpoint or model to start a new schedule from, in the place of model."""
     out: str = "out/run"
-    """Folder for train.jsonl, curves.png, checkpoints/, best/ and model/. Without resume it must not hold a run
-    already, nor a link in their place."""
+    """Folder for train.jsonl, speed.jsonl, curves.png, checkpoints/, best/ and model/. Without resume it must not
+    hold a run already, nor a link in their place."""
     resume: bool = False
     """Go on from the newest complete checkpoint in out; from the start, if there is none. All else as it was."""
     save_every: int = 0
@@ -95,6 +95,8 @@ class Recipe:
     log_every: int = 10
     """Steps between lines on the screen. The host waits for the device there, once, and not between; train.jsonl has
     every step all the same."""
+    tensorboard: bool = False
+    """Write events for TensorBoard to tensorboard/ in out, too, which needs the extra tensorboard."""
     seed: int = 0
     """The seed of weights, split and order."""
 
@@ -106,7 +108,8 @@ class Recipe:
 
 
 def check(recipe, model_given=False):
-    """Raise ``ValueError`` for a value that makes no sense. ``model_given``: the recipe need not name one."""
+    """Raise ``ValueError`` for a value that makes no sense, and ``ImportError`` if what it asks for is not installed.
+    ``model_given``: the recipe need not name one."""
     for option in fields(recipe):
         value = getattr(recipe, option.name)
         check_kind(option.name, option.type, value)
@@ -143,6 +146,10 @@ def check(recipe, model_given=False):
     for name in ("warmup", "holdout", "dropout"):
         if not 0 <= getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected a share from 0 to 1, got {getattr(recipe, name)}")
+    if recipe.tensorboard:
+        from . import tensorboard
+
+        tensorboard.check()
 
 
 def check_kind(name, kind, value):

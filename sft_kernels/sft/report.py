@@ -1,18 +1,20 @@
-"""The traces of a run: a JSONL log with a line per step, some of them on the screen, curves as
-PNG."""
+"""The traces of a run: a JSONL log with a line per step, some of them on the screen, a page of
+curves, a table at the end."""
 
 import io
 import json
-import math
-import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from .._terminal import output, printable, reason_of
-from .out import BEST
+from .._terminal import reason_of
+from . import course, curves, summary
+from .jsonl import JsonLines
+from .out import CURVES, LOG, SPEED, TENSORBOARD
+from .progress import bar, can_draw, duration, say, screen, warn
+from .speed import Speed, per_second
+from .tensorboard import Board
 from .whole import sync
 
 _COLUMNS = (
@@ -23,8 +25,12 @@ _COLUMNS = (
     ("examples", "{:>8d}"),
     ("rows", "{:>5d}"),
     ("tokens", "{:>7d}"),
+    ("padding", "{:>7d}"),
     ("kept", "{:>7d}"),
 )
+# What the bar shows of, if there is one.
+_BESIDE = (("kept/s", "{:>8}"), ("left", "{:>8}"))
+_BAR = "{desc} {n_fmt}/{total_fmt} {percentage:3.0f}%|{bar}|{postfix}"
 
 
 class RunLog:
@@ -37,26 +43,35 @@ class RunLog:
     A number that is not finite is ``null`` in the file. ``watch(row, sources)`` is called with each
     step's row before it is written, and with the ``sources`` that the step was given.
 
-    ``done`` is the last step so far, ``total`` the last one planned. ``stopped`` says what ended
+    The time that the steps took goes to ``speed.jsonl``, see :class:`~.speed.Speed`. A terminal has
+    a bar with tokens per second and the time left; without one they stand in the lines.
+
+    ``done`` is the last step so far, ``total`` the last one planned. ``clip`` is the gradient norm
+    that is clipped to, and ``tensorboard`` asks for events, too. ``stopped`` says what ended
     the run before that, a signal's name or an error, and the file's last line says the same. A
     screen or a disk that fails later than here costs lines and not the run. ``curves`` says whether
     they can be drawn, which is tried here.
     """
 
-    def __init__(self, out, total, every, watch=None, keep=None, done=0):
+    def __init__(self, out, total, every, watch=None, keep=None, done=0, *, clip=None, tensorboard=False):
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
-        self.path = out / "train.jsonl"
+        self.file = JsonLines(out / LOG)
         self.history = self._begin(keep)
-        self.every, self.total, self.watch = every, total, watch
+        self.every, self.total, self.watch, self.clip = every, total, watch, clip
         self.done, self.stopped, self.best = done, None, None
         self.pending = []
-        self._unwritten, self._warned = b"", False
         self.curves = self._try_curves()
-        self.bar = bar(total, "training", "step", initial=self.done)
-        header = (f"{name:>{len(form.format(0))}}" for name, form in _COLUMNS)
-        say(" ".join(header))
+        # A measurement after the last step stays, and a run that starts again measures step 0 again.
+        purge = None if keep is None else done and done + 1
+        self.board = Board(out / TENSORBOARD, purge) if tensorboard else None
+        self.drawn = can_draw()
+        self.columns = _COLUMNS if self.drawn else (*_COLUMNS, *_BESIDE)
+        # Without a terminal the lines of the steps say it all.
+        self.bar = bar(total, "training", "step", self.drawn, initial=done, bar_format=_BAR, dynamic_ncols=True)
+        say(" ".join(f"{name:>{len(form.format(0))}}" for name, form in self.columns))
+        self.speed = Speed(out / SPEED, None if keep is None else done)
 
     def step(self, **values):
         self.pending.append(values)
@@ -66,11 +81,23 @@ class RunLog:
         if len(self.pending) >= self.every:
             self.flush()
 
+    @contextmanager
+    def aside(self):
+        """The time of the block does not count as training. The device is done with all steps so far
+        when it begins."""
+        self.flush()
+        try:
+            yield
+        finally:
+            self.speed.restart()
+
     def evaluation(self, step, measured):
         """Note what was measured on held-out data: ``loss``, ``accuracy``, ``kept`` and what else
         there is."""
         self.flush()
         self._write({"step": step, "eval": measured})
+        if self.board:
+            self.board.evaluation(step, measured)
         numbers = f"loss {measured['loss']:.4f}, accuracy {measured['accuracy']:.3f}, {measured['kept']} tokens"
         if measured.get("score") is not None:
             numbers += f"; {measured['metric']} {measured['score']:.4g}, {measured['stopped']:.0%} of answers stop"
@@ -80,6 +107,8 @@ class RunLog:
         """Note that the run ended early, after the last step so far."""
         self.stopped = reason
         self._write({"step": self.done, "of": self.total, "stopped": reason})
+        if self.board:
+            self.board.close()
 
     def finished(self):
         """Note that the run is whole: its last step, the model and the last evaluation are there."""
@@ -88,23 +117,42 @@ class RunLog:
     def position(self):
         """The bytes of the log so far, which are on the disk after this."""
         self.flush()
-        if self._unwritten:
-            raise OSError(f"{self.path} cannot be written")
-        sync(self.path)
-        return self.path.stat().st_size
+        path = self.file.path
+        if self.file.unwritten:
+            raise OSError(f"{path} cannot be written")
+        sync(path)
+        if self.board:
+            self.board.flush()
+        return path.stat().st_size
 
     def flush(self):
         sources = [row.pop("sources", None) for row in self.pending]
-        for row, of_step in zip(_on_host(self.pending), sources, strict=True):
+        rows = _on_host(self.pending)
+        for row, of_step in zip(rows, sources, strict=True):
             if self.watch is not None:
                 self.watch(row, of_step)
             self._write(row, at_once=False)
-        if self.pending:
-            say(" ".join(form.format(row[name]) for name, form in _COLUMNS))
-            with screen():
-                self.bar.set_postfix(loss=f"{row['loss']:.4f}")
+        if rows:
+            speed = self.speed.read(rows)
+            self._show(rows[-1], speed)
+            if self.board:
+                self.board.steps(rows, speed)
         self.pending = []
-        self._write_out()
+        self.file.write()
+
+    def _show(self, row, speed):
+        beside = {
+            "kept/s": f"{per_second(speed, 'kept'):,.0f}",
+            "left": duration(self.speed.left(self.total - self.done)),
+        }
+        shown = row | beside
+        if self.drawn:
+            rate, left = beside.values()
+            text = f"loss {row['loss']:.4f}, lr {row['lr']:.1e}, {rate} kept/s, {left} left"
+            with screen():
+                self.bar.set_postfix_str(text, refresh=False)
+        # The bar is drawn again below the line.
+        say(" ".join(form.format(shown[name]) for name, form in self.columns))
 
     def close(self):
         """Write what is pending, and end the bar. Evaluations and the end of a run can still be
@@ -117,29 +165,28 @@ class RunLog:
 
     def finish(self):
         """Draw the curves and say what the whole run came to; a failure is a warning."""
-        if self.curves:
+        found = course.of(
+            self.history, speed=self.speed.rows, out=self.out, total=self.total, clip=self.clip, best=self.best
+        )
+        if self.curves and found.steps:
             try:
-                self.plot()
+                self.plot(found)
             except Exception as error:  # matplotlib and its back ends raise all kinds
                 self.curves = False
-                warn(f"curves.png could not be drawn ({reason_of(error)})")
-        self._write_out()
-        if self._unwritten:
-            warn(f"the end of {self.path} is missing, {len(self._unwritten)} bytes")
-        steps = [row for row in self.history if "skipped_steps" in row]
-        if steps and (skipped := steps[-1]["skipped_steps"]):
-            say(f"skipped {skipped} of {self.done} steps, because of the gradient's norm")
-        if shares := [row["rounded_away"] for row in steps if row.get("rounded_away") is not None]:
-            say(f"rounded away: {sum(shares) / len(shares):.2%} of the updates, mean over the steps")
-        if self.best is not None:
-            name, value, step = (self.best[key] for key in ("by", "value", "step"))
-            say(f"best on held-out data: step {step}, {name} {value:.4g}; its model is in {self.out / BEST}")
+                warn(f"{CURVES} could not be drawn ({reason_of(error)})")
+        self.file.write()
+        if self.file.unwritten:
+            warn(f"the end of {self.file.path} is missing, {len(self.file.unwritten)} bytes")
+        if self.board:
+            self.board.close()
+        if found.steps:
+            for line in summary.table(found):
+                say(line)
 
-    def plot(self):
-        """``curves.png``: masked loss, held out too where it was measured, over the learning
-        rate."""
-        image, path = io.BytesIO(), self.out / "curves.png"
-        _draw(self.history, image, dpi=120)
+    def plot(self, found):
+        """Write ``curves.png`` of a :class:`~.course.Course`."""
+        image, path = io.BytesIO(), self.out / CURVES
+        curves.draw(found, image, dpi=120)
         if path.is_symlink():
             raise FileExistsError(f"{path} is a link")
         try:
@@ -151,20 +198,21 @@ class RunLog:
 
     def _begin(self, keep):
         """The rows of the log's first ``keep`` bytes, and nothing behind them; None for a new log."""
+        path = self.file.path
         if keep is None:
             try:
-                self.path.open("x").close()
+                path.open("x").close()
             except FileExistsError as error:  # of a run that began while this one read its data
-                raise FileExistsError(f"out: {self.out} holds a run already ({self.path.name})") from error
+                raise FileExistsError(f"out: {self.out} holds a run already ({path.name})") from error
             return []
-        self.path.touch()
-        with self.path.open("r+b") as file:
+        path.touch()
+        with path.open("r+b") as file:
             kept = file.read(keep)
             kept = kept[: kept.rfind(b"\n") + 1]
             rows = [self._row(number, line) for number, line in enumerate(kept.splitlines(), 1)]
             file.truncate(len(kept))
         if len(kept) < keep:
-            warn(f"{self.path} lacks lines that were there, {keep - len(kept)} bytes")
+            warn(f"{path} lacks lines that were there, {keep - len(kept)} bytes")
         return rows
 
     def _row(self, number, line):
@@ -175,99 +223,23 @@ class RunLog:
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             pass
         what = f"line {number} was not written by a run; put it back, or remove the file"
-        raise ValueError(f"resume: {self.path}, {what}")
+        raise ValueError(f"resume: {self.file.path}, {what}")
 
     def _try_curves(self):
-        example = [{"step": 1, "loss": 2.0, "lr": 1e-3}, {"step": 1, "eval": {"loss": 2.0}}]
         try:
-            if (self.out / "curves.png").is_dir():
-                raise IsADirectoryError(f"{self.out / 'curves.png'} is a folder")
-            _draw(example, io.BytesIO(), dpi=30)
+            if (self.out / CURVES).is_dir():
+                raise IsADirectoryError(f"{self.out / CURVES} is a folder")
+            curves.draw(course.EXAMPLE, io.BytesIO(), dpi=30, trial=True)
         except Exception as error:
-            warn(f"curves.png cannot be drawn, the run goes on without ({reason_of(error)})")
+            warn(f"{CURVES} cannot be drawn, the run goes on without ({reason_of(error)})")
             return False
         return True
 
     def _write(self, row, at_once=True):
         self.history.append(row)
-        self._unwritten += (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        self.file.add(row)
         if at_once:
-            self._write_out()
-
-    def _write_out(self):
-        try:
-            with self.path.open("ab", buffering=0) as file:  # a buffer would write again
-                while self._unwritten:
-                    self._unwritten = self._unwritten[file.write(self._unwritten) :]
-        except OSError as error:
-            if not self._warned:
-                warn(f"{self.path} could not be written, to be tried again ({reason_of(error)})")
-            self._warned = True
-
-
-def bar(total, desc, unit, shown=True, **options):
-    """A bar on the error output, or one that shows nothing if the screen is gone or ``shown`` is false."""
-    disable = True  # tqdm flushes both streams, and an error in the middle of it cannot be cleared up
-    with screen():
-        for stream in (sys.stdout, sys.stderr):
-            getattr(stream, "flush", bool)()
-        disable = not shown
-    return tqdm(total=total, desc=desc, unit=unit, file=output(sys.stderr), disable=disable, **options)
-
-
-def say(text, file=None):
-    """Print one line beside the bar, without control characters; blank lines may come first.
-
-    A screen that is gone raises nothing, and one that cannot show a character gets an escape.
-    """
-    line = text.lstrip("\n")
-    stream = output(sys.stdout if file is None else file)
-    with screen(), tqdm.external_write_mode(file=stream):
-        stream.write(f"{text[: len(text) - len(line)]}{printable(line)}\n")
-
-
-def warn(text):
-    """Print a warning beside the bar, to the screen's error output."""
-    say(f"warning: {text}", sys.stderr)
-
-
-def screen():
-    """The context of writing to a screen that may be gone."""
-    # A terminal that is gone raises OSError, a closed file ValueError.
-    return suppress(OSError, ValueError)
-
-
-def _finite(value):
-    """``value`` with ``None`` in the place of numbers that JSON has not: NaN and infinities."""
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _draw(history, file, dpi):
-    # Not pyplot, which would choose a back end for the whole process.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    steps = [row for row in history if "loss" in row]
-    held_out = [row for row in history if "eval" in row]
-    figure = Figure(figsize=(8, 6))
-    FigureCanvasAgg(figure)
-    loss, lr = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    losses = [math.nan if r["loss"] is None else r["loss"] for r in steps]
-    loss.plot([r["step"] for r in steps], losses, linewidth=1, label="train")
-    if held_out:
-        losses = [r["eval"]["loss"] for r in held_out]
-        loss.plot([r["step"] for r in held_out], losses, "o-", label="held out")
-    loss.set_ylabel("masked loss, nats a token")
-    loss.legend()
-    lr.plot([r["step"] for r in steps], [r["lr"] for r in steps], color="tab:gray")
-    lr.set_ylabel("learning rate")
-    lr.set_xlabel("optimiser step")
-    for axis in (loss, lr):
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(file, format="png", dpi=dpi)
+            self.file.write()
 
 
 def _on_host(rows):

@@ -8,7 +8,7 @@ from .checkpoints import FOLDER, Checkpoints, only_run
 from .files import CONFIG
 from .hub import PREFIX
 from .out import BEST, UNFINISHED, check_again
-from .report import say
+from .progress import say
 
 
 class Earlier(NamedTuple):

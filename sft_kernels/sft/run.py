@@ -14,7 +14,7 @@ from .guards import Guard
 from .out import BEST
 from .packing import collate
 from .precision import autocast, optimizer_of, rounded_away
-from .report import warn
+from .progress import warn
 from .steps import Steps
 
 
@@ -123,7 +123,8 @@ class Run:
     def save(self):
         """Write a checkpoint; one that cannot be written costs a warning, and the earlier ones stay."""
         try:
-            self.checkpoint()
+            with self.log.aside():
+                self.checkpoint()
         except Exception as error:  # safetensors and tokenizers have exceptions of their own
             warn(f"no checkpoint could be saved after step {self.log.done} ({reason_of(error)})")
 

@@ -19,7 +19,7 @@ from . import model as models
 from .out import UNFINISHED as UNFINISHED
 from .out import check_folder as check_folder
 from .out import new_folder
-from .report import say
+from .progress import say
 
 _MARGIN = 4 << 20  # for the log, the curves and what a file system needs for itself
 _ROOM = re.compile(r"\.room-[a-z0-9_]{8}")  # as tempfile names it

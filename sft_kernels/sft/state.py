@@ -17,7 +17,7 @@ _KIND = 1  # of checkpoints; another number is refused
 _STATE = "state.json"
 _SHARD = 4 << 30  # bytes in a file of tensors; safetensors takes a file's tensors into memory at once
 # Fields that a resumed run may have otherwise: they say where it runs and what it shows and keeps.
-_FREE = {"out", "resume", "cache", "log_every", "save_every", "keep"}
+_FREE = {"out", "resume", "cache", "log_every", "save_every", "keep", "tensorboard"}
 # What a checkpoint's JSON holds beside other fields, and what it says of the best model.
 _FIELDS = {"step": int, "recipe": dict, "data": list, "log_bytes": int, "best": (dict, type(None)), "parameters": list}
 _BEST = {"step": int, "by": str, "value": (int, float), "loss": (int, float)}

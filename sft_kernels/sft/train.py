@@ -49,7 +49,16 @@ def train(recipe, *, model=None, tokenizer=None):
             resume.check_still(out, earlier)
         done = run.go_on() if resumed else 0
         watch = Watch(recipe.max_skips)
-        log = RunLog(out, run.steps.total, recipe.log_every, watch, earlier and earlier.log_bytes, done)
+        log = RunLog(
+            out,
+            run.steps.total,
+            recipe.log_every,
+            watch,
+            earlier and earlier.log_bytes,
+            done,
+            clip=recipe.max_grad_norm,
+            tensorboard=recipe.tensorboard,
+        )
         run.log, run.checkpoints = log, Checkpoints(out, recipe.keep)
         run.checkpoints.rotate(done)  # a kill may have come before
         log.best = earlier.progress["best"] if resumed else None

@@ -11,6 +11,7 @@ import pytest
 
 from sft_kernels.sft import run as running
 from sft_kernels.sft.finish import Stopped
+from sft_kernels.sft.out import SPEED, TENSORBOARD
 from sft_kernels.sft.recipe import Recipe
 from sft_kernels.sft.train import train
 
@@ -67,8 +68,9 @@ def killed(moment, recipe):
 
 
 def files_of(out):
-    """All that a run leaves, but for the picture, as bytes by name."""
+    """All that a run leaves, as bytes by name, but for the picture and for what tells the time."""
     files = [file for file in Path(out).rglob("*") if file.is_file() and file.suffix != ".png"]
+    files = [file for file in files if file.relative_to(out).parts[0] not in (SPEED, TENSORBOARD)]
     return {file.relative_to(out).as_posix(): file.read_bytes() for file in files}
 
 

@@ -219,10 +219,10 @@ def test_a_run_that_began_meanwhile_is_named(tmp_path):
         RunLog(tmp_path, 11, 1)
 
 
-LINKS = ["checkpoints", "best", "model", "model.replaced", "train.jsonl", "checkpoints/step-4", "checkpoints/step-9"]
+LINKS = ["checkpoints", "best", "model", "model.replaced", "train.jsonl", "speed.jsonl", "tensorboard"]
 
 
-@pytest.mark.parametrize("name", [*LINKS, "checkpoints/step-7.removed"])
+@pytest.mark.parametrize("name", [*LINKS, *(f"checkpoints/step-{n}" for n in ("4", "9", "7.removed"))])
 def test_nothing_is_written_through_a_link(name, recipe, tmp_path):
     for folder in ("checkpoints/step-4", "best", "moved"):
         Path(recipe.out, folder).mkdir(parents=True)

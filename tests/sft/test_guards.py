@@ -60,7 +60,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_its_examples_are_named(log_eve
     assert all(source.startswith(f"{tmp_path}/chats.jsonl:") for source in named)
     said = capsys.readouterr()
     assert f"warning: step 3 is skipped: its gradient norm is not finite; examples {', '.join(named)}\n" in said.err
-    assert "skipped 1 of 5 steps" in said.out
+    assert "5, of them 1 skipped" in said.out
 
 
 def test_the_named_examples_are_those_of_the_step(run, spoil, monkeypatch):

@@ -207,7 +207,8 @@ def test_a_best_model_that_cannot_be_saved_costs_a_warning_and_the_one_before_st
     _, _, log = train(recipe, model=model_of(len(tokenizer)), tokenizer=tokenizer)
     assert capsys.readouterr().err.count("the best model so far could not be saved") == 2
     assert log.best["step"] == 1
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["best", "curves.png", "model", "train.jsonl"]
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["best", "curves.png", "model", "speed.jsonl", "train.jsonl"]
     assert loaded(tmp_path / "run" / "best")
     assert loaded(tmp_path / "run" / "model")
 

@@ -116,7 +116,8 @@ def test_a_file_in_the_way_is_refused(model, tokenizer, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-WRITTEN = ["train.jsonl", "curves.png", "model", "model-unfinished", "model-weights.pt", "model-unfinished-weights.pt"]
+TOLD = ["train.jsonl", "speed.jsonl", "curves.png", "tensorboard"]
+WRITTEN = [*TOLD, "model", "model-unfinished", "model-weights.pt", "model-unfinished-weights.pt"]
 PARTIAL = ["model.partial", "model-unfinished.partial"]
 
 

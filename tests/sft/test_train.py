@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from sft_kernels.sft import held_out, speed, state, stock
 from sft_kernels.sft import model as models
 from sft_kernels.sft import run as running
-from sft_kernels.sft import stock
 from sft_kernels.sft.data import DataError
 from sft_kernels.sft.dataset import load_examples
 from sft_kernels.sft.lr import cosine_factor
@@ -72,7 +72,7 @@ def test_a_run_leaves_a_log_curves_and_a_model_that_loads(recipe, small_model, t
     rows = steps_of(recipe.out)
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert set(rows[0]) == {
-        "step", "loss", "lr", "grad_norm", "examples", "rows", "tokens", "kept", "skipped_steps",
+        "step", "loss", "lr", "grad_norm", "examples", "rows", "tokens", "padding", "kept", "skipped_steps",
     }  # fmt: skip
     assert [row["step"] for row in log.history if "eval" in row] == [0, 2, 4]
     with open(f"{recipe.out}/curves.png", "rb") as image:
@@ -111,7 +111,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(recipe, small_m
     rows = steps_of(recipe.out)
     assert [row["loss"] is None for row in rows] == [False, False, True, False, False]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
-    assert "skipped 1 of 5 steps" in capsys.readouterr().out
+    assert "5, of them 1 skipped" in capsys.readouterr().out
 
 
 def test_the_schedule_advances_once_per_optimiser_step(recipe, small_model, tokenizer):
@@ -436,3 +436,34 @@ def test_real_conversations_train_from_a_config(name, tmp_path):
     before, after = (row["eval"]["loss"] for row in log.history if "eval" in row)
     assert before == pytest.approx(math.log(2048), rel=0.1)
     assert after < before - 1
+
+
+def test_padding_is_what_no_example_fills(recipe, small_model, tokenizer):
+    _, _, log = train(replace(recipe, accumulate=2, steps=None), model=small_model(), tokenizer=tokenizer)
+    examples, _ = load_examples(recipe.data, Encoder(tokenizer), recipe.row_tokens)
+    rows = steps_of(recipe.out)  # of one epoch
+    assert sum(row["examples"] for row in rows) == len(examples)
+    assert all(row["tokens"] == 128 * row["rows"] and row["padding"] >= 0 for row in rows)
+    assert sum(row["tokens"] - row["padding"] for row in rows) == sum(len(e.input_ids) for e in examples)
+    assert [row["tokens"] for row in log.speed.rows] == [sum(row["tokens"] for row in rows)]
+
+
+def test_measurements_and_checkpoints_are_no_training_time(recipe, small_model, tokenizer, monkeypatch):
+    now = [0.0]
+
+    def takes(seconds, module, name):
+        function = getattr(module, name)
+
+        def timed(*args, **kwargs):
+            now[0] += seconds
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, timed)
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    takes(1.0, training, "linear_cross_entropy")
+    takes(100.0, held_out, "masked_loss")
+    takes(100.0, state, "write")
+    recipe = replace(recipe, holdout=0.1, eval_every=1, save_every=3, metric_prompts=0, steps=5)
+    _, _, log = train(recipe, model=small_model(), tokenizer=tokenizer)
+    assert [(row["step"], row["seconds"]) for row in log.speed.rows] == [(step, 1.0) for step in range(1, 6)]

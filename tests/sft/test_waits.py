@@ -72,8 +72,8 @@ def test_the_host_waits_once_a_line_and_not_between(log_every, lines, tmp_path, 
     class Log(RunLog):
         """The run's, from whose making to whose end the reads are counted, after each step and at the end."""
 
-        def __init__(self, *args):
-            super().__init__(*args)
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
             syncs.found.clear()
             syncs.__enter__()
 
