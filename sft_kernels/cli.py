@@ -1,10 +1,11 @@
-"""``sft-kernels``: train, inspect, demo, verify."""
+"""``sft-kernels``: train, inspect, plan, demo, verify."""
 
 import os
 import shutil
 import signal
 import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 
@@ -161,11 +162,22 @@ def _configured(argv):
 
 
 def _train(argv):
-    from .sft.recipe import Recipe
+    from .sft.recipe import Recipe, recipe_of
+
+    @dataclass
+    class Train(Recipe):
+        compare: bool = False
+        """Run the recipe twice, with ours and with plain PyTorch, and compare them; no model is kept."""
 
     recipe, argv = _configured(argv)
     description = "--config FILE reads options from YAML first."
-    recipe = _options(Recipe, "train", argv, default=recipe, description=description)
+    options = _options(Train, "train", argv, default=Train(**vars(recipe)), description=description)
+    recipe = recipe_of(options)
+    if options.compare:
+        from .sft.compare import compare
+
+        compare(recipe)
+        return 0
 
     from .sft.saving import NotSaved
     from .sft.train import train

@@ -1,7 +1,6 @@
 """``sft-kernels inspect``: shows what a run of the same recipe would train on."""
 
-import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated
 
@@ -11,14 +10,14 @@ from tyro.conf import Positional
 from . import model as models
 from . import state
 from .audit import audit
-from .dataset import load_examples
 from .inspection import findings, label_table, show, summary
 from .loading import check_recipe
 from .masking import Encoder
+from .page import check_page, write_page
 from .precision import dtype_of
-from .prepare import prepare_tokenizer, train_tokenizer_on
+from .prepare import prepare_tokenizer, read, train_tokenizer_on
 from .progress import say
-from .recipe import Recipe, check
+from .recipe import Recipe, check, recipe_of
 from .resume import earlier_model
 from .sources import Source, check_pipes
 
@@ -41,7 +40,7 @@ class Inspect(Recipe):
 
     def recipe(self):
         """The :class:`~.recipe.Recipe` in these options, checked. It need not name a model."""
-        recipe = Recipe(**{option.name: getattr(self, option.name) for option in fields(Recipe)})
+        recipe = recipe_of(self)
         recipe.data = self.files or recipe.data
         check(recipe, model_given=not (recipe.model or recipe.init_from))
         if recipe.init_from:
@@ -58,7 +57,7 @@ def inspect(options):
     if options.show < 0:
         raise ValueError(f"show: expected 0 or more, got {options.show}")
     if options.html is not None:
-        _check_page(options.html, recipe.data)
+        check_page(options.html, recipe.data)
         if recipe.model:
             recipe = check_recipe(recipe, dtype=dtype_of(recipe.parameters))
     check_pipes(recipe.data)
@@ -69,47 +68,22 @@ def inspect(options):
         tokenizer = train_tokenizer_on(sources, _VOCABULARY, recipe.skip_bad, recipe.chat_template)
         say(f"no tokenizer and no model: a byte-level BPE of up to {_VOCABULARY} tokens, trained on the data")
     encoder = Encoder(tokenizer, recipe.mask, recipe.split_turns)
-    examples, bad = load_examples(sources, encoder, recipe.row_tokens, recipe.skip_bad, cache_folder=recipe.cache)
+    examples, unseen = read(recipe, sources, encoder)
     found = audit(examples, encoder, recipe.row_tokens)
 
     for example in examples[: options.show]:
         show(partial(label_table, example, tokenizer))
         print()
     print(summary(found))
-    for note in encoder.notes:
-        say(note)
-    for error in bad:
-        say(f"skipped {error}")
-    if len(bad):
-        say(f"skipped {len(bad)} lines")
-    if recipe.holdout:
-        say(f"holdout: the share {recipe.holdout} that train would keep out of training is counted here")
-    if recipe.eval_data:
-        say("eval_data: not looked at")
+    if len(unseen):
+        say(f"held out        {len(unseen)} examples, not counted here")
     print()
     show(partial(findings, found))
     if options.html is not None:
-        from .page import write_page
-
         model = _model(recipe, tokenizer) if recipe.model else None
         write_page(options.html, recipe, sources, examples, tokenizer, found, shown=options.show, model=model)
         say(f"the page is in {options.html}")
     return 1 if found.failed else 0
-
-
-def _check_page(path, data):
-    """Raise for a path that no file can be written to, or that is one of the ``data``."""
-    folder = os.path.dirname(path) or "."
-    if not os.path.basename(path) or "\0" in path:
-        raise ValueError("html: expected a file")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"html: {path} is a folder, expected a file")
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"html: no such folder: {folder}")
-    if os.path.exists(path) and any(os.path.exists(file) and os.path.samefile(path, file) for file in data):
-        raise ValueError(f"html: {path} is a file of the data")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise PermissionError(f"html: {path} cannot be written to (no permission)")
 
 
 def _model(recipe, tokenizer):

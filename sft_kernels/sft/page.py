@@ -38,7 +38,7 @@ def write_page(path, recipe, sources, examples, tokenizer, audit, *, shown=1, mo
         ValueError, OSError: a path that cannot be written, with "html" as its name; a negative
             ``shown``; a line that is no longer in ``sources``; a model that does not fit.
     """
-    path = check_page(path, sources)
+    path = check_page(path, [source.path for source in sources])
     if shown < 0:
         raise ValueError(f"shown: expected 0 or more, got {shown}")
     steps = Steps(examples, recipe)
@@ -53,11 +53,11 @@ def write_page(path, recipe, sources, examples, tokenizer, audit, *, shown=1, mo
     _write(path, _document(f"{names} · sft-kernels inspect", "\n".join(parts)))
 
 
-def check_page(path, sources=()):
+def check_page(path, data=()):
     """The path of a page, if one may be written there.
 
-    Refuses a folder, a link, a device, a path in a folder that is missing, and a file of
-    ``sources``.
+    Refuses a folder, a link, a device, a path in a folder that is missing or cannot be written to,
+    and one of the files ``data``.
     """
     name = printable(os.fspath(path))
     if not name or "\0" in os.fspath(path):
@@ -73,8 +73,10 @@ def check_page(path, sources=()):
     if path.exists():
         if not path.is_file():
             raise FileExistsError(f"html: {name} is no file; give a new path")
-        if any(os.path.exists(source.path) and path.samefile(source.path) for source in sources):
+        if any(os.path.exists(file) and path.samefile(file) for file in data):
             raise FileExistsError(f"html: {name} is the data; give another path")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"html: {name} cannot be written to (no permission)")
     return path
 
 

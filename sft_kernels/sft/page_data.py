@@ -149,13 +149,10 @@ def schedule_of(steps, recipe):
     """
     total, warmup = steps.total, steps.warmup
 
-    def rate(step):
-        return recipe.lr * cosine_factor(step - 1, total, warmup)
-
     chosen = {warmup, warmup + 1, total} - {0, total + 1}
     chosen |= {1 + i * (total - 1) // _POINTS for i in range(_POINTS)}
     floor = recipe.lr * cosine_factor(total, total, warmup)
-    return Schedule(total, warmup, recipe.lr, floor, [(step, rate(step)) for step in sorted(chosen)])
+    return Schedule(total, warmup, recipe.lr, floor, [(step, steps.lr(step)) for step in sorted(chosen)])
 
 
 class FirstStep(NamedTuple):

@@ -107,6 +107,11 @@ class Recipe:
             setattr(self, name, [*map(_text, value)] if several else _text(value))
 
 
+def recipe_of(options):
+    """The :class:`Recipe` alone of the options of a command, which extend it."""
+    return Recipe(**{option.name: getattr(options, option.name) for option in fields(Recipe)})
+
+
 def check(recipe, model_given=False):
     """Raise ``ValueError`` for a value that makes no sense, and ``ImportError`` if what it asks for is not installed.
     ``model_given``: the recipe need not name one."""

@@ -7,11 +7,11 @@ import os
 import re
 import sys
 import threading
-import types
 
 import pytest
 
 from sft_kernels import cli
+from sft_kernels.sft import inspect_command
 from sft_kernels.sft.audit import Audit, Finding
 from sft_kernels.sft.inspection import findings, label_table, summary
 from sft_kernels.sft.masking import IGNORE, Example
@@ -91,14 +91,14 @@ def test_refused_lines_and_notes_are_told(rows, capsys):
     odd = chat("How many?", "Two words.")
     odd["messages"][0]["mood"] = "kind"
     argv = rows(odd, chat("red", "blue"), {"text": "red"}, "{")
-    assert cli.main([*argv, "--skip-bad", "--holdout", "0.5", "--eval-data", "nowhere"]) == 0
+    assert cli.main([*argv, "--skip-bad", "--holdout", "0.5"]) == 0
     said = capsys.readouterr().out
     assert "does not read the message key 'mood'" in said
     assert f"skipped {argv[1]}:4: not JSON" in said
     assert "skipped 2 lines" in said
     assert "nothing learned from 1 conversations" in said
-    assert "holdout: the share 0.5 that train would keep out" in said
-    assert "eval_data: not looked at" in said
+    assert "held out        1 examples, not counted here" in said
+    assert "examples        1\n" in said
 
 
 # ---- the options of train
@@ -268,11 +268,9 @@ def test_a_hostile_token_or_name_moves_no_cursor(tokenizer, tmp_path, monkeypatc
 
 @pytest.fixture
 def page(monkeypatch):
-    """Stands for the module that writes pages; holds the calls."""
+    """Stands for the function that writes pages; holds the calls."""
     calls = []
-    module = types.ModuleType("sft_kernels.sft.page")
-    module.write_page = lambda *args, **options: calls.append((args, options))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(inspect_command, "write_page", lambda *args, **options: calls.append((args, options)))
     return calls
 
 
@@ -300,12 +298,12 @@ def test_a_page_that_cannot_be_written_is_refused_before_data_are_read(page, tmp
     data.write_text("{\n")
     os.symlink(data, tmp_path / "link.html")
     cases = {
-        tmp_path: "is a folder, expected a file",
-        tmp_path / "none" / "page.html": f"no such folder: {tmp_path / 'none'}",
+        tmp_path: "is a folder; give a file",
+        tmp_path / "none" / "page.html": f"{tmp_path / 'none'} is no folder",
         "": "expected a file",
-        f"{tmp_path}/": "expected a file",
         "a\0b": "expected a file",
-        tmp_path / "link.html": "is a file of the data",
+        tmp_path / "link.html": "is a link",
+        data: "is the data; give another path",
     }
     for path, reason in cases.items():
         assert cli.main(["inspect", str(data), f"--html={path}"]) == 1

@@ -461,7 +461,7 @@ def test_measurements_and_checkpoints_are_no_training_time(recipe, small_model, 
         monkeypatch.setattr(module, name, timed)
 
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
-    takes(1.0, training, "linear_cross_entropy")
+    takes(1.0, running, "linear_cross_entropy")
     takes(100.0, held_out, "masked_loss")
     takes(100.0, state, "write")
     recipe = replace(recipe, holdout=0.1, eval_every=1, save_every=3, metric_prompts=0, steps=5)
