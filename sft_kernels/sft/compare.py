@@ -118,7 +118,7 @@ def check_comparable(recipe):
     """Raise ``ValueError`` for an option that one of the two runs has not."""
     defaults = Recipe()
     for name, why in _ALONE.items():
-        if getattr(recipe, name, None) != getattr(defaults, name, None):
+        if getattr(recipe, name) != getattr(defaults, name):
             raise ValueError(f"{name}: {why}; leave it out to compare")
 
 
