@@ -63,7 +63,8 @@ def as_json(found):
             "ways": ways,
             "packed_against_padded": found.packing,
             "ours_against_plain": found.fused,
-            "losses_apart": found.apart,
+            "losses_apart": found.losses_apart,
+            "norms_apart": found.norms_apart,
             "most_apart": found.most_apart,
             "parts_at": found.parts_at,
             "parameters_apart": found.parameters_apart,
@@ -93,9 +94,14 @@ def draw(found, file):
     loss.plot(range(1, len(plain.losses) + 1), plain.losses, color=_PLAIN_COLOUR, linewidth=1, label=plain.name)
     loss.set_ylabel("masked loss, nats a token")
     loss.legend()
-    if found.apart:
-        apart.semilogy(range(1, len(found.apart) + 1), [max(d, 1e-9) for d in found.apart], color="tab:gray")
-        apart.axhline(found.most_apart, color="tab:red", linestyle=":", label="apart from here on up")
+    if found.losses_apart:
+        steps = range(1, len(found.losses_apart) + 1)
+        for name, numbers, colour in (
+            ("loss", found.losses_apart, "tab:gray"),
+            ("gradient norm", found.norms_apart, "tab:olive"),
+        ):
+            apart.semilogy(steps, [max(d, 1e-9) for d in numbers], color=colour, linewidth=1, label=name)
+        apart.axhline(found.most_apart, color="tab:red", linestyle=":", label="bound")
         apart.legend()
     apart.set_ylabel("relative difference")
     apart.set_xlabel("optimiser step")
@@ -116,16 +122,15 @@ def draw(found, file):
 
 
 def _parting(found):
-    if not found.apart:
+    if not found.losses_apart:
         return []
-    worst = max(found.apart, key=lambda d: d if math.isfinite(d) else math.inf)
-    where, bound = found.apart.index(worst) + 1, f"{found.most_apart:.1%}"
-    if found.parts_at is None:
-        lines = [f"the losses do not part: at most {worst:.1e} of the loss, in step {where} (the bound is {bound})"]
+    bound, step = f"the bound is {found.most_apart:.1%}", found.parts_at
+    if step is None:
+        loss, norm = max(found.losses_apart), max(found.norms_apart)
+        lines = [f"losses do not part: at most {loss:.1e} apart, their gradients' norms {norm:.1e} ({bound})"]
     else:
-        lines = [
-            f"the losses part in step {found.parts_at}, by {found.apart[found.parts_at - 1]:.1e} (the bound is {bound})"
-        ]
+        loss, norm = found.losses_apart[step - 1], found.norms_apart[step - 1]
+        lines = [f"losses part in step {step}: {loss:.1e} apart, their gradients' norms {norm:.1e} ({bound})"]
     if found.parameters_apart is not None:
         lines.append(f"the last weights are {found.parameters_apart:.1e} apart, relative to how far they went")
     return lines

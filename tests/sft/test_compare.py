@@ -1,0 +1,208 @@
+"""The reference comparison: ours against the plain PyTorch way."""
+
+import json
+import math
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft_kernels import cli
+from sft_kernels.sft import model as models
+from sft_kernels.sft import run as running
+from sft_kernels.sft.compare import OURS, PADDED, PLAIN, compare
+from sft_kernels.sft.masking import IGNORE, Example
+from sft_kernels.sft.plain import Padded, Plain, pad
+from sft_kernels.sft.prepare import prepare
+from sft_kernels.sft.recipe import Recipe
+from sft_kernels.sft.report import RunLog
+from sft_kernels.sft.run import Run
+
+from .conftest import chat
+
+STEPS = 20
+
+
+@pytest.fixture
+def recipe(folder, write_jsonl, tmp_path):
+    """Examples of many lengths, two micro-batches a step."""
+    words = "red blue green look let me count the words here".split()
+    rows = [chat(" ".join(words[: 1 + i % 9]), " ".join(words[: 1 + (3 * i) % 10])) for i in range(60)]
+    return Recipe(
+        data=[str(write_jsonl(*rows))],
+        model=str(folder),
+        out=str(tmp_path / "run"),
+        row_tokens=96,
+        rows=2,
+        accumulate=2,
+        steps=STEPS,
+        lr=1e-2,
+        precision="fp32",
+        log_every=50,
+    )
+
+
+def permuted(seed):
+    """The plain way with the examples of each batch in an order of its own."""
+
+    class Permuted(Plain):
+        def batch(self, rows):
+            examples = [example for row in rows for example in row]
+            random.Random(f"{seed}/{self.log.done}").shuffle(examples)
+            return pad(examples, self.ready.pad_id, self.recipe.weigh == "examples")
+
+    return Permuted
+
+
+def weights_after(ready, kind, start, folder):
+    """The weights after all steps, as one fp64 tensor."""
+    ready.model.load_state_dict(start)
+    run = kind(ready)
+    run.log = RunLog(folder, STEPS, 50)
+    attention = models.boundaries_given if kind is Run else models.stock_attention
+    with attention(ready.model):
+        ready.model.train()
+        for step, micro_batches in run.steps.after(0):
+            run.step(step, micro_batches)
+    run.log.close()
+    return weights_of(ready.model)
+
+
+def weights_of(model):
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("weigh", ["tokens", "examples"])
+def test_after_20_steps_ours_is_as_near_to_plain_pytorch_as_rounding_allows(weigh, recipe, tmp_path):
+    """The measure is what the order of a batch's examples makes of plain PyTorch's own weights, at most, in three."""
+    ready = prepare(replace(recipe, weigh=weigh))
+    start, before = {k: t.clone() for k, t in ready.model.state_dict().items()}, weights_of(ready.model)
+
+    def after(kind, name):
+        return weights_after(ready, kind, start, tmp_path / name)
+
+    plain = after(Plain, "plain")
+    by_rounding = max((after(permuted(i), f"permuted-{i}") - plain).norm() for i in range(3))
+    assert 0 < by_rounding < 1e-4 * (plain - before).norm()
+    for kind in (Run, Padded):
+        assert (after(kind, kind.__name__) - plain).norm() <= 3 * by_rounding
+
+
+def test_both_runs_are_measured_and_told(recipe, capsys):
+    found = compare(replace(recipe, steps=4, holdout=0.2, log_every=1))
+    said = capsys.readouterr().out
+    ours, padded, plain = (found.ways[name] for name in (OURS, PADDED, PLAIN))
+    assert [len(way.losses) for way in (ours, padded, plain)] == [4, 4, 4]
+    assert ours.kept == padded.kept == plain.kept
+    assert ours.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert ours.held_out == pytest.approx(plain.held_out, rel=1e-5)
+    assert padded.tokens == plain.tokens != ours.tokens
+    for way in (ours, padded, plain):
+        assert [t - p for t, p in zip(way.tokens, way.padding, strict=True)] == [
+            t - p for t, p in zip(ours.tokens, ours.padding, strict=True)
+        ]
+        assert all(0 < inside < seconds for inside, seconds in zip(way.inside, way.seconds, strict=True))
+        assert way.peak_bytes > 1e8  # of a process that has imported torch
+    assert found.parts_at is None
+    assert max(found.apart) < 1e-5
+    assert 0 < found.parameters_apart < 1e-3
+    for words in (
+        "packed against padded",
+        "ours against plain",
+        "own overhead",
+        "the losses do not part",
+        "kept tokens",
+    ):
+        assert words in said
+    folder = Path(recipe.out, "compare")
+    written = json.loads((folder / "compare.json").read_text())
+    assert written["ways"][PLAIN]["losses"] == plain.losses
+    assert written["ours_against_plain"] == found.fused
+    assert (folder / "compare.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("ours", "padded", "plain"):
+        rows = [json.loads(line) for line in (folder / name / "train.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert not Path(recipe.out, "model").exists()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        compare(recipe)
+
+
+def test_a_wrong_denominator_is_seen_in_the_first_step(recipe, monkeypatch, capsys):
+    """Each micro-batch by its own kept tokens, as trainers had it for years."""
+    loss = running.linear_cross_entropy
+    monkeypatch.setattr(running, "linear_cross_entropy", lambda *a, num_items, **o: loss(*a, **o) / 2)
+    found = compare(replace(recipe, steps=3))
+    assert found.parts_at == 1
+    assert "the losses part in step 1" in capsys.readouterr().out
+
+
+def test_losses_that_are_not_finite_part(recipe, monkeypatch):
+    loss, calls = running.linear_cross_entropy, []
+
+    def spoilt(*args, **options):
+        calls.append(None)
+        return loss(*args, **options) * (math.nan if len(calls) > 2 else 1)
+
+    monkeypatch.setattr(running, "linear_cross_entropy", spoilt)
+    found = compare(replace(recipe, steps=3))
+    assert found.parts_at == 2
+    text = Path(recipe.out, "compare", "compare.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["losses_apart"][1] is None
+
+
+def test_a_way_that_runs_out_of_memory_is_told_and_the_others_stay(recipe, monkeypatch, capsys):
+    def full(self, batch, num_items):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 64.00 GiB")
+
+    monkeypatch.setattr(Plain, "loss", full)
+    found = compare(replace(recipe, steps=3))
+    assert "Tried to allocate 64.00 GiB" in found.ways[PLAIN].failed
+    assert found.packing > 0
+    assert (found.fused, found.apart, found.parts_at, found.parameters_apart) == (None, [], None, None)
+    said = capsys.readouterr().out
+    assert "ours against plain      –" in said
+    assert "plain PyTorch: CUDA out of memory" in said
+    assert Path(recipe.out, "compare", "compare.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("dropout", 0.1),
+        ("eval_every", 5),
+        ("neftune_alpha", 5.0),
+        ("parameters", "bf16+master"),
+        ("resume", True),
+        ("save_every", 5),
+        ("spike", 5.0),
+        ("tensorboard", True),
+    ],
+)
+def test_what_one_of_the_two_has_not_is_refused_before_the_data_are_read(option, value, recipe):
+    asked = replace(recipe, data=["nowhere.jsonl"], **{option: value})
+    with pytest.raises(ValueError, match=f"^{option}: .*leave it out to compare"):
+        compare(asked)
+
+
+def test_the_command_compares(recipe, capsys):
+    argv = ["train", "--compare", "--model", recipe.model, "--data", *recipe.data, "--out", recipe.out]
+    options = {"row-tokens": "96", "rows": "2", "steps": "2", "log-every": "2", "precision": "fp32"}
+    assert cli.main([*argv, *(part for name, value in options.items() for part in (f"--{name}", value))]) == 0
+    assert "ours against plain" in capsys.readouterr().out
+    assert not Path(recipe.out, "train.jsonl").exists()
+
+
+def test_padded_batches_hold_each_example_once(tokenizer):
+    examples = [
+        Example([1, 2, 3], [IGNORE, 2, 3], "a:1"),
+        Example([4], [IGNORE], "a:2"),
+        Example([5, 6], [IGNORE, 6], "a:3"),
+    ]
+    batch = pad(examples, 9)
+    assert batch.input_ids.tolist() == [[1, 2, 3], [4, 9, 9], [5, 6, 9]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert batch.labels.tolist() == [[IGNORE, 2, 3], [IGNORE] * 3, [IGNORE, 6, IGNORE]]
+    assert (batch.kept.count, batch.examples, batch.rows, batch.tokens) == (3, 3, 3, 9)
+    assert pad(examples[::2], 9, weigh_examples=True).token_weight.tolist() == [[0.5] * 3, [1.0] * 3]
