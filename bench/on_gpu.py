@@ -45,6 +45,7 @@ PARTS = {  # in the order of their value
     "attention": "the suite of packed_attention",
     "adamw": "the suite of AdamW",
     "step": "a whole training step of a 1 B model, stock and ours, padded and packed",
+    "compare": "sft-kernels train --compare: twenty steps of the trainer, ours and plain PyTorch",
     "sweep": "other configurations of the core and of attention",
     "slow": "the rivals that compile for half a minute and more: QuACK, flash-attn 4, FlexAttention, torch.compile",
     "given": "the suite of cross_entropy over given logits",
@@ -162,6 +163,9 @@ class Plan:
 
     def _step(self):
         return self._module("step", "bench.whole_step", 100)
+
+    def _compare(self):
+        return self._module("compare", "bench.compare", 90)
 
     def _sweep(self):
         return self._module("sweep", "bench.sweep", 75)

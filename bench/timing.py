@@ -21,7 +21,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sft_kernels.sft.memory import peak
+
 from .facts import ROOT
+
+_CPU = torch.device("cpu")
 
 
 class Rival(NamedTuple):
@@ -228,14 +232,9 @@ def _growth(case, arguments):
     gc.collect()
     prepared = prepare()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident
-    before = _high_water_mark()
+    before = peak(_CPU)
     run(prepared)
-    return _high_water_mark() - before
-
-
-def _high_water_mark():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+    return peak(_CPU) - before
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
 from sft_kernels import AdamW, KeptTokens, decay_groups, linear_cross_entropy
@@ -33,6 +32,7 @@ from sft_kernels.integrations import attention
 from sft_kernels.sft.masking import IGNORE, Example
 from sft_kernels.sft.model import boundaries_given, head, hidden_states
 from sft_kernels.sft.packing import PackedRows, collate, groups_of
+from sft_kernels.sft.plain import pad
 
 from .bench_packed_attention import lengths_of
 from .facts import code_state, replace, versions
@@ -117,17 +117,7 @@ class MicroBatch(NamedTuple):
 
 def padded_batches(setup):
     """The examples in their order, each micro-batch padded on the right to its longest."""
-    return [_padded(group) for group in groups_of(setup.batch_examples, setup.examples)]
-
-
-def _padded(examples):
-    ids = [torch.tensor(example.input_ids) for example in examples]
-    labels = pad_sequence([torch.tensor(example.labels) for example in examples], True, IGNORE)
-    inputs = {
-        "input_ids": pad_sequence(ids, True, 0),
-        "attention_mask": pad_sequence([torch.ones_like(t) for t in ids], True, 0),
-    }
-    return MicroBatch(inputs, labels, KeptTokens.from_labels(labels, IGNORE, shift=True))
+    return [pad(group, pad_id=0) for group in groups_of(setup.batch_examples, setup.examples)]
 
 
 def stock_packed_batches(setup):

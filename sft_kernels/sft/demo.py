@@ -8,8 +8,11 @@ training.
 
 import json
 import random
+from dataclasses import replace
 
 from .answers import answer, prompts_of
+from .audit import audit
+from .compare import compare
 from .dataset import load_examples
 from .evaluate import masked_loss
 from .manifest import Manifest
@@ -17,14 +20,17 @@ from .masking import Encoder
 from .metrics import EXACT_MATCH, score
 from .model import END_OF_TURN, train_tokenizer
 from .packing import PackedRows, collate, groups_of
+from .page import write_page
 from .progress import say
 from .recipe import Recipe
+from .sources import Source
 from .train import train
 
 _WORDS = """
 apple bread cloud daisy eagle flute grape horse ivory jelly kite lemon maple night ocean piano queen river stone tiger
 uncle violin water yacht zebra amber beach candy dream earth field glass honey island jacket ladder mirror needle onion
 pepper""".split()
+_COMPARED = 30  # steps
 _NUMBERS = ("zero", "one", "two", "three", "four")
 
 
@@ -116,8 +122,17 @@ def judge(model, tokenizer, path, row_tokens=1024):
     }
 
 
+def _write_page(path, recipe, tokenizer, model):
+    sources, encoder = [Source(file) for file in recipe.data], Encoder(tokenizer)
+    examples, _ = load_examples(sources, encoder, recipe.row_tokens)
+    found = audit(examples, encoder, recipe.row_tokens)
+    write_page(path, recipe, sources, examples, tokenizer, found, shown=3, model=model)
+
+
 def run(out="out/demo", base_steps=500, steps=400, lists=6000, held_out=240, seed=0):
     """The demo; returns what was measured before and after fine-tuning.
+
+    It also writes the page of ``inspect --html``, and compares the first steps with plain PyTorch's.
 
     Args:
         out: folder for data, logs, curves and models. An earlier demo in it is made anew; a folder that
@@ -134,7 +149,7 @@ def run(out="out/demo", base_steps=500, steps=400, lists=6000, held_out=240, see
             raise ValueError(f"{name}: expected at least 1, got {number}")
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed: expected an integer from 0 to 2⁶³ − 1, got {seed}")
-    manifest = Manifest(out, ("data", "tokenizer", "config", "base", "tuned"))
+    manifest = Manifest(out, ("data", "tokenizer", "config", "base", "tuned", "page", "plain"))
     manifest.begin()
     with manifest.phase("data") as folder:
         data = write_data(folder, seed, lists, held_out)
@@ -175,6 +190,13 @@ def run(out="out/demo", base_steps=500, steps=400, lists=6000, held_out=240, see
         )
         model, _, _ = train(recipe)
     after = judge(model, tokenizer, data["held_out"])
+    with manifest.phase("page") as folder:
+        folder.mkdir()
+        _write_page(folder / "page.html", recipe, tokenizer, model)
+        say(f"\n3. a page to look at, examples with their loss under each mask: {folder / 'page.html'}")
+    say(f"\n4. the first {_COMPARED} steps again, beside plain PyTorch")
+    with manifest.phase("plain") as folder:
+        compare(replace(recipe, steps=_COMPARED, eval_every=0, log_every=10, out=str(folder)))
     say(f"\n{'held-out prompts':<20}{'before':>10}{'after':>10}")
     for name in before:
         say(f"{name:<20}{before[name]:>10.3f}{after[name]:>10.3f}")

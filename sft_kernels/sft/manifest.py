@@ -16,11 +16,14 @@ _KIND = "sft-kernels demo"
 _LONGEST = 1 << 20
 # Files of a phase that was killed, which could not be listed any more.
 _HALF = re.compile(
-    r"(base|chats|held_out)\.jsonl|config\.json|train\.jsonl|curves\.png|[\w-]*model[\w.-]*\.(pt|safetensors)|trial"
+    r"(base|chats|held_out)\.jsonl|config\.json|(train|speed)\.jsonl|curves\.png|compare\.(json|png)|page\.html|[\w-]*model[\w.-]*\.(pt|safetensors)|trial"
     r"|state(-\d+)?\.(json|safetensors)|files\.json"
     r"|generation_config\.json|tokenizer(_config)?\.json|special_tokens_map\.json|chat_template\.jinja|\d+"
 )
-_HALF_FOLDERS = re.compile(r"(model(-unfinished)?|best|step-\d+)(\.partial|\.replaced)?|checkpoints|\.(trial|room)-\w+")
+_HALF_FOLDERS = re.compile(
+    r"(model(-unfinished)?|best|step-\d+)(\.partial|\.replaced)?|checkpoints|compare|ours|padded|plain"
+    r"|\.(trial|room)-\w+"
+)
 
 
 class Manifest:

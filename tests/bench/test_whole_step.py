@@ -233,7 +233,7 @@ def test_every_example_is_in_every_variant_once():
 
 def unpacked(batch):
     """The examples of a micro-batch, as lists of tokens."""
-    if isinstance(batch, whole_step.MicroBatch):
+    if hasattr(batch, "inputs"):
         if "attention_mask" in batch.inputs:
             rows = zip(batch.inputs["input_ids"], batch.inputs["attention_mask"].bool(), strict=True)
             return [ids[seen].tolist() for ids, seen in rows]
