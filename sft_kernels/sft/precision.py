@@ -53,6 +53,14 @@ def optimizer_of(model, recipe):
     return optimizer, [name_of[p] for group in optimizer.param_groups for p in group["params"]]
 
 
+def decay_of(optimizer):
+    """A sentence on what the optimiser's weight decay acts on."""
+    decayed = sum(len(group["params"]) for group in optimizer.param_groups if group["weight_decay"])
+    spared = sum(len(group["params"]) for group in optimizer.param_groups) - decayed
+    decay = max((group["weight_decay"] for group in optimizer.param_groups), default=0.0)
+    return f"weight decay {decay:g} on {decayed} matrices, none on {spared} biases, norms and embeddings"
+
+
 def rounded_away(optimizer):
     """The share of the last step's updates that changed nothing, a 0-d tensor, or None if nothing was counted."""
     statistics = optimizer.update_statistics() if optimizer.update_stats else None

@@ -11,7 +11,9 @@ from .dataset import end_of_turn
 from .finish import saved_at_the_end
 from .guards import Watch, check_learning_rate
 from .held_out import HeldOut
+from .precision import decay_of
 from .prepare import prepare
+from .progress import say
 from .report import RunLog
 from .run import Run
 from .saving import rehearse
@@ -41,6 +43,7 @@ def train(recipe, *, model=None, tokenizer=None):
     run, judge = Run(ready), HeldOut(ready)
     if not earlier:
         check_learning_rate(recipe.lr, model)
+        say(decay_of(run.parts.optimizer))
     end = end_of_turn(ready.examples) if recipe.mask == "completion+eot" else None
     rehearse(model, tokenizer, out, end, **run.room())
     resumed = earlier is not None and earlier.model is not None

@@ -73,6 +73,12 @@ def test_the_share_that_is_rounded_away_is_logged_and_reported(folder_recipe, ca
     assert "rounded away" not in capsys.readouterr().out
 
 
+def test_what_decays_is_told(folder_recipe, capsys):
+    """Seven matrices a layer; two norms a layer, the last norm and the embedding do not decay."""
+    train(replace(folder_recipe, steps=1))
+    assert "weight decay 0.1 on 8 matrices, none on 4 biases, norms and embeddings" in capsys.readouterr().out
+
+
 def test_a_skipped_step_has_no_share(tmp_path, tokenizer, monkeypatch, capsys):
     """It made no update, and the mean is over the steps that did."""
     step = Guard.step
