@@ -1,9 +1,9 @@
 """A comparison as a table, as a picture and as JSON."""
 
 import json
-import math
 
 from .._terminal import reason_of
+from .jsonl import finite
 from .progress import say, warn
 
 _OURS_COLOUR, _PADDED_COLOUR, _PLAIN_COLOUR = "tab:blue", "tab:cyan", "tab:orange"
@@ -58,7 +58,7 @@ def as_json(found):
     ways = {}
     for name, way in found.ways.items():
         ways[name] = way._asdict() | {"overhead": way.overhead, "padding_share": way.padding_share}
-    return _finite(
+    return finite(
         {
             "ways": ways,
             "packed_against_padded": found.packing,
@@ -70,14 +70,6 @@ def as_json(found):
             "parameters_apart": found.parameters_apart,
         }
     )
-
-
-def _finite(value):
-    if isinstance(value, dict):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw(found, file):

@@ -19,7 +19,7 @@ class JsonLines:
 
     def add(self, row):
         """Add a line, which :meth:`write` writes."""
-        self.unwritten += (json.dumps(_finite(row), allow_nan=False) + "\n").encode()
+        self.unwritten += (json.dumps(finite(row), allow_nan=False) + "\n").encode()
 
     def write(self):
         """Write all lines that wait, or as much as there is room for."""
@@ -35,8 +35,10 @@ class JsonLines:
             self._warned = True
 
 
-def _finite(value):
+def finite(value):
     """``value`` with ``None`` in the place of numbers that JSON has not: NaN and infinities."""
     if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
