@@ -86,7 +86,7 @@ def _median(numbers):
 
 
 class Comparison(NamedTuple):
-    """What :func:`compare` found."""
+    """Holds both ways, and how far apart they are."""
 
     ways: dict[str, Way]
     losses_apart: list[float]  # of each step, relative to plain PyTorch's

@@ -34,7 +34,7 @@ class Inspect(Recipe):
     files: Annotated[list[str], Positional] = field(default_factory=list)
     """The data; the same as --data."""
     show: int = 1
-    """How many examples to print token by token."""
+    """Examples to print token by token."""
     html: str | None = None
     """Write a page to look at into this file. It loads nothing else. With a model it has the model's loss."""
 

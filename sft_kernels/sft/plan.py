@@ -67,7 +67,7 @@ class Plan:
 
     @property
     def examples_of_a_batch(self):
-        """How many there are of each length, ``{length: number}``, padding of rows among them."""
+        """Returns ``{length: number}`` of the examples, padding of rows among them."""
         examples = {self.example: self.examples_of_a_row * self.rows}
         if rest := self.row_tokens % self.example:
             examples[rest] = self.rows

@@ -33,7 +33,7 @@ from .stock import batch_to_check, check_against_stock, packed_hidden_states
 
 
 class Prepared(NamedTuple):
-    """What a run starts from."""
+    """Everything that a run starts from."""
 
     recipe: Recipe  # with the model that is to be loaded
     asked: Recipe  # as it was given

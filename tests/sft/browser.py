@@ -77,7 +77,7 @@ function look(view) {
 
 
 def look(page, folder, dark):
-    """What Chromium shows of the HTML in ``page``, at each of :data:`WIDTHS`, and what it complains about.
+    """Returns what Chromium shows of the HTML in ``page``, at each of :data:`WIDTHS`, and what it complains about.
 
     Returns ``(frames, complaints)``. A frame has the contrast of each kind of text, what is shown once each of the
     switches is clicked, and the requests that were made.

@@ -77,7 +77,7 @@ def _with_bias(query, key, value, bias, scale):
 
 
 def _bias(l, window_size, query):
-    """What is added to the scores of a segment of l tokens, or fewer: 0 for the keys that are seen, else −inf."""
+    """Returns the summand of the scores of a segment of l tokens, or fewer: 0 for keys that are seen, else −inf."""
     seen = _mask(l, *_binding(window_size, l), query.device)
     return query.new_zeros(l, l).masked_fill_(~seen, -torch.inf)
 
