@@ -180,7 +180,7 @@ def _distance(a, b):
 
 
 def _measured(name, folder, kind, ready, most):
-    device, clock = ready.model.device, _Clock(ready.model.device)
+    device, clock = ready.model.device, Clock(ready.model.device)
     memory.forget_peak(device)
     run = kind(ready, phase=clock)
     total = min(run.steps.total, most or run.steps.total)
@@ -222,7 +222,7 @@ def _measured(name, folder, kind, ready, most):
     )
 
 
-class _Clock:
+class Clock:
     """Measures each step, and the share of it that is inside of the parts that it is called for."""
 
     def __init__(self, device):

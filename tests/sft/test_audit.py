@@ -1,6 +1,7 @@
 """Faults of data that training would not show: each check with the fault, and with its twin without."""
 
 import copy
+import re
 from itertools import groupby, islice
 
 import numpy as np
@@ -13,7 +14,9 @@ from sft_kernels.sft.examples import Examples, Part, PartWriter
 from sft_kernels.sft.faults import end_tokens
 from sft_kernels.sft.masking import IGNORE, Encoder
 from sft_kernels.sft.packing import pack
+from sft_kernels.sft.recipe import Recipe
 from sft_kernels.sft.sources import Source
+from sft_kernels.sft.train import train
 
 from .conftest import REAL_DATA, TURNS, chat
 
@@ -364,6 +367,14 @@ def test_a_failed_check_is_raised_and_advice_is_printed(capsys):
     assert capsys.readouterr().out == "padded batches: pack them\n"
     check_audit(numbers._replace(findings=found[:2]))
     assert capsys.readouterr().out == "padded batches: pack them\n"
+
+
+def test_a_run_does_not_start_on_a_failed_check(folder, write_jsonl, tmp_path):
+    row = {"input_ids": [2, 100, 110, 111, 112, 113], "labels": [IGNORE, 110, 111, 112, 113, IGNORE]}
+    path, out = write_jsonl(row), tmp_path / "run"
+    with pytest.raises(ValueError, match=f"^one shift: {re.escape(str(path))}:1: .*shifted already"):
+        train(Recipe(data=[str(path)], model=str(folder), out=str(out), row_tokens=64))
+    assert not out.exists()
 
 
 def test_a_finding_has_no_control_characters(tmp_path, tokenizer):

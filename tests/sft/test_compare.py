@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from sft_kernels import cli
+from sft_kernels.sft import compare as comparing
+from sft_kernels.sft import memory
 from sft_kernels.sft import model as models
 from sft_kernels.sft import run as running
-from sft_kernels.sft.compare import OURS, PADDED, PLAIN, compare
+from sft_kernels.sft.compare import OURS, PADDED, PLAIN, Clock, Comparison, Way, compare
 from sft_kernels.sft.masking import IGNORE, Example
 from sft_kernels.sft.plain import Padded, Plain, pad
 from sft_kernels.sft.prepare import prepare
@@ -121,6 +123,41 @@ def test_both_runs_are_measured_and_told(recipe, capsys):
     assert not Path(recipe.out, "model").exists()
     with pytest.raises(FileExistsError, match="holds a run already"):
         compare(recipe)
+
+
+def test_the_numbers_of_a_way_by_hand():
+    """The first three steps warm up; ratios are over the steps that both have."""
+    rest = {"tokens": [50] * 6, "padding": [10] * 6, "losses": [], "norms": [], "peak_bytes": None, "held_out": None}
+    seconds, inside = [9.0, 9.0, 9.0, 2.0, 4.0, 5.0], [9.0, 9.0, 9.0, 1.5, 2.0, 4.0]
+    ours = Way(OURS, seconds, inside, [40] * 6, **rest)
+    padded = Way(PADDED, [9.0, 9.0, 9.0, 10.0], [9.0] * 4, [40] * 4, **rest)
+    plain = Way(PLAIN, [9.0, 9.0, 9.0, 16.0, 16.0, 16.0], seconds, [40] * 6, **rest)
+    found = Comparison({OURS: ours, PADDED: padded, PLAIN: plain}, [], [], 1e-3, None)
+    assert (ours.step_seconds, ours.rate(), ours.rate(4)) == (4.0, 10.0, 20.0)
+    assert (ours.overhead, ours.padding_share) == (0.25, 0.2)
+    assert (found.packing, found.fused) == (5.0, 4.0)
+
+
+def test_the_clock_adds_up_the_parts_of_a_step(monkeypatch):
+    ticks = iter([0.0, 1.0, 3.0, 4.0, 9.0, 10.0, 10.0, 12.0, 13.0])
+    monkeypatch.setattr(comparing.time, "perf_counter", lambda: next(ticks))
+    clock = Clock(torch.device("cpu"))
+    clock.start()
+    for parts in (2, 1):
+        for _ in range(parts):
+            with clock("forward"):
+                pass
+        clock.lap()
+    assert (clock.seconds, clock.inside) == ([10.0, 3.0], [7.0, 2.0])
+
+
+def test_the_peak_is_that_since_it_was_forgotten():
+    device = torch.device("cpu")
+    large = torch.ones(1 << 25)
+    high = memory.peak(device)
+    del large
+    memory.forget_peak(device)
+    assert memory.peak(device) < high - (1 << 26)
 
 
 def test_a_wrong_denominator_is_seen_at_once(recipe, monkeypatch, capsys):
