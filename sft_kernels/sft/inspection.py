@@ -64,7 +64,7 @@ def label_table(example, tokenizer, paint=plain):
     def column(token, *styles):
         text = "" if token is None else words(token)
         wide = sum(east_asian_width(character) in "WF" for character in text)
-        return paint(f"{text:<{_WIDTH - wide}}", *styles, *["special"] * (token in special))
+        return paint(f"{text:<{max(0, _WIDTH - wide)}}", *styles, *["special"] * (token in special))
 
     ids = example.input_ids
     lines = [
