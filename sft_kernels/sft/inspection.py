@@ -9,6 +9,7 @@ from unicodedata import east_asian_width
 
 from .._terminal import coloured, printable
 from .masking import IGNORE
+from .page_tokens import TokenTexts
 
 _WIDTH = 20  # of a column of tokens
 _LEVELS = ("failed", "advice", "ok")
@@ -54,11 +55,12 @@ def label_table(example, tokenizer, paint=plain):
     It is what the hidden state at that position learns to predict, or · if nothing is trained. A
     label that is not the next token has ``!`` behind it.
     """
+    texts = TokenTexts(tokenizer)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     @cache
     def words(token):
-        text = repr(tokenizer.decode([token], skip_special_tokens=False))
+        text = repr(texts(token)).replace(r"\udc", r"\x")  # of a byte that is part of a character
         return text if text[1:-1].isspace() else text[1:-1]
 
     def column(token, *styles):

@@ -56,6 +56,12 @@ def test_the_table_has_the_next_token_and_the_label_trained_there(tokenizer):
     ]
 
 
+def test_bytes_that_are_part_of_a_character_are_told_apart(tokenizer):
+    ids = tokenizer("é", add_special_tokens=False).input_ids
+    said = label_table(Example([2, *ids], [IGNORE, *ids], "a.jsonl:1"), tokenizer).splitlines()
+    assert said[3].split() == ["1", r"\xc3", r"\xa9", r"\xa9"]
+
+
 def test_a_token_wider_than_its_column_is_shown_whole(tokenizer_with):
     other, wide = tokenizer_with(None), "广告" * 11
     other.add_tokens([wide])
