@@ -271,6 +271,10 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         from torch.utils.flop_counter import flop_registry
 
+        if func is torch.ops.aten._grouped_mm.default:  # of experts; torch does not count it, nor pretend it in fp32
+            out = args[0].new_empty(len(args[0]), args[1].shape[-1])
+            self.products += 2 * out.numel() * args[0].shape[-1]
+            return out
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16 and _key(args[0]) in self.weights:
             self.copies[_key(out)] = out.untyped_storage()
@@ -278,8 +282,6 @@ class _Watch(TorchDispatchMode):
             query, _, value, *_, window, _ = args
             pairs = sum(_pairs(length, *window) * number for length, number in self.examples.items())
             self.attention += 2 * pairs * query.shape[1] * (query.shape[2] + value.shape[2])
-        elif func is torch.ops.aten._grouped_mm.default:  # of experts, which torch does not count
-            self.products += 2 * out.numel() * args[0].shape[-1]
         elif flops := flop_registry.get(func._overloadpacket):
             self.products += flops(*args, **(kwargs or {}), out_val=out)
         return out

@@ -49,13 +49,13 @@ def look_at(examples, tokenizer):
     """
     chosen = np.zeros(sum(len(part.index) for part in examples.parts), bool)
     chosen[examples.chosen] = True
-    ends, files, at = end_tokens(tokenizer), [], 0
+    ends, closing, files, at = end_tokens(tokenizer), _closing_tokens(tokenizer), [], 0
     for part in examples.parts:
         here = chosen[at : at + len(part.index)]
         at += len(part.index)
         file = File(part, int(here.sum()))
         if file.examples:
-            _look_at_tokens(file, here, ends, tokenizer.bos_token_id)
+            _look_at_tokens(file, here, ends, closing, tokenizer.bos_token_id)
         for error in part.refused() if part.about["refused"] else ():
             if _NO_LABELS.search(error.reason):
                 file.count["no label"] += 1
@@ -75,7 +75,17 @@ def end_tokens(tokenizer):
     return sorted({n for end, n in ids.items() if n is not None and tokenizer.convert_ids_to_tokens(n) == end})
 
 
-def _look_at_tokens(file, chosen, ends, begin):
+def _closing_tokens(tokenizer):
+    """The ids of special tokens of which one at the end of a turn's labels ends it.
+
+    A base model's tokenizer often has a token that ends turns, but no chat template that tells which.
+    """
+    no_end = {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.unk_token_id}
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return sorted(special - no_end)
+
+
+def _look_at_tokens(file, chosen, ends, closing, begin):
     ids, labels, index = file.part.arrays()
     _, length, kept, _ = index.T
     file.add("no label", np.flatnonzero(chosen & (kept == 0)))
@@ -84,7 +94,7 @@ def _look_at_tokens(file, chosen, ends, begin):
     for first, last in pairwise(np.unique([*cuts, len(index)])):
         if chosen[first:last].any():
             block = _Block(file, first, ids, labels, index[first:last], chosen[first:last])
-            block.find_turns(ends)
+            block.find_turns(ends, closing)
             block.find_other_labels()
             block.find_beginnings(begin)
 
@@ -100,14 +110,19 @@ class _Block:
         self.stop = self.start + index[:, 1]
         self.kept = self.labels != IGNORE  # never an example's first token
 
-    def find_turns(self, ends):
-        """Add each run of labels, and what is missing at its end."""
+    def find_turns(self, ends, closing):
+        """Add each run of labels, and what is missing at its end.
+
+        A run is ended by a label in ``ends``, and by one in ``closing`` that is the last, or the last but
+        one, since a newline often stands behind it.
+        """
         edges = np.flatnonzero(self.kept[1:] != self.kept[:-1]) + 1
         begins, stops = edges[::2], edges[1::2]
         if len(stops) < len(begins):
             stops = np.append(stops, len(self.kept))
         owner = np.searchsorted(self.start, begins, "right") - 1
-        ended = np.zeros(len(begins), bool)
+        # In front of a run there is a place without a label.
+        ended = np.isin(self.labels[stops - 1], closing) | np.isin(self.labels[stops - 2], closing)
         labelled = np.flatnonzero(self.kept & _is_any(self.labels, ends))
         ended[np.searchsorted(begins, labelled, "right") - 1] = True
         followed = np.flatnonzero(~ended & (stops < self.stop[owner]) & self.chosen[owner])

@@ -9,6 +9,7 @@ from unicodedata import east_asian_width
 
 from .._terminal import coloured, printable
 from .masking import IGNORE
+from .page_tokens import TokenTexts
 
 _WIDTH = 20  # of a column of tokens
 _LEVELS = ("failed", "advice", "ok")
@@ -54,17 +55,18 @@ def label_table(example, tokenizer, paint=plain):
     It is what the hidden state at that position learns to predict, or · if nothing is trained. A
     label that is not the next token has ``!`` behind it.
     """
+    texts = TokenTexts(tokenizer)
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     @cache
     def words(token):
-        text = repr(tokenizer.decode([token], skip_special_tokens=False))
+        text = repr(texts(token)).replace(r"\udc", r"\x")  # of a byte that is part of a character
         return text if text[1:-1].isspace() else text[1:-1]
 
     def column(token, *styles):
         text = "" if token is None else words(token)
         wide = sum(east_asian_width(character) in "WF" for character in text)
-        return paint(f"{text:<{_WIDTH - wide}}", *styles, *["special"] * (token in special))
+        return paint(f"{text:<{max(0, _WIDTH - wide)}}", *styles, *["special"] * (token in special))
 
     ids = example.input_ids
     lines = [

@@ -249,8 +249,9 @@ def _schedule(schedule):
         ("Peak", f"{schedule.peak:.3g}"),
         ("Floor", f"{schedule.floor:.3g}<small>{share}</small>"),
     )
+    rises = "It rises from above zero, then falls" if schedule.warmup else "It falls"
     return f"""<h2>Learning rate</h2>
-<p>It rises from above zero, then falls along a cosine. The first and the last step are marked.</p>
+<p>{rises} along a cosine. The first and the last step are marked.</p>
 <div class="card">{numbers}{figures.curve(schedule)}</div>"""
 
 

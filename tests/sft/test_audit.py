@@ -160,6 +160,18 @@ def test_answers_that_are_cut_short_are_advice(audited):
     assert finding(audited(cut, cut), "end of turn").text.startswith("no turn trains a token that ends it")
 
 
+@pytest.mark.parametrize("behind", [[], [198]], ids=["last", "newline-behind"])
+def test_a_token_that_ends_turns_needs_no_template(behind, audited, tokenizer, tokenizer_with):
+    """Rows for a base model: no template says that ``<|im_end|>`` ends turns, and padding ends the text."""
+    bare, pad = tokenizer_with(None), tokenizer.eos_token_id
+    answer = [110, 111, 3, *behind]
+    row = {"input_ids": [100, *answer, pad, pad], "labels": [IGNORE, *answer, IGNORE, IGNORE]}
+    assert_no_alarm(audited(row, row, tokenizer=bare))
+    padded = {"input_ids": [100, 110, 0, pad], "labels": [IGNORE, 110, 0, IGNORE]}
+    for fault in (padded, {"input_ids": [100, 3, 110, 111, pad], "labels": [IGNORE, 3, 110, 111, IGNORE]}):
+        assert audited(fault, fault, tokenizer=bare).failed
+
+
 def test_an_end_within_the_labels_is_an_end(audited, tokenizer):
     """Labels with the newline behind the end, in front of padding that ends texts, too, and is masked."""
     row = {"input_ids": [2, 100, 110, 3, 198, tokenizer.eos_token_id], "labels": [IGNORE, IGNORE, 110, 3, 198, IGNORE]}
@@ -336,8 +348,9 @@ def test_what_is_found_does_not_depend_on_blocks_nor_on_order(tmp_path, tokenize
             run = [*run]
             at += len(run)
             if kept:
-                turns, ended = turns + 1, ended + bool({1, 3} & {*run})
-                if not {1, 3} & {*run} and example.input_ids[at : at + 1] in ([1], [3]):
+                ends = bool({1, 3} & {*run}) or 2 in run[-2:]  # special tokens; 1 and 3 are known to end turns
+                turns, ended = turns + 1, ended + ends
+                if not ends and example.input_ids[at : at + 1] in ([1], [3]):
                     silent, first = silent + 1, first or example.source
     assert 0 < silent < turns - ended < turns
     for block in (1, 7, 100, 1 << 20):

@@ -56,6 +56,21 @@ def test_the_table_has_the_next_token_and_the_label_trained_there(tokenizer):
     ]
 
 
+def test_bytes_that_are_part_of_a_character_are_told_apart(tokenizer):
+    ids = tokenizer("é", add_special_tokens=False).input_ids
+    said = label_table(Example([2, *ids], [IGNORE, *ids], "a.jsonl:1"), tokenizer).splitlines()
+    assert said[3].split() == ["1", r"\xc3", r"\xa9", r"\xa9"]
+
+
+def test_a_token_wider_than_its_column_is_shown_whole(tokenizer_with):
+    other, wide = tokenizer_with(None), "广告" * 11
+    other.add_tokens([wide])
+    ids = [2, other.convert_tokens_to_ids(wide), 3]
+    said = label_table(Example(ids, [IGNORE, *ids[1:]], "a.jsonl:1"), other).splitlines()
+    assert said[2].split() == ["0", "<|im_start|>", wide, wide]
+    assert said[3].split() == ["1", wide, "<|im_end|>", "<|im_end|>"]
+
+
 def test_numbers_and_findings_as_lines():
     found = [Finding("ok", "a", "x"), Finding("advice", "b", "y"), Finding("failed", "c", "z"), Finding("ok", "d", "w")]
     numbers = Audit(3, 12, 6, 4, 3, 2, 8, 18, 2, 8, found, 5)

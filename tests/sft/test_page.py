@@ -337,7 +337,8 @@ def test_a_curve_has_its_ends_and_few_points(data, tmp_path, steps):
     assert len(points) <= min(steps, 404)
     assert {step for step in (300_000, 300_001) if step <= steps} <= {step for step, _ in points}
     assert all(rate > 0 for _, rate in points)
-    Page(made.write(tmp_path / "page.html"))
+    page = Page(made.write(tmp_path / "page.html"))
+    assert ("It rises" in page.words, "It falls" in page.words) == (steps > 2, steps <= 2)
 
 
 def test_a_rate_of_zero_is_drawn(data, tmp_path):

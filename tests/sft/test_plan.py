@@ -34,6 +34,7 @@ OPTIONS = {
     "llama": {"tie_word_embeddings": True},
     "gemma2": {"sliding_window": 4, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
     "gpt2": {"n_inner": 64, "attn_pdrop": 0.1, "resid_pdrop": 0.1},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 EXAMPLES = {17: 1, 6: 1}
 BATCH = collate([[Example([1] * length, [1] * length, "") for length in EXAMPLES]], 23, 0)
@@ -53,6 +54,7 @@ CASES = {
     "llama-bf16": ("llama", BF16),
     "gemma2-bf16": ("gemma2", BF16),
     "gpt2-autocast": ("gpt2", AUTOCAST),
+    "mixtral-autocast": ("mixtral", AUTOCAST),
 }
 
 
