@@ -108,9 +108,9 @@ def audit(examples, encoder, row_tokens, batch=8):
     return found._replace(findings=[Finding(level, name, printable(text)) for name, (level, text) in checks.items()])
 
 
-def check_audit(audit):
+def check_audit(audit, advise=True):
     """Print the advice of an :class:`Audit`. Raise ``ValueError`` for the first check that failed."""
-    for finding in audit.findings:
+    for finding in audit.findings if advise else ():
         if finding.level == "advice":
             say(f"{finding.name}: {finding.text}")
     for finding in audit.failed:

@@ -9,6 +9,7 @@ import torch
 from . import costs
 from .recipe import check_row_tokens
 
+_MOST_TOKENS = 1e18
 _MOST = 2e12  # parameters; a plan goes through all layers
 
 
@@ -102,6 +103,8 @@ def check(plan):
     for name in ("gpus", "rows", "accumulate", "steps"):
         if (value := getattr(plan, name)) is not None and value < 1:
             raise ValueError(f"{name}: expected at least 1, got {value}")
+    if plan.tokens is not None and not plan.tokens <= _MOST_TOKENS:
+        raise ValueError(f"tokens: expected at most {_MOST_TOKENS:g}, got {plan.tokens:g}")
     for name in ("memory", "tokens", "tflops"):
         if (value := getattr(plan, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"{name}: expected a finite number above 0, got {value}")
@@ -128,7 +131,7 @@ def _head(plan, shape):
     computed = ", computed in bf16" if plan.casts else ""
     return [
         f"{_number(shape.parameters)} parameters ({plan.parameters}{computed}); {shape.name}",
-        f"{plan.gpus:,} GPUs of {plan.memory:g} GB; micro-batches of {plan.rows:,} × {plan.row_tokens:,} tokens "
+        f"{_many(plan.gpus, 'GPU')} of {plan.memory:g} GB; micro-batches of {plan.rows:,} × {plan.row_tokens:,} tokens "
         f"in examples of {plan.example:,}",
     ]
 
@@ -176,7 +179,8 @@ def _work(plan, shape):
     step, rows = products + attention, plan.rows_of_a_step
     tokens = rows * plan.row_tokens
     lines = [
-        f"step         {tokens:,} tokens in {rows:,} rows with {rows * plan.examples_of_a_row:,} examples",
+        f"step         {_many(tokens, 'token')} in {_many(rows, 'row')} "
+        f"with {_many(rows * plan.examples_of_a_row, 'example')}",
         f"FLOPs        {_flops(step)} a step, with checkpointing {_flops(step + again)}:",
         f"             6 × {_number(products / 6 / tokens)} multiplied parameters × tokens {_flops(products)}, "
         f"attention {_flops(attention)}",
@@ -184,7 +188,7 @@ def _work(plan, shape):
     steps = plan.steps if plan.tokens is None else math.ceil(plan.tokens / tokens)
     if steps is not None:
         lines.append(
-            f"run          {steps:,} steps, {steps * tokens:,} tokens: {_flops(steps * step)}, "
+            f"run          {_many(steps, 'step')}, {_many(steps * tokens, 'token')}: {_flops(steps * step)}, "
             f"with checkpointing {_flops(steps * (step + again))}"
         )
     if plan.tflops is not None:
@@ -194,6 +198,10 @@ def _work(plan, shape):
             hours = "" if steps is None else f", {_number(seconds * steps / 3600)} GPU hours"
             lines.append(f"{start}: {_number(seconds / plan.gpus)} s a step{hours}")
     return lines
+
+
+def _many(count, word):
+    return f"{count:,} {word}{'s' * (count != 1)}"
 
 
 def _number(value):

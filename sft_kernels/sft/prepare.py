@@ -86,6 +86,8 @@ def prepare(recipe, model=None, tokenizer=None):
     encoder = Encoder(tokenizer, recipe.mask, recipe.split_turns)
     examples, unseen = read(recipe, sources, encoder)
     check_audit(audit(examples, encoder, recipe.row_tokens))
+    if len(unseen):
+        check_audit(audit(unseen, encoder, recipe.row_tokens), advise=False)
     if not given:
         model = models.load_model(
             folder or recipe.model,

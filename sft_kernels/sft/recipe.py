@@ -128,6 +128,8 @@ def check(recipe, model_given=False):
         raise ValueError("model: expected a folder or a config")
     if recipe.parameters != "fp32" and recipe.precision == "fp32":
         raise ValueError(f"precision: parameters {recipe.parameters} compute in bf16; leave it at auto")
+    if recipe.split_turns and recipe.mask == "all":
+        raise ValueError("split_turns: mask 'all' labels whole conversations, whose turns are not told apart")
     check_row_tokens(recipe.row_tokens)
     for name in ("rows", "accumulate", "log_every", "keep", "max_skips", "max_new_tokens"):
         if getattr(recipe, name) < 1:

@@ -385,8 +385,10 @@ def test_a_failed_check_is_raised_and_advice_is_printed(capsys):
 def test_a_run_does_not_start_on_a_failed_check(folder, write_jsonl, tmp_path):
     row = {"input_ids": [2, 100, 110, 111, 112, 113], "labels": [IGNORE, 110, 111, 112, 113, IGNORE]}
     path, out = write_jsonl(row), tmp_path / "run"
-    with pytest.raises(ValueError, match=f"^one shift: {re.escape(str(path))}:1: .*shifted already"):
-        train(Recipe(data=[str(path)], model=str(folder), out=str(out), row_tokens=64))
+    good = str(write_jsonl(chat("How many?", "Two words."), name="good.jsonl"))
+    for data, eval_data in (([str(path)], []), ([good], [str(path)])):
+        with pytest.raises(ValueError, match=f"^one shift: {re.escape(str(path))}:1: .*shifted already"):
+            train(Recipe(data=data, eval_data=eval_data, model=str(folder), out=str(out), row_tokens=64))
     assert not out.exists()
 
 
