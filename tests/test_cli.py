@@ -56,7 +56,7 @@ def test_inspect_shows_shifted_labels_and_shares(chats, capsys):
     assert "examples        12" in said
     assert "kept" in said
     assert "padding" in said
-    assert "packing saves" in said
+    assert "packing needs" in said  # more than one short batch
     assert "end of turn     trained in 12 of 12 turns" in said
     assert "ok      one shift: " in said
 

@@ -97,9 +97,15 @@ def summary(audit):
             f"nothing learned from {a.unlearned} conversations",
             f"padded          {a.padded} tokens in batches of {a.batch}, {a.padding_share:.1%} padding",
             f"packed          {a.packed} tokens in {a.rows} rows of {a.row_tokens}, {a.row_padding_share:.1%} padding",
-            f"packing saves   {a.packing_gain:.1%} of the padded tokens",
+            _packing(a),
         ]
     )
+
+
+def _packing(audit):
+    if audit.packing_gain < 0:
+        return f"packing needs   {audit.packed / audit.padded:.1f} times the padded tokens; shorter rows would save"
+    return f"packing saves   {audit.packing_gain:.1%} of the padded tokens"
 
 
 def findings(audit, paint=plain):
