@@ -33,6 +33,7 @@ _ALONE = {
     "resume": "a comparison starts anew",
     "save_every": "a comparison keeps no checkpoints",
     "eval_every": "a comparison measures held-out data at the end alone",
+    "metric": "a comparison measures the masked loss alone",
     "tensorboard": "a comparison has a page of its own",
     "dropout": "the two runs would draw different numbers",
     "neftune_alpha": "the two runs would draw different numbers",
@@ -111,7 +112,7 @@ class Comparison(NamedTuple):
         return next((i for i, apart in enumerate(both, 1) if not all(d <= self.most_apart for d in apart)), None)
 
     def _faster(self, name):
-        if self.ways[name].failed:
+        if self.ways[OURS].failed or self.ways[name].failed:
             return None
         steps = len(self.ways[name].seconds)
         return self.ways[OURS].rate(steps) / self.ways[name].rate(steps)
@@ -154,13 +155,15 @@ def compare(recipe):
         ):
             model.load_state_dict(start)
             say(f"\n{name}")
-            ways[name] = _measured(name, folder / log_in, kind, ready, most)
+            copies = 0 if model.device.type == "cuda" else sum(map(_bytes, (start, *ends.values())))
+            ways[name] = _measured(name, folder / log_in, kind, ready, most, copies)
             if most is None and not ways[name].failed:
                 ends[name] = _weights(model)
     losses, norms, distance = [], [], None
     if len(ends) == 2:
         losses, norms = (_apart(getattr(ways[OURS], what), getattr(ways[PLAIN], what)) for what in ("losses", "norms"))
-        distance = _distance(ends[OURS], ends[PLAIN]) / _distance(start, ends[PLAIN])
+        went = _distance(start, ends[PLAIN])
+        distance = _distance(ends[OURS], ends[PLAIN]) / went if went else None  # a learning rate of 0
     computes_in = "fp32" if isinstance(autocast(model.device, ready.recipe), nullcontext) else "bf16"
     found = Comparison(ways, losses, norms, _APART[computes_in], distance)
     report(found, folder)
@@ -168,20 +171,25 @@ def compare(recipe):
 
 
 def _apart(ours, plain):
-    return [abs(a - b) / abs(b) if b else math.inf for a, b in zip(ours, plain, strict=True)]
+    return [0.0 if a == b else abs(a - b) / abs(b) if b else math.inf for a, b in zip(ours, plain, strict=True)]
 
 
 def _weights(model):
     return {name: tensor.detach().clone().cpu() for name, tensor in model.state_dict().items()}
 
 
+def _bytes(weights):
+    return sum(tensor.nbytes for tensor in weights.values())
+
+
 def _distance(a, b):
     return math.sqrt(sum(float((a[name].double() - b[name].double()).square().sum()) for name in a))
 
 
-def _measured(name, folder, kind, ready, most):
+def _measured(name, folder, kind, ready, most, copies):
+    """Run one :class:`Way`. ``copies``: bytes of weights kept to compare, in the memory that is measured."""
     device, clock = ready.model.device, Clock(ready.model.device)
-    memory.forget_peak(device)
+    measurable = memory.forget_peak(device)
     run = kind(ready, phase=clock)
     total = min(run.steps.total, most or run.steps.total)
     run.log = log = RunLog(folder, total, ready.recipe.log_every)
@@ -202,11 +210,14 @@ def _measured(name, folder, kind, ready, most):
         warn(f"{name}: {failed}")
     finally:
         log.close()
-    peak = memory.peak(device)
+    peak = memory.peak(device) if measurable else None
+    if peak is not None:
+        peak -= copies
     rows = log.history[: len(clock.seconds)]
     held_out = None
     if most is None and not failed and ready.unseen:
-        held_out = HeldOut(ready).masked_loss().loss
+        with autocast(device, ready.recipe):
+            held_out = HeldOut(ready).masked_loss().loss
     columns = {key: [row[key] for row in rows] for key in ("kept", "tokens", "padding")}
     losses = [row["loss"] for row in rows]
     return Way(

@@ -11,16 +11,18 @@ _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def forget_peak(device):
-    """Free what nobody uses, and measure the peak from here on."""
+    """Free what nobody uses, and measure the peak from here on; returns False if the system cannot."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        return
+        return True
     with suppress(OSError, AttributeError):  # of glibc alone; it keeps what is freed
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):
         _CLEAR.write_text("5")
+        return True
+    return False
 
 
 def peak(device):

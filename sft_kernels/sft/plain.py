@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import AdamW, KeptTokens, decay_groups, linear_cross_entropy
@@ -97,12 +98,13 @@ class Plain(Padded):
         self.parts = self.parts._replace(optimizer=optimizer)
 
     def loss(self, batch, num_items):
-        logits = self.model(**batch.inputs, use_cache=False).logits
-        flat, targets = logits[:, :-1].flatten(0, 1).float(), batch.labels[:, 1:].flatten()
+        logits = self.model(**batch.inputs, use_cache=False).logits.flatten(0, 1).float()
+        # As transformers does it: labels are shifted, since a slice of the logits would be a copy of them.
+        targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE).flatten()
         if batch.token_weight is None:
-            return torch_cross_entropy(flat, targets, reduction="sum") / num_items
-        losses = torch_cross_entropy(flat, targets, reduction="none")
-        return (losses * batch.token_weight[:, 1:].flatten()).sum() / num_items
+            return torch_cross_entropy(logits, targets, reduction="sum") / num_items
+        losses = torch_cross_entropy(logits, targets, reduction="none")
+        return (losses * F.pad(batch.token_weight[:, 1:], (0, 1)).flatten()).sum() / num_items
 
     def update(self, step):
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.max_grad_norm)

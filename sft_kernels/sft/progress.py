@@ -19,7 +19,8 @@ def say(text, file=None):
     """
     line = text.lstrip("\n")
     stream = output(sys.stdout if file is None else file)
-    with screen(), tqdm.external_write_mode(file=stream):
+    # Bars are on the error output. Of another file tqdm does not find them there, and the line would stand behind one.
+    with screen(), tqdm.external_write_mode(file=output(sys.stderr)):
         stream.write(f"{text[: len(text) - len(line)]}{printable(line)}\n")
 
 

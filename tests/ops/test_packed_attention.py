@@ -3,7 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sft_kernels import packed_attention
 from sft_kernels.ops.packed_attention import api
@@ -257,6 +259,33 @@ def test_work_and_memory_go_with_the_squares_of_the_lengths(window_size, softcap
     assert watch.flops == (6 + return_lse) * 2 * D * heads * squares
     # Softmax, with a cap tanh, and the mask in fp32 or as booleans, beside what is no larger than the inputs.
     assert sum(saved.values()) <= squares * (2 * 4 * heads + 1) + 8 * given[0].nbytes
+
+
+class Live(TorchDispatchMode):
+    """Notes the most bytes that lived at once, of what operations returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes_of, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage()
+            self.bytes_of[StorageWeakRef(storage)] = storage.nbytes()
+        self.bytes_of = {ref: size for ref, size in self.bytes_of.items() if not ref.expired()}
+        self.most = max(self.most, sum(self.bytes_of.values()))
+        return out
+
+
+@torch_only
+def test_without_gradients_no_more_than_scores_and_their_softmax_live_at_once():
+    l, heads = 100, 16
+    query, key, value = tensors(heads=heads, key_heads=1, t=l)
+    with torch.no_grad(), Live() as live:
+        packed_attention(query, key, value, torch.tensor([0, l]))
+    # Beside these two there are the inputs and one [l, l]; the bias of all heads would be a third.
+    assert live.most < 3 * 4 * heads * l * l
 
 
 def jagged(tensor):

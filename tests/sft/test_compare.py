@@ -13,6 +13,7 @@ from sft_kernels import cli
 from sft_kernels.sft import compare as comparing
 from sft_kernels.sft import memory
 from sft_kernels.sft import model as models
+from sft_kernels.sft import plain as plain_way
 from sft_kernels.sft import run as running
 from sft_kernels.sft.compare import OURS, PADDED, PLAIN, Clock, Comparison, Way, compare
 from sft_kernels.sft.masking import IGNORE, Example
@@ -21,6 +22,7 @@ from sft_kernels.sft.prepare import prepare
 from sft_kernels.sft.recipe import Recipe
 from sft_kernels.sft.report import RunLog
 from sft_kernels.sft.run import Run
+from sft_kernels.sft.train import train
 
 from .conftest import chat
 
@@ -198,11 +200,60 @@ def test_a_way_that_runs_out_of_memory_is_told_and_the_others_stay(recipe, monke
     assert Path(recipe.out, "compare", "compare.png").is_file()
 
 
+def test_ours_may_run_out_of_memory_too(recipe, monkeypatch, tmp_path, capsys):
+    """On a system that cannot measure a peak anew, none is told: it would be that of all before."""
+
+    def full(self, batch, num_items):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Run, "loss", full)
+    monkeypatch.setattr(memory, "_CLEAR", tmp_path / "no" / "clear_refs")
+    found = compare(replace(recipe, steps=1))
+    assert (found.packing, found.fused, found.parts_at, found.parameters_apart) == (None, None, None, None)
+    assert len(found.ways[PLAIN].losses) == 1
+    assert [way.peak_bytes for way in found.ways.values()] == [None] * 3
+    assert "ours: CUDA out of memory" in capsys.readouterr().out
+    assert Path(recipe.out, "compare", "compare.png").is_file()
+
+
+def test_copies_of_the_weights_are_in_nobody_s_memory(recipe, monkeypatch, capsys):
+    """Plain PyTorch comes last, when the comparison has two. With a learning rate of 0 they have no distance."""
+    monkeypatch.setattr(memory, "peak", lambda device: 10**9)
+    found = compare(replace(recipe, steps=1, lr=0.0))
+    copy = sum(tensor.nbytes for tensor in prepare(replace(recipe, out=f"{recipe.out}-2")).model.state_dict().values())
+    assert [10**9 - way.peak_bytes for way in found.ways.values()] == [copy, 2 * copy, 2 * copy]
+    assert found.parameters_apart is None
+    assert "the last weights" not in capsys.readouterr().out
+
+
+def test_ours_is_the_run_that_train_makes(recipe):
+    """Losses and held-out loss to the bit, in bf16, whose autocast belongs to evaluations, too."""
+    recipe = replace(recipe, steps=2, holdout=0.2, precision="bf16", metric_prompts=0)
+    ours = compare(recipe).ways[OURS]
+    _, _, log = train(replace(recipe, out=f"{recipe.out}-2"))
+    assert ours.losses == [row["loss"] for row in log.history if "loss" in row]
+    assert ours.held_out == log.history[-2]["eval"]["loss"]
+
+
+def test_plain_pytorch_is_not_made_to_copy_its_logits(recipe, monkeypatch):
+    ready, loss, seen = prepare(recipe), plain_way.torch_cross_entropy, []
+    monkeypatch.setattr(
+        plain_way, "torch_cross_entropy", lambda flat, *a, **o: seen.append(flat) or loss(flat, *a, **o)
+    )
+    ready.model.register_forward_hook(lambda model, inputs, output: seen.append(output.logits))
+    run = Plain(ready)
+    run.loss(pad(ready.examples[:3], 0), 5)
+    logits, given = seen
+    assert given.data_ptr() == logits.data_ptr()
+    assert given.shape == (logits.shape[0] * logits.shape[1], logits.shape[2])
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
         ("dropout", 0.1),
         ("eval_every", 5),
+        ("metric", "package.score"),
         ("neftune_alpha", 5.0),
         ("parameters", "bf16+master"),
         ("resume", True),

@@ -21,7 +21,7 @@ from .small import SHAPE, recipe_in
 
 
 class Terminal:
-    """A terminal of 80 columns, as standard output and error output; ``said`` is what it was sent."""
+    """A terminal of 80 columns, which standard output and error output each write to; ``said`` is what it was sent."""
 
     def __init__(self, monkeypatch, kind):
         monkeypatch.setenv("TERM", kind)
@@ -33,16 +33,17 @@ class Terminal:
         modes = termios.tcgetattr(slave)
         modes[1] &= ~termios.OPOST  # it would send a carriage return before each end of a line
         termios.tcsetattr(slave, termios.TCSANOW, modes)
-        self._stream = os.fdopen(slave, "w", encoding="utf-8")
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        for name in ("stdout", "stderr"):
-            self._monkeypatch.setattr(sys, name, self._stream)
+        self._streams = [os.fdopen(file, "w", encoding="utf-8") for file in (slave, os.dup(slave))]
+        for name, stream in zip(("stdout", "stderr"), self._streams, strict=True):
+            self._monkeypatch.setattr(sys, name, stream)
         return self
 
     def __exit__(self, *error):
         self._monkeypatch.undo()
-        self._stream.close()
+        for stream in self._streams:
+            stream.close()
         self._reader.join()
         os.close(self._master)
         self.said = self.said.decode()

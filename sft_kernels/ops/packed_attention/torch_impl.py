@@ -72,7 +72,10 @@ def _with_bias(query, key, value, bias, scale):
     group = Hq // Hkv
     q = query.transpose(0, 1).reshape(Hkv, group * l, D)  # the heads of one key head in one product
     bias = bias[:l, :l].repeat(group, 1).expand(Hkv, -1, -1)
-    p = torch.baddbmm(bias, q, key.permute(1, 2, 0), alpha=D**-0.5 if scale is None else scale).softmax(-1)
+    scores = torch.baddbmm(bias, q, key.permute(1, 2, 0), alpha=D**-0.5 if scale is None else scale)
+    del bias  # with many heads to a key head it is as large as the scores, and the softmax is still to come
+    p = scores.softmax(-1)
+    del scores
     return (p @ value.transpose(0, 1)).reshape(Hq, l, value.shape[2]).transpose(0, 1)
 
 
