@@ -7,18 +7,18 @@ import os
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
-from typing import NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sft_kernels.sft import page as pages
+from sft_kernels.sft.audit import Finding, audit
 from sft_kernels.sft.data import read_jsonl
 from sft_kernels.sft.dataset import load_examples
 from sft_kernels.sft.masking import IGNORE, MODES, Encoder
 from sft_kernels.sft.model import train_tokenizer
-from sft_kernels.sft.packing import lengths_of, pack
+from sft_kernels.sft.packing import pack
 from sft_kernels.sft.page import check_page, write_page
 from sft_kernels.sft.page_data import first_step, schedule_of, shown_examples
 from sft_kernels.sft.recipe import Recipe
@@ -35,33 +35,6 @@ HOSTILE = (
     '</bdi></span><script>alert(1)</script> <b title="x\' onload=1"> &amp; \u202eevil\u2066 \x07\x1b[31m\r\n\t'
     "\u05e9\u05dc\u05d5\u05dd e\u0301"
 )
-
-
-class Finding(NamedTuple):
-    level: str
-    name: str
-    text: str
-
-
-class Audit(NamedTuple):
-    """What the page reads of an audit."""
-
-    examples: int
-    tokens: int
-    longest: int
-    kept: int
-    findings: list
-    batch: int = 8
-    padding_share: float = 0.31
-    row_padding_share: float = 0.04
-
-    @property
-    def kept_share(self):
-        return self.kept / self.tokens
-
-    @property
-    def failed(self):
-        return [finding for finding in self.findings if finding.level == "failed"]
 
 
 FINDINGS = [
@@ -88,9 +61,9 @@ class Data:
         return Steps(self.examples, self.recipe)
 
     def write(self, path, findings=FINDINGS, **options):
-        lengths = lengths_of(self.examples)
-        audit = Audit(len(lengths), int(lengths.sum()), int(max(lengths)), int(self.examples.kept.sum()), findings)
-        write_page(path, self.recipe, self.sources, self.examples, self.tokenizer, audit, **options)
+        found = audit(self.examples, Encoder(self.tokenizer, self.recipe.mask), self.recipe.row_tokens)
+        found = found._replace(findings=findings)
+        write_page(path, self.recipe, self.sources, self.examples, self.tokenizer, found, **options)
         return path.read_text(encoding="utf-8")
 
 
