@@ -192,7 +192,7 @@ def _measured(name, folder, kind, ready, most, copies):
     measurable = memory.forget_peak(device)
     run = kind(ready, phase=clock)
     total = min(run.steps.total, most or run.steps.total)
-    run.log = log = RunLog(folder, total, ready.recipe.log_every)
+    run.log = log = RunLog(folder, total, ready.recipe.log_every, curves=False)
     attention = models.boundaries_given if kind is Run else models.stock_attention
     failed = None
     try:

@@ -6,6 +6,7 @@ from .._terminal import reason_of
 from .jsonl import finite
 from .progress import say, warn
 
+_FEW = 20  # steps that are marked
 _OURS_COLOUR, _PADDED_COLOUR, _PLAIN_COLOUR = "tab:blue", "tab:cyan", "tab:orange"
 
 
@@ -82,17 +83,20 @@ def draw(found, file):
     FigureCanvasAgg(figure)
     panels = figure.subplot_mosaic([["loss", "loss", "rate"], ["apart", "apart", "memory"]], height_ratios=(3, 2))
     loss, apart = panels["loss"], panels["apart"]
-    loss.plot(range(1, len(ours.losses) + 1), ours.losses, color=_OURS_COLOUR, linewidth=3, alpha=0.5, label=ours.name)
-    loss.plot(range(1, len(plain.losses) + 1), plain.losses, color=_PLAIN_COLOUR, linewidth=1, label=plain.name)
+    for way, look in (
+        (ours, {"color": _OURS_COLOUR, "linewidth": 3, "alpha": 0.5}),
+        (plain, {"color": _PLAIN_COLOUR, "linewidth": 1}),
+    ):
+        _line(loss, way.losses, label=way.name, **look)
     loss.set_ylabel("masked loss, nats a token")
     loss.legend()
     if found.losses_apart:
-        steps = range(1, len(found.losses_apart) + 1)
         for name, numbers, colour in (
             ("loss", found.losses_apart, "tab:gray"),
             ("gradient norm", found.norms_apart, "tab:olive"),
         ):
-            apart.semilogy(steps, [max(d, 1e-9) for d in numbers], color=colour, linewidth=1, label=name)
+            _line(apart, [max(d, 1e-9) for d in numbers], color=colour, linewidth=1, label=name)
+        apart.set_yscale("log")
         apart.axhline(found.most_apart, color="tab:red", linestyle=":", label="bound")
         apart.legend()
     apart.set_ylabel("relative difference")
@@ -110,7 +114,13 @@ def draw(found, file):
         panel.spines[["top", "right"]].set_visible(False)
     for panel in (loss, apart):
         panel.grid(alpha=0.3)
+        panel.locator_params(axis="x", integer=True)
     figure.savefig(file, format="png", dpi=120)
+
+
+def _line(panel, numbers, **look):
+    """A line over the steps; few steps are marked, for a single one is no line."""
+    panel.plot(range(1, len(numbers) + 1), numbers, marker="o" if len(numbers) <= _FEW else None, markersize=3, **look)
 
 
 def _parting(found):

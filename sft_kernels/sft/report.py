@@ -50,10 +50,10 @@ class RunLog:
     that is clipped to, and ``tensorboard`` asks for events, too. ``stopped`` says what ended
     the run before that, a signal's name or an error, and the file's last line says the same. A
     screen or a disk that fails later than here costs lines and not the run. ``curves`` says whether
-    they can be drawn, which is tried here.
+    :meth:`finish` draws them; that it can is tried here.
     """
 
-    def __init__(self, out, total, every, watch=None, keep=None, done=0, *, clip=None, tensorboard=False):
+    def __init__(self, out, total, every, watch=None, keep=None, done=0, *, clip=None, tensorboard=False, curves=True):
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
@@ -62,7 +62,7 @@ class RunLog:
         self.every, self.total, self.watch, self.clip = every, total, watch, clip
         self.done, self.stopped, self.best = done, None, None
         self.pending = []
-        self.curves = self._try_curves()
+        self.curves = curves and self._try_curves()
         # A measurement after the last step stays, and a run that starts again measures step 0 again.
         purge = None if keep is None else done and done + 1
         self.board = Board(out / TENSORBOARD, purge) if tensorboard else None

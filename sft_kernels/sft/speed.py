@@ -8,6 +8,7 @@ from contextlib import suppress
 from .jsonl import JsonLines
 
 _RECENT = 10  # readings that the time left is reckoned from
+_LARGEST = 1e15  # that a reading may hold; their sums are to be told, too
 _KINDS = {"step": int, "steps": int, "seconds": (int, float), "kept": int, "tokens": int}
 
 
@@ -68,7 +69,7 @@ def _parsed(line):
     """The reading in a line of ``speed.jsonl``, or None if no run wrote it."""
     try:
         row = json.loads(line)
-        fits = all(isinstance(row[name], kind) and 0 <= row[name] < math.inf for name, kind in _KINDS.items())
+        fits = all(isinstance(row[name], kind) and 0 <= row[name] < _LARGEST for name, kind in _KINDS.items())
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return row if fits and row["steps"] else None

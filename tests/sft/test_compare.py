@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from sft_kernels import cli
 from sft_kernels.sft import compare as comparing
-from sft_kernels.sft import memory
+from sft_kernels.sft import compare_report, curves, memory
 from sft_kernels.sft import model as models
 from sft_kernels.sft import plain as plain_way
 from sft_kernels.sft import run as running
@@ -268,12 +269,24 @@ def test_what_one_of_the_two_has_not_is_refused_before_the_data_are_read(option,
         compare(asked)
 
 
-def test_the_command_compares(recipe, capsys):
+def test_the_command_compares(recipe, monkeypatch, capsys):
+    """It draws no curves of a run, so it does not try to, either."""
+    monkeypatch.setattr(curves, "draw", pytest.fail)
     argv = ["train", "--compare", "--model", recipe.model, "--data", *recipe.data, "--out", recipe.out]
     options = {"row-tokens": "96", "rows": "2", "steps": "2", "log-every": "2", "precision": "fp32"}
     assert cli.main([*argv, *(part for name, value in options.items() for part in (f"--{name}", value))]) == 0
-    assert "ours against plain" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "ours against plain" in said.out
+    assert "curves.png" not in said.err
     assert not Path(recipe.out, "train.jsonl").exists()
+
+
+@pytest.mark.parametrize(("steps", "marker"), [(1, "o"), (20, "o"), (21, "None")])
+def test_few_steps_are_marked_in_the_picture(steps, marker):
+    panel = Figure().subplots()
+    compare_report._line(panel, [2.0] * steps)
+    (line,) = panel.lines
+    assert (line.get_marker(), [*line.get_xdata()]) == (marker, [*range(1, steps + 1)])
 
 
 def test_padded_batches_hold_each_example_once(tokenizer):

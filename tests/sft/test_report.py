@@ -288,7 +288,8 @@ def test_the_time_left_is_that_of_the_last_lines_and_this_process(tmp_path, cloc
 
 def test_lines_of_the_clock_after_the_checkpoint_go_and_damaged_ones_cost_themselves_alone(tmp_path):
     first, second, late = ({"step": n, "steps": 2, "seconds": 1.0, "kept": 4, "tokens": 8} for n in (2, 4, 6))
-    wrong = [{"step": 4}, second | {"steps": 0}, second | {"seconds": -1.0}, second | {"kept": "4"}, [1], math.inf]
+    wrong = [{"step": 4}, second | {"steps": 0}, second | {"seconds": -1.0}, second | {"kept": "4"}]
+    wrong += [second | {"seconds": 1e300}, [1], math.inf]
     lines = [json.dumps(row) for row in (first, *wrong, second, late)]
     path = tmp_path / "speed.jsonl"
     path.write_bytes("\n".join([*lines, '{"step": 4, "st']).encode() + b"\n\xff\n" + b"[" * 100_000)
