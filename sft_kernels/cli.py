@@ -197,7 +197,7 @@ def _train(argv):
 
 
 def _inspect(argv):
-    from .sft.inspect_command import Inspect, inspect
+    from .sft.inspect_options import Inspect
 
     recipe, argv = _configured(argv)
     description = (
@@ -207,6 +207,9 @@ def _inspect(argv):
     options = _options(Inspect, "inspect", argv, default=Inspect(**vars(recipe)), description=description)
     if options.files and options.data != recipe.data:
         raise ValueError("data: expected files either alone or behind --data, got both")
+
+    from .sft.inspect_command import inspect
+
     return inspect(options)
 
 

@@ -1,11 +1,8 @@
 """``sft-kernels inspect``: shows what a run of the same recipe would train on."""
 
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Annotated
 
 import torch
-from tyro.conf import Positional
 
 from . import model as models
 from . import state
@@ -17,35 +14,11 @@ from .page import check_page, write_page
 from .precision import dtype_of
 from .prepare import prepare_tokenizer, read, train_tokenizer_on
 from .progress import say
-from .recipe import Recipe, check, recipe_of
+from .recipe import check, recipe_of
 from .resume import earlier_model
 from .sources import Source, check_pipes
 
 _VOCABULARY = 4096  # of a tokenizer that is trained on the data, if no model says how large it is
-
-
-@dataclass
-class Inspect(Recipe):
-    """A recipe, and how to look at its data.
-
-    Options of the recipe that a look does not need are checked as ``train`` does, and change nothing.
-    """
-
-    files: Annotated[list[str], Positional] = field(default_factory=list)
-    """The data; the same as --data."""
-    show: int = 1
-    """Examples to print token by token."""
-    html: str | None = None
-    """Write a page to look at into this file. It loads nothing else. With a model it has the model's loss."""
-
-    def recipe(self):
-        """The :class:`~.recipe.Recipe` in these options, checked. It need not name a model."""
-        recipe = recipe_of(self)
-        recipe.data = self.files or recipe.data
-        check(recipe, model_given=not (recipe.model or recipe.init_from))
-        if recipe.init_from:
-            recipe.model = earlier_model(recipe.init_from)
-        return recipe
 
 
 def inspect(options):
@@ -53,7 +26,7 @@ def inspect(options):
 
     Returns the exit status: 1 if a check failed.
     """
-    recipe = options.recipe()
+    recipe = _recipe(options)
     if options.show < 0:
         raise ValueError(f"show: expected 0 or more, got {options.show}")
     if options.html is not None:
@@ -95,3 +68,13 @@ def _model(recipe, tokenizer):
     )
     models.check_vocabulary(model, tokenizer)
     return model
+
+
+def _recipe(options):
+    """The :class:`~.recipe.Recipe` in these options, checked. It need not name a model."""
+    recipe = recipe_of(options)
+    recipe.data = options.files or recipe.data
+    check(recipe, model_given=not (recipe.model or recipe.init_from))
+    if recipe.init_from:
+        recipe.model = earlier_model(recipe.init_from)
+    return recipe
