@@ -1,4 +1,4 @@
-"""What ``sft-kernels train --compare`` finds on a model with random weights.
+"""Runs ``sft-kernels train --compare`` on a model with random weights.
 
 ``python -m bench.compare --device cuda --results DIR`` takes twenty steps both ways over random tokens in examples of
 the lengths of chats. DIR gets the logs, ``compare.json`` and ``compare.png``. The exit status is 1 if the losses part,

@@ -2,7 +2,7 @@
 
 import math
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from statistics import median
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from .compare_report import report
 from .held_out import HeldOut
 from .out import COMPARISON
 from .plain import Padded, Plain
-from .precision import autocast
+from .precision import autocast, precision_on
 from .prepare import prepare
 from .progress import say, warn
 from .recipe import Recipe
@@ -28,7 +28,7 @@ _SHORT = 20  # steps of ours over padded batches, which is there for its speed
 _WARM_UP = 3  # steps that no time is taken of, in runs that are long enough
 _APART = {"fp32": 1e-3, "bf16": 0.1}  # relative; rounding stays below for some hundred steps
 
-# Options that one of the two runs has not, with the value that switches each off.
+# Options that one of the two runs has not, and why.
 _ALONE = {
     "resume": "a comparison starts anew",
     "save_every": "a comparison keeps no checkpoints",
@@ -164,8 +164,7 @@ def compare(recipe):
         losses, norms = (_apart(getattr(ways[OURS], what), getattr(ways[PLAIN], what)) for what in ("losses", "norms"))
         went = _distance(start, ends[PLAIN])
         distance = _distance(ends[OURS], ends[PLAIN]) / went if went else None  # a learning rate of 0
-    computes_in = "fp32" if isinstance(autocast(model.device, ready.recipe), nullcontext) else "bf16"
-    found = Comparison(ways, losses, norms, _APART[computes_in], distance)
+    found = Comparison(ways, losses, norms, _APART[precision_on(model.device, ready.recipe)], distance)
     report(found, folder)
     return found
 

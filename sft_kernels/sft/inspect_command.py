@@ -2,8 +2,6 @@
 
 from functools import partial
 
-import torch
-
 from . import model as models
 from . import state
 from .audit import audit
@@ -12,7 +10,7 @@ from .loading import check_recipe
 from .masking import Encoder
 from .page import check_page, write_page
 from .precision import dtype_of
-from .prepare import prepare_tokenizer, read, train_tokenizer_on
+from .prepare import prepare_model, prepare_tokenizer, read, train_tokenizer_on
 from .progress import say
 from .recipe import check, recipe_of
 from .resume import earlier_model
@@ -62,10 +60,7 @@ def inspect(options):
 def _model(recipe, tokenizer):
     """The recipe's model as a run of it begins with."""
     state.seed(recipe.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = models.load_model(
-        recipe.model, device, recipe.trust_remote_code, dropout=recipe.dropout, dtype=dtype_of(recipe.parameters)
-    )
+    model = prepare_model(recipe)
     models.check_vocabulary(model, tokenizer)
     return model
 

@@ -9,7 +9,7 @@ from unicodedata import east_asian_width
 
 from .._terminal import coloured, printable
 from .masking import IGNORE
-from .page_tokens import TokenTexts
+from .token_texts import TokenTexts
 
 _WIDTH = 20  # of a column of tokens
 _LEVELS = ("failed", "advice", "ok")

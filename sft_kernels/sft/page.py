@@ -13,8 +13,8 @@ from . import page_figures as figures
 from .masking import IGNORE
 from .page_data import first_step, schedule_of, shown_examples
 from .page_style import CSS
-from .page_tokens import TokenTexts, plain, visible
 from .steps import Steps
+from .token_texts import TokenTexts, plain, visible
 from .whole import sync
 
 _MOST_TOKENS = 4000  # of an example

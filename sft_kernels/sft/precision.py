@@ -13,16 +13,20 @@ def dtype_of(parameters):
     return torch.float32 if parameters == "fp32" else torch.bfloat16
 
 
+def precision_on(device, recipe):
+    """Returns "fp32" or "bf16", the recipe's precision on a device."""
+    if recipe.precision != "auto":
+        return recipe.precision
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return "bf16" if native else "fp32"
+
+
 def autocast(device, recipe):
     """The context of a forward. Parameters in bf16 need none."""
-    precision = recipe.precision
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        precision = "bf16" if native else "fp32"
-    if precision == "fp32" or recipe.parameters != "fp32":
+    if precision_on(device, recipe) == "fp32" or recipe.parameters != "fp32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16)
 

@@ -74,9 +74,6 @@ def prepare(recipe, model=None, tokenizer=None):
     state.seed(recipe.seed)
     if given:
         models.check_given(model)
-        device = model.device
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if recipe.init_from is not None:
         recipe = replace(recipe, model=resume.earlier_model(recipe.init_from))
     recipe = check_recipe(recipe, given, tokenizer is not None, dtype_of(recipe.parameters))
@@ -89,13 +86,7 @@ def prepare(recipe, model=None, tokenizer=None):
     if len(unseen):
         check_audit(audit(unseen, encoder, recipe.row_tokens), advise=False)
     if not given:
-        model = models.load_model(
-            folder or recipe.model,
-            device,
-            recipe.trust_remote_code,
-            dropout=recipe.dropout,
-            dtype=dtype_of(recipe.parameters),
-        )
+        model = prepare_model(recipe, folder)
     models.check_vocabulary(model, tokenizer)
     if recipe.activation_checkpointing:
         models.checkpoint_activations(model)
@@ -105,7 +96,7 @@ def prepare(recipe, model=None, tokenizer=None):
         most = most_positions(model, packed_hidden_states)
         examples, unseen = (without_longer(some, most, recipe.skip_bad) for some in (examples, unseen))
         checked = batch_to_check(model, examples + unseen, recipe.row_tokens, ready.pad_id)
-        check_against_stock(model, checked.to(device))
+        check_against_stock(model, checked.to(model.device))
     return ready._replace(examples=examples, unseen=unseen)
 
 
@@ -125,6 +116,13 @@ def train_tokenizer_on(paths, vocab_size, skip_bad=False, chat_template=None):
 
 def _words(record):
     return record.text or "\n".join(str(m.get("content") or m.get("tool_calls")) for m in record.messages or ())
+
+
+def prepare_model(recipe, folder=None):
+    """The recipe's model, or the one in ``folder``, on the GPU if there is one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, code = dtype_of(recipe.parameters), recipe.trust_remote_code
+    return models.load_model(folder or recipe.model, device, code, dropout=recipe.dropout, dtype=dtype)
 
 
 def prepare_tokenizer(recipe, sources=None, earlier=None):

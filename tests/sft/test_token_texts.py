@@ -1,6 +1,6 @@
 """Tokens as HTML in which everything is seen."""
 
-from sft_kernels.sft.page_tokens import TokenTexts, plain, visible
+from sft_kernels.sft.token_texts import TokenTexts, plain, visible
 
 
 def test_the_texts_of_byte_level_tokens_are_their_bytes(tokenizer):
